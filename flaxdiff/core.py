@@ -1,0 +1,236 @@
+"""Structure and values, apart.
+
+A network is written down as an `nnx.Module` and used as a `Spec`: its class and its frozen configuration, hashable, free of
+arrays. The numbers live in a flat dictionary, `Params`, whose keys are the names in the PyTorch checkpoint. Five functions
+join the two: `abstract` and `layout` describe the parameters, `init` draws them, `apply` computes. Nothing else in the
+library splits or merges modules, so `jit`, `grad`, `vmap`, `pmap` and `eval_shape` work on everything.
+"""
+
+import contextvars
+import dataclasses
+import difflib
+import functools
+import zlib
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Params = dict[str, Any]  # name in the checkpoint -> array, or another kind of weight (see weights.py)
+
+# How attention is computed: the one setting that reaches every layer without being handed along. `apply` sets it from
+# the spec while it traces, so it is part of what is compiled.
+attention_backend: contextvars.ContextVar[str] = contextvars.ContextVar("attention_backend", default="auto")
+
+
+class Spec(NamedTuple):
+    """What to build, never what it weighs: a module class and its frozen configuration."""
+
+    module: type["Model"]
+    config: Hashable
+
+    def replace(self, **changes: Any) -> "Spec":
+        """The same architecture with some settings changed, e.g. `spec.replace(attention="sliced")`."""
+        return self._replace(config=dataclasses.replace(self.config, **changes))
+
+
+class Leaf(NamedTuple):
+    """What is known of one parameter: its shape here, how a file lays it out, how to draw it, and how it is stacked.
+
+    `kind` names the layout rule of the checkpoint converter. `stack` is the prefix of the repeated block that the
+    parameter belongs to when all of its copies lie along the first axis, else None.
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+    init: Callable[[jax.Array, tuple[int, ...]], jax.Array]
+    stack: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What every model's configuration has beside its own fields."""
+
+    scan_layers: bool = True  # equal blocks in a row: stacked parameters and one scan, or a loop
+    attention: str = "auto"  # how attention is computed, see nn/attention.py
+
+
+def only(default: Any, *others: Any) -> Any:
+    """A configuration field of which just these values are implemented."""
+    return dataclasses.field(default=default, metadata={"only": (default, *others)})
+
+
+class Model(nnx.Module):
+    """The base of every network: how a `config.json` becomes a `Spec`, and back."""
+
+    config_class: ClassVar[type[Config]]
+    library: ClassVar[str] = "diffusers"  # whose layout the checkpoint has: "diffusers" or "transformers"
+    renames: ClassVar[tuple[tuple[str, str], ...]] = ()  # (regex, replacement): names in older files -> today's
+    ignored: ClassVar[str] = r"(?!)"  # regex of names in older files that carry no weight
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Spec:
+        """The spec that a `config.json` describes.
+
+        Args:
+          config: the dictionary, with diffusers' keys; what is left out takes diffusers' default. Keys that begin with
+            an underscore are notes of the writer. `scan_layers` and `attention` are ours.
+
+        Raises:
+          ValueError: a key that the model does not have (unless it is switched off), or a value not implemented.
+
+        >>> import flaxdiff
+        >>> spec = flaxdiff.UNet2DConditionModel.from_config({"cross_attention_dim": 768})
+        >>> spec.config.block_out_channels
+        (320, 640, 1280, 1280)
+        """
+        fields = {f.name: f for f in dataclasses.fields(cls.config_class)}
+        known = {k: _frozen(v) for k, v in config.items() if k in fields}
+        if cls.library == "diffusers":  # transformers writes dozens of generic keys that no network reads
+            for key, value in config.items():
+                if key not in fields and not key.startswith("_") and value not in (None, False, [], {}):
+                    near = difflib.get_close_matches(key, fields, 3)
+                    hint = f"did you mean {' or '.join(near)}?" if near else "remove it, or see whether it has another name."
+                    raise ValueError(f"{cls.__name__} has no option {key!r} (given: {value!r}); {hint}")
+        for key, value in known.items():
+            allowed = fields[key].metadata.get("only")
+            if allowed is not None and value not in allowed:
+                raise ValueError(f"{cls.__name__}: {key}={value!r} is not supported; use one of {list(allowed)}.")
+        return Spec(cls, cls.config_class(**known))
+
+    @classmethod
+    def from_pretrained(cls, repo: str, **options: Any) -> tuple[Spec, Params]:
+        """Load a spec and its parameters from a folder or a Hub repository; see `checkpoint.load_model`."""
+        from flaxdiff import checkpoint
+
+        return checkpoint.load_model(cls, repo, **options)
+
+    @classmethod
+    def to_config(cls, config: Config) -> dict[str, Any]:
+        """The `config.json` of this configuration: diffusers' keys, and who wrote it."""
+        ours = {f.name for f in dataclasses.fields(Config)}
+        keys = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ours}
+        return {"_class_name": cls.__name__, **keys}
+
+    def __init__(self, config: Any): ...
+
+
+def _frozen(value: Any) -> Any:
+    """JSON as a hashable value."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    if isinstance(value, Mapping):
+        return tuple(sorted((k, _frozen(v)) for k, v in value.items()))
+    return value
+
+
+# --- parameters inside a module -------------------------------------------------------------------------------------
+
+
+def param(shape: tuple[int, ...], kind: str, init: Callable[[jax.Array, tuple[int, ...]], jax.Array]) -> nnx.Param:
+    """Declare a parameter: a shape and a way to draw it, no memory."""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), kind=kind, init=init, block=0)
+
+
+def stacked(block: nnx.Module, n: int) -> nnx.Module:
+    """Give every parameter of `block` a leading axis of `n`: n equal blocks in one, to be run by `jax.lax.scan`."""
+    for path, variable in nnx.to_flat_state(nnx.state(block)):
+        variable.set_value(jax.ShapeDtypeStruct((n, *variable.get_value().shape), jnp.float32))
+        variable.set_metadata("block", len(path))  # how much of the name lies inside the block
+    return block
+
+
+class _Structure(NamedTuple):
+    graph: Any
+    tree: Any
+    leaves: dict[str, Leaf]  # in the tree's order
+
+
+@functools.cache
+def _structure(spec: Spec) -> _Structure:
+    graph, state = nnx.split(spec.module(spec.config))
+    leaves = {}
+    for path, variable in nnx.to_flat_state(state):
+        meta = variable.get_metadata()
+        prefix = ".".join(map(str, path[: len(path) - meta["block"]])) if meta["block"] else None
+        leaves[".".join(map(str, path))] = Leaf(variable.get_value().shape, meta["kind"], meta["init"], prefix)
+    tree = jax.tree.structure(nnx.to_pure_dict(state))
+    return _Structure(graph, tree, leaves)
+
+
+def layout(spec: Spec) -> dict[str, Leaf]:
+    """What is known of each parameter, by name, in the order of the module."""
+    return _structure(spec).leaves
+
+
+def abstract(spec: Spec, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of a model's parameters; costs no memory at any size.
+
+    >>> import flaxdiff
+    >>> shapes = flaxdiff.abstract(flaxdiff.UNet2DConditionModel.from_config({"cross_attention_dim": 768}))
+    >>> shapes["conv_in.weight"].shape, sum(s.size for s in shapes.values())
+    ((3, 3, 4, 320), 859520964)
+    """
+    return {name: jax.ShapeDtypeStruct(leaf.shape, dtype) for name, leaf in layout(spec).items()}
+
+
+def init(spec: Spec, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+    """Draw a model's parameters.
+
+    Each parameter's key is `key` folded with the checksum of its name, so that a value depends on nothing but the key
+    and the name: not on the order of layers, nor on how many devices draw it.
+
+    Args:
+      spec: what to build.
+      key: a PRNG key.
+      dtype: the dtype of the parameters, and so of the computation.
+
+    >>> import flaxdiff, jax
+    >>> spec = flaxdiff.AutoencoderKL.from_config({"block_out_channels": [32]})
+    >>> flaxdiff.init(spec, jax.random.key(0))["encoder.conv_in.weight"].shape
+    (3, 3, 3, 32)
+    """
+
+    def draw(name: str, leaf: Leaf) -> jax.Array:
+        k = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        if leaf.stack is None:
+            return leaf.init(k, leaf.shape).astype(dtype)
+        keys = jax.random.split(k, leaf.shape[0])
+        return jax.vmap(lambda k: leaf.init(k, leaf.shape[1:]))(keys).astype(dtype)
+
+    return {name: draw(name, leaf) for name, leaf in layout(spec).items()}
+
+
+def apply(spec: Spec, params: Params, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+    """Run a model: a pure function of the parameters and the inputs.
+
+    Args:
+      spec: what to run.
+      params: one weight for each name in `abstract(spec)`; an array or another kind of weight (`LoRA`, `Int8`).
+      *args, **kwargs: handed to the module's method.
+      method: which method, e.g. "encode" or "decode" of an autoencoder.
+
+    Raises:
+      ValueError: a parameter is missing.
+
+    >>> import flaxdiff, jax, jax.numpy as jnp
+    >>> spec = flaxdiff.AutoencoderKL.from_config({"block_out_channels": [32]})
+    >>> params = flaxdiff.init(spec, jax.random.key(0))
+    >>> flaxdiff.apply(spec, params, jnp.zeros((1, 4, 4, 4)), method="decode").shape
+    (1, 4, 4, 3)
+    """
+    graph, tree, leaves = _structure(spec)
+    missing = [name for name in leaves if name not in params]
+    if missing:
+        raise ValueError(
+            f"{spec.module.__name__}: {len(missing)} of {len(leaves)} parameters are missing, e.g. {missing[:3]}; "
+            "params must hold every name in flaxdiff.abstract(spec)."
+        )
+    module = nnx.merge(graph, jax.tree.unflatten(tree, [params[name] for name in leaves]))
+    token = attention_backend.set(spec.config.attention)
+    try:
+        return getattr(module, method)(*args, **kwargs)
+    finally:
+        attention_backend.reset(token)

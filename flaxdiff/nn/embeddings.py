@@ -1,0 +1,45 @@
+"""Embeddings of numbers: sinusoids of a timestep or a size, and the small network that follows them."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flaxdiff.nn.activations import ACTIVATIONS
+from flaxdiff.nn.layers import Linear
+
+
+def sinusoids(
+    t: jax.Array, width: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0, max_period: float = 10_000
+) -> jax.Array:
+    """[sin(t ω), cos(t ω)] with ω_i = max_period^(-i / (width/2 - freq_shift)), in float32.
+
+    Args:
+      t: any numbers [...]; integers or floats.
+      width: size of the embedding.
+      flip_sin_to_cos: cosines first.
+      freq_shift: how far the last frequency lies from 1/max_period.
+
+    Returns:
+      [..., width]; a zero is appended to an odd width.
+
+    >>> sinusoids(jnp.array([0, 1]), 4).shape
+    (2, 4)
+
+    Reference: Vaswani et al., Attention Is All You Need, 2017; Ho et al., Denoising Diffusion Probabilistic Models, 2020.
+    """
+    half = width // 2
+    omega = jnp.exp(-jnp.log(jnp.float32(max_period)) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    angle = t.astype(jnp.float32)[..., None] * omega
+    parts = (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
+    embedding = jnp.concatenate(parts, -1)
+    return jnp.pad(embedding, [(0, 0)] * t.ndim + [(0, width % 2)])
+
+
+class TimestepEmbedding(nnx.Module):
+    """Linear, activation, linear."""
+
+    def __init__(self, fan_in: int, width: int, act_fn: str = "silu"):
+        self.linear_1, self.linear_2, self.act_fn = Linear(fan_in, width), Linear(width, width), act_fn
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_2(ACTIVATIONS[self.act_fn](self.linear_1(x)))

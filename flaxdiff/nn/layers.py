@@ -1,0 +1,116 @@
+"""The layers that networks are made of: linear, convolution, normalisation, embedding table.
+
+Each holds leaves named `weight` and `bias`, as PyTorch names them, declared by `core.param` with the kind that tells the
+checkpoint converter how a file lays them out. Computation runs in the dtype of the weights; normalisation in float32.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flaxdiff import weights
+from flaxdiff.core import param
+
+
+def value(variable: nnx.Param) -> weights.Weight:
+    """The weight that a parameter holds, of whatever kind."""
+    return variable.get_value()
+
+
+def uniform(fan_in: int):
+    """U(-1/√fan_in, 1/√fan_in): PyTorch's initial distribution of linear and convolution layers."""
+    return _Uniform(1 / math.sqrt(fan_in))
+
+
+class _Uniform(float):  # hashable and equal by value, as the structure of a module must be
+    def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jax.random.uniform(key, shape, minval=-float(self), maxval=float(self))
+
+
+def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """N(0, 0.02²), the initial distribution of embedding tables."""
+    return 0.02 * jax.random.normal(key, shape)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """All ones, whatever the key."""
+    return jnp.ones(shape)
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """All zeros, whatever the key."""
+    return jnp.zeros(shape)
+
+
+class Linear(nnx.Module):
+    """y = x W + b with W [in, out]."""
+
+    def __init__(self, fan_in: int, fan_out: int, bias: bool = True):
+        self.weight = param((fan_in, fan_out), "linear", uniform(fan_in))
+        self.bias = param((fan_out,), "raw", uniform(fan_in)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = weights.dot(x, value(self.weight))
+        return y if self.bias is None else y + value(self.bias)
+
+
+class Conv(nnx.Module):
+    """A two-dimensional convolution of [B, H, W, C] with W [kh, kw, in, out]; `padding` as PyTorch counts it."""
+
+    def __init__(
+        self, fan_in: int, fan_out: int, kernel: int = 3, stride: int = 1, padding: int | tuple[tuple[int, int], ...] = 1
+    ):
+        self.weight = param((kernel, kernel, fan_in, fan_out), "conv", uniform(fan_in * kernel**2))
+        self.bias = param((fan_out,), "raw", uniform(fan_in * kernel**2))
+        self.stride, self.padding = stride, ((padding, padding),) * 2 if isinstance(padding, int) else padding
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = weights.conv(x, value(self.weight), window_strides=(self.stride,) * 2, padding=self.padding)
+        return y + value(self.bias)
+
+
+class GroupNorm(nnx.Module):
+    """Normalise the channels of [B, ..., C] in groups, over all positions."""
+
+    def __init__(self, channels: int, groups: int = 32, eps: float = 1e-5):
+        if channels % groups:
+            raise ValueError(f"GroupNorm: {channels} channels do not divide into {groups} groups; change norm_num_groups.")
+        self.weight, self.bias = param((channels,), "norm", ones), param((channels,), "norm", zeros)
+        self.groups, self.eps = groups, eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
+        mean = h.mean((1, 3), keepdims=True)
+        var = jnp.square(h - mean).mean((1, 3), keepdims=True)
+        return _affine(self, ((h - mean) * jax.lax.rsqrt(var + self.eps)).reshape(x.shape), x.dtype)
+
+
+def _affine(norm: nnx.Module, h: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Scale and shift in float32, then return to the dtype of the computation."""
+    return (h * value(norm.weight).astype(jnp.float32) + value(norm.bias).astype(jnp.float32)).astype(dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Normalise the last axis."""
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        self.weight, self.bias = param((channels,), "norm", ones), param((channels,), "norm", zeros)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = x.astype(jnp.float32)
+        mean = h.mean(-1, keepdims=True)
+        var = jnp.square(h - mean).mean(-1, keepdims=True)
+        return _affine(self, (h - mean) * jax.lax.rsqrt(var + self.eps), x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, looked up by integer id."""
+
+    def __init__(self, entries: int, width: int):
+        self.weight = param((entries, width), "embedding", normal)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return jnp.take(value(self.weight), ids, axis=0)

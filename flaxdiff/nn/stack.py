@@ -1,0 +1,41 @@
+"""Equal blocks in a row: built once with stacked parameters and run by `jax.lax.scan`, or a list and a loop.
+
+The choice is `scan_layers` of the configuration. A scan compiles one block whatever the depth; checkpoints load into
+either form, because the converter knows from the layout which parameters are stacked.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flaxdiff.core import stacked
+
+Blocks = nnx.Module | nnx.List
+
+
+def stack(make: Callable[[], nnx.Module], depth: int, scan: bool) -> Blocks:
+    """`depth` blocks; a single one is not worth a scan."""
+    return stacked(make(), depth) if scan and depth > 1 else nnx.List([make() for _ in range(depth)])
+
+
+def run(blocks: Blocks, x: jax.Array, *args: Any) -> jax.Array:
+    """x through every block: x ← block(x, *args)."""
+    if isinstance(blocks, nnx.List):
+        for block in blocks:
+            x = block(x, *args)
+        return x
+    return jax.lax.scan(lambda x, block: (block(x, *args), None), x, blocks)[0]
+
+
+def states(blocks: Blocks, x: jax.Array, *args: Any) -> jax.Array:
+    """As `run`, but returns x before the first block and after each: [depth + 1, *x.shape]."""
+    if isinstance(blocks, nnx.List):
+        xs = [x]
+        for block in blocks:
+            xs.append(block(xs[-1], *args))
+        return jnp.stack(xs)
+    ys = jax.lax.scan(lambda x, block: (block(x, *args),) * 2, x, blocks)[1]
+    return jnp.concatenate([x[None], ys])

@@ -1,0 +1,112 @@
+"""Weights are values: the kinds of thing that `params[name]` may be, and the two contractions that know them.
+
+A weight is an array, or a small record that stands for one: `LoRA` (a frozen base and a low-rank update beside it) or
+`Int8` (quantised, one scale per output). Layers never ask which; they call `dot` or `conv`. So an adapter is put on by
+`params | {name: LoRA(...)}` and taken off again by dropping it: no surgery on modules and no second model. Records are
+pytrees, so `jit`, `grad` and `scan` over stacked layers see through them.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """A weight and a low-rank update: W + scale · down · up.
+
+    Attributes:
+      base: the weight [..., in, out] (or HWIO of a convolution); may itself be `Int8`.
+      down: [..., in, rank] (a convolution: HWI, rank).
+      up: [..., rank, out] (a convolution: 1, 1, rank, out).
+      scale: a scalar (stacked layers: one per layer); an argument of the compiled program, free to change between calls.
+
+    >>> w = LoRA(jnp.eye(2), jnp.ones((2, 1)), jnp.ones((1, 2)), jnp.float32(0.5))
+    >>> dot(jnp.ones((1, 2)), w)
+    Array([[2., 2.]], dtype=float32)
+
+    Reference: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021.
+    """
+
+    base: Any
+    down: jax.Array
+    up: jax.Array
+    scale: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8:
+    """A weight held in 8 bits: q · scale, with one scale per output channel.
+
+    Attributes:
+      q: int8, the shape of the weight.
+      scale: [..., out], in the dtype of the computation.
+
+    >>> w = quantize(jnp.array([[1.0, -2.0], [0.5, 4.0]]))
+    >>> w.q.dtype, w.scale.shape
+    (dtype('int8'), (2,))
+    """
+
+    q: jax.Array
+    scale: jax.Array
+
+
+Weight = jax.Array | LoRA | Int8
+
+
+def quantize(weight: jax.Array) -> Int8:
+    """The 8-bit form of a linear [..., in, out] weight: symmetric, one scale per output channel."""
+    peak = jnp.max(jnp.abs(weight), axis=-2)
+    scale = jnp.maximum(peak, jnp.finfo(weight.dtype).tiny) / 127
+    return Int8(jnp.round(weight / scale[..., None, :]).astype(jnp.int8), scale)
+
+
+def dense(weight: Weight) -> jax.Array:
+    """The array that a weight stands for: updates merged in, quantised values expanded."""
+    match weight:
+        case LoRA(base, down, up, scale):
+            update = jnp.matmul(down, up) if down.ndim < 4 else jnp.einsum("hwir,xyro->hwio", down, up)
+            return dense(base) + update * scale.reshape(scale.shape + (1,) * (update.ndim - scale.ndim))
+        case Int8(q, scale):
+            return q.astype(scale.dtype) * scale[..., None, :]
+        case _:
+            return weight
+
+
+def dtype(weight: Weight) -> jnp.dtype:
+    """The dtype that the weight computes in."""
+    match weight:
+        case LoRA(base):
+            return dtype(base)
+        case Int8(_, scale):
+            return scale.dtype
+        case _:
+            return weight.dtype
+
+
+def dot(x: jax.Array, weight: Weight) -> jax.Array:
+    """x · W for a linear weight [in, out] of any kind."""
+    match weight:
+        case LoRA(base, down, up, scale):
+            return dot(x, base) + (x @ down.astype(x.dtype)) @ up.astype(x.dtype) * scale.astype(x.dtype)
+        case Int8(q, scale):
+            return (x @ q.astype(x.dtype)) * scale
+        case _:
+            return x @ weight
+
+
+def conv(x: jax.Array, weight: Weight, **options: Any) -> jax.Array:
+    """Convolve channels-last x with an HWIO weight of any kind; options as in `jax.lax.conv_general_dilated`."""
+    match weight:
+        case LoRA(base, down, up, scale):
+            low = conv(x, down.astype(x.dtype), **options)
+            return conv(x, base, **options) + dot(low, up[0, 0].astype(x.dtype)) * scale.astype(x.dtype)
+        case Int8(q, scale):
+            return conv(x, q.astype(x.dtype), **options) * scale
+        case _:
+            dims = ("NHWC", "HWIO", "NHWC")
+            return jax.lax.conv_general_dilated(x, weight, dimension_numbers=dims, **options)
