@@ -1,0 +1,179 @@
+"""Residual blocks and the three shapes of stage (down, middle, up) that every convolutional network of the field shares.
+
+`UNet2DModel`, `UNet2DConditionModel` and both halves of `AutoencoderKL` are these, differing in whether a time embedding
+comes in, which attention (if any) follows each residual block, and whether the down stages hand skips to the up stages.
+Names are diffusers': `resnets.0.conv1`, `attentions.0`, `downsamplers.0.conv`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flaxdiff.nn.activations import ACTIVATIONS
+from flaxdiff.nn.layers import Conv, GroupNorm, Linear
+
+MakeAttention = Callable[[int], nnx.Module] | None  # channels -> a module called with (x, context)
+
+
+class ResnetBlock2D(nnx.Module):
+    """x + conv(act(norm(conv(act(norm(x))) + time))), the shortcut projected when the channels change.
+
+    Args:
+      fan_in, fan_out: channels.
+      temb: channels of the time embedding; None where there is none.
+      groups, eps: of the normalisations.
+      act_fn: name of the activation.
+      scale_shift: the time embedding scales and shifts the second normalisation instead of being added before it.
+    """
+
+    def __init__(
+        self,
+        fan_in: int,
+        fan_out: int,
+        temb: int | None,
+        groups: int,
+        eps: float,
+        act_fn: str = "silu",
+        scale_shift: bool = False,
+    ):
+        self.norm1, self.conv1 = GroupNorm(fan_in, groups, eps), Conv(fan_in, fan_out)
+        self.time_emb_proj = None if temb is None else Linear(temb, fan_out * (1 + scale_shift))
+        self.norm2, self.conv2 = GroupNorm(fan_out, groups, eps), Conv(fan_out, fan_out)
+        self.conv_shortcut = Conv(fan_in, fan_out, kernel=1, padding=0) if fan_in != fan_out else None
+        self.act_fn, self.scale_shift = act_fn, scale_shift
+
+    def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
+        """[B, H, W, in], [B, T] -> [B, H, W, out]."""
+        act = ACTIVATIONS[self.act_fn]
+        h = self.conv1(act(self.norm1(x)))
+        if self.time_emb_proj is None:
+            h = self.norm2(h)
+        else:
+            time = self.time_emb_proj(act(temb))[:, None, None]
+            if self.scale_shift:
+                scale, shift = jnp.split(time, 2, -1)
+                h = self.norm2(h) * (1 + scale) + shift
+            else:
+                h = self.norm2(h + time)
+        h = self.conv2(act(h))
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+
+class Downsample2D(nnx.Module):
+    """Halve height and width by a strided convolution; `padding` 0 means one row and column after the last."""
+
+    def __init__(self, channels: int, padding: int):
+        self.conv = Conv(channels, channels, stride=2, padding=padding or ((0, 1), (0, 1)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(x)
+
+
+class Upsample2D(nnx.Module):
+    """Double height and width by repetition (or reach a given size), then convolve."""
+
+    def __init__(self, channels: int):
+        self.conv = Conv(channels, channels)
+
+    def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+        h, w = x.shape[1:3]
+        for axis, (old, new) in enumerate(zip((h, w), size or (2 * h, 2 * w)), 1):
+            # An odd size asks for one row less than twice; the nearest source row of each, as PyTorch finds it.
+            x = jnp.repeat(x, 2, axis) if new == 2 * old else jnp.take(x, jnp.arange(new) * old // new, axis)
+        # Fused into the convolution, the repetition makes XLA's CPU code several times slower.
+        return self.conv(jax.lax.optimization_barrier(x))
+
+
+class Stage(nnx.Module):
+    """Residual blocks with an optional attention after each: the body of a down or an up stage.
+
+    Args:
+      fans: (in, out) channels of each residual block.
+      resnet: (in, out) -> the residual block.
+      attention: channels -> the attention, or None.
+      down: padding of the downsampling at the end; None for none.
+      up: whether upsampling follows.
+    """
+
+    def __init__(
+        self,
+        fans: list[tuple[int, int]],
+        resnet: Callable[[int, int], ResnetBlock2D],
+        attention: MakeAttention = None,
+        down: int | None = None,
+        up: bool = False,
+    ):
+        width = fans[-1][1]
+        self.resnets = nnx.List([resnet(*fan) for fan in fans])
+        self.attentions = nnx.List([attention(width) for _ in fans]) if attention else None
+        self.downsamplers = None if down is None else nnx.List([Downsample2D(width, down)])
+        self.upsamplers = nnx.List([Upsample2D(width)]) if up else None
+
+    def down(self, x: jax.Array, temb: jax.Array | None = None, context: jax.Array | None = None) -> list[jax.Array]:
+        """The outputs of every block in turn; the last is the stage's own."""
+        outputs = []
+        for i in range(len(self.resnets)):
+            x = self._block(i, x, temb, context)
+            outputs.append(x)
+        return outputs if self.downsamplers is None else [*outputs, self.downsamplers[0](x)]
+
+    def up(
+        self,
+        x: jax.Array,
+        skips: list[jax.Array] | None = None,
+        temb: jax.Array | None = None,
+        context: jax.Array | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> jax.Array:
+        """x joined with the last skip before each block; the skips used are taken off the list."""
+        for i in range(len(self.resnets)):
+            x = self._block(i, x if skips is None else jnp.concatenate([x, skips.pop()], -1), temb, context)
+        return x if self.upsamplers is None else self.upsamplers[0](x, size)
+
+    def _block(self, i: int, x: jax.Array, temb: jax.Array | None, context: jax.Array | None) -> jax.Array:
+        x = self.resnets[i](x, temb)
+        return x if self.attentions is None else self.attentions[i](x, context)
+
+
+class MidBlock(nnx.Module):
+    """Residual block, attention, residual block, at the lowest resolution."""
+
+    def __init__(self, width: int, resnet: Callable[[int, int], ResnetBlock2D], attention: MakeAttention = None):
+        self.resnets = nnx.List([resnet(width, width) for _ in range(2)])
+        self.attentions = nnx.List([attention(width)]) if attention else None
+
+    def __call__(self, x: jax.Array, temb: jax.Array | None = None, context: jax.Array | None = None) -> jax.Array:
+        x = self.resnets[0](x, temb)
+        x = x if self.attentions is None else self.attentions[0](x, context)
+        return self.resnets[1](x, temb)
+
+
+def down_fans(channels: tuple[int, ...], layers: int) -> list[list[tuple[int, int]]]:
+    """(in, out) channels of the residual blocks in each down stage.
+
+    >>> down_fans((32, 64), 2)
+    [[(32, 32), (32, 32)], [(32, 64), (64, 64)]]
+    """
+    before = (channels[0], *channels)
+    return [[(before[i] if j == 0 else c, c) for j in range(layers)] for i, c in enumerate(channels)]
+
+
+def up_fans(channels: tuple[int, ...], layers: int) -> list[list[tuple[int, int]]]:
+    """(in, out) channels of the residual blocks in each up stage of a U-Net, skips included.
+
+    >>> up_fans((32, 64), 1)
+    [[(128, 64), (96, 64)], [(96, 32), (64, 32)]]
+    """
+    skips = [channels[0]]  # what the down stages leave behind, in order
+    for i, c in enumerate(channels):
+        skips += [c] * (layers + (i < len(channels) - 1))
+    stages, x = [], channels[-1]
+    for c in reversed(channels):
+        fans = []
+        for _ in range(layers + 1):
+            fans.append((x + skips.pop(), c))
+            x = c
+        stages.append(fans)
+    return stages
