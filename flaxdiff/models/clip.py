@@ -1,0 +1,158 @@
+"""CLIPTextModel and CLIPTextModelWithProjection: the text encoders of Stable Diffusion and many others.
+
+A causal transformer over at most 77 tokens. `last_hidden_state` is what a denoiser attends to, `hidden_states` holds every
+layer (SDXL reads the last but one), `pooler_output` is the state at the end-of-text token, and `text_embeds` its projection.
+
+Reference: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flaxdiff.core import Config, Model
+from flaxdiff.nn.activations import ACTIVATIONS
+from flaxdiff.nn.attention import attention
+from flaxdiff.nn.layers import Embedding, LayerNorm, Linear
+from flaxdiff.nn.stack import stack, states
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig(Config):
+    """transformers' keys and defaults, as far as the network reads them."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    bos_token_id: int = 49406
+    eos_token_id: int = 49407
+    pad_token_id: int = 1
+
+
+class CLIPTextOutput(NamedTuple):
+    """What the encoder has to say."""
+
+    last_hidden_state: jax.Array  # [B, N, D], normalised
+    pooler_output: jax.Array  # [B, D]
+    hidden_states: jax.Array  # [L + 1, B, N, D]: the embeddings, then each layer's output, not normalised
+    text_embeds: jax.Array | None  # [B, P], with projection only
+
+
+class CLIPAttention(nnx.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, c: CLIPTextConfig):
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(c.hidden_size, c.hidden_size) for _ in range(4))
+        self.heads = c.num_attention_heads
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        split = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
+        h = attention(split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x)), causal=True)
+        return self.out_proj(h.reshape(x.shape))
+
+
+class CLIPMLP(nnx.Module):
+    """Expand, activate, contract."""
+
+    def __init__(self, c: CLIPTextConfig):
+        self.fc1, self.fc2 = Linear(c.hidden_size, c.intermediate_size), Linear(c.intermediate_size, c.hidden_size)
+        self.hidden_act = c.hidden_act
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(ACTIVATIONS[self.hidden_act](self.fc1(x)))
+
+
+class CLIPEncoderLayer(nnx.Module):
+    """Attention and feed-forward, each added to what it reads normalised."""
+
+    def __init__(self, c: CLIPTextConfig):
+        self.layer_norm1, self.self_attn = LayerNorm(c.hidden_size, c.layer_norm_eps), CLIPAttention(c)
+        self.layer_norm2, self.mlp = LayerNorm(c.hidden_size, c.layer_norm_eps), CLIPMLP(c)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPTextEmbeddings(nnx.Module):
+    """Token and position."""
+
+    def __init__(self, c: CLIPTextConfig):
+        self.token_embedding = Embedding(c.vocab_size, c.hidden_size)
+        self.position_embedding = Embedding(c.max_position_embeddings, c.hidden_size)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.token_embedding(ids) + self.position_embedding(jnp.arange(ids.shape[1]))
+
+
+class CLIPEncoder(nnx.Module):
+    """The layers, under the name that the checkpoint gives them."""
+
+    def __init__(self, c: CLIPTextConfig):
+        self.layers = stack(lambda: CLIPEncoderLayer(c), c.num_hidden_layers, c.scan_layers)
+
+
+class CLIPTextTransformer(nnx.Module):
+    """Tokens [B, N] -> what `CLIPTextOutput` holds, projection aside."""
+
+    def __init__(self, c: CLIPTextConfig):
+        self.embeddings, self.encoder = CLIPTextEmbeddings(c), CLIPEncoder(c)
+        self.final_layer_norm = LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.eos_token_id = c.eos_token_id
+
+    def __call__(self, ids: jax.Array) -> CLIPTextOutput:
+        hidden = states(self.encoder.layers, self.embeddings(ids))
+        last = self.final_layer_norm(hidden[-1])
+        # The first configurations gave eos_token_id 2 by mistake; their end of text is the largest id.
+        end = jnp.argmax(ids if self.eos_token_id == 2 else ids == self.eos_token_id, -1)
+        return CLIPTextOutput(last, last[jnp.arange(ids.shape[0]), end], hidden, None)
+
+
+class CLIPTextModel(Model):
+    """The text encoder of Stable Diffusion 1 and 2, and the first of SDXL.
+
+    >>> import flaxdiff
+    >>> spec = CLIPTextModel.from_config({"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 99})
+    >>> out = flaxdiff.apply(spec, flaxdiff.init(spec, jax.random.key(0)), jnp.zeros((1, 7), int))
+    >>> out.last_hidden_state.shape, out.hidden_states.shape
+    ((1, 7, 32), (3, 1, 7, 32))
+    """
+
+    config_class = CLIPTextConfig
+    library = "transformers"
+    renames = ((r"^(?=embeddings\.|encoder\.|final_layer_norm\.)", "text_model."),)
+    ignored = r"text_model\.embeddings\.position_ids"
+
+    def __init__(self, config: CLIPTextConfig):
+        self.text_model = CLIPTextTransformer(config)
+
+    def __call__(self, input_ids: jax.Array) -> CLIPTextOutput:
+        return self.text_model(input_ids)
+
+    @classmethod
+    def to_config(cls, config: Any) -> dict[str, Any]:
+        """transformers' form: it names the architecture and its type."""
+        keys = super().to_config(config)
+        del keys["_class_name"]
+        return {"architectures": [cls.__name__], "model_type": "clip_text_model", **keys}
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+    """The second text encoder of SDXL: the pooled state is projected as well."""
+
+    def __init__(self, config: CLIPTextConfig):
+        self.text_model = CLIPTextTransformer(config)
+        self.text_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
+
+    def __call__(self, input_ids: jax.Array) -> CLIPTextOutput:
+        out = self.text_model(input_ids)
+        return out._replace(text_embeds=self.text_projection(out.pooler_output))

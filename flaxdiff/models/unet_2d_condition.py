@@ -1,0 +1,249 @@
+"""UNet2DConditionModel: the denoiser of Stable Diffusion 1, 2 and XL.
+
+A U-Net of residual blocks in which transformer blocks attend to the text. The timestep, and in SDXL the pooled text and
+the sizes of the picture, enter every residual block as one embedding.
+
+Reference: Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, 2022; Podell et al., SDXL, 2023.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flaxdiff import weights
+from flaxdiff.core import Config, Model, only
+from flaxdiff.nn.activations import ACTIVATIONS
+from flaxdiff.nn.attention import Attention
+from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
+from flaxdiff.nn.layers import Conv, GroupNorm, LayerNorm, Linear, value
+from flaxdiff.nn.stack import run, stack
+from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, down_fans, up_fans
+
+
+@dataclasses.dataclass(frozen=True)
+class UNet2DConditionConfig(Config):
+    """diffusers' keys and defaults; what no Stable Diffusion 1, 2 or XL checkpoint sets is fixed."""
+
+    sample_size: int | tuple[int, int] | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    center_input_sample: bool = only(False)
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    mid_block_type: str = only("UNetMidBlock2DCrossAttn")
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    only_cross_attention: bool = only(False)
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    downsample_padding: int = 1
+    mid_block_scale_factor: float = only(1)
+    dropout: float = only(0.0)
+    act_fn: str = "silu"
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    reverse_transformer_layers_per_block: tuple[int, ...] | None = only(None)
+    encoder_hid_dim: int | None = only(None)
+    encoder_hid_dim_type: str | None = only(None)
+    attention_head_dim: int | tuple[int, ...] = 8  # the number of heads: a misnomer that every checkpoint keeps
+    num_attention_heads: int | None = only(None)
+    dual_cross_attention: bool = only(False)
+    use_linear_projection: bool = False
+    class_embed_type: str | None = only(None)
+    addition_embed_type: str | None = only(None, "text_time")
+    addition_time_embed_dim: int | None = None
+    num_class_embeds: int | None = only(None)
+    upcast_attention: bool = False  # softmax runs in float32 here either way
+    resnet_time_scale_shift: str = only("default", "scale_shift")
+    resnet_skip_time_act: bool = only(False)
+    resnet_out_scale_factor: float = only(1.0)
+    time_embedding_type: str = only("positional")
+    time_embedding_dim: int | None = None
+    time_embedding_act_fn: str | None = only(None)
+    timestep_post_act: str | None = only(None)
+    time_cond_proj_dim: int | None = only(None)
+    conv_in_kernel: int = only(3)
+    conv_out_kernel: int = only(3)
+    projection_class_embeddings_input_dim: int | None = None
+    attention_type: str = only("default")
+    class_embeddings_concat: bool = only(False)
+    mid_block_only_cross_attention: bool | None = only(None)
+    cross_attention_norm: str | None = only(None)
+    addition_embed_type_num_heads: int = 64
+
+    def __post_init__(self):
+        n = len(self.block_out_channels)
+        for key, kinds in (
+            ("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D")),
+            ("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D")),
+        ):
+            types = getattr(self, key)
+            if unknown := sorted(set(types) - set(kinds)):
+                raise ValueError(f"UNet2DConditionModel: {key} holds {unknown}; supported are {list(kinds)}.")
+            if len(types) != n:
+                raise ValueError(f"UNet2DConditionModel: {key} has {len(types)} entries, block_out_channels {n}.")
+        for key in ("attention_head_dim", "transformer_layers_per_block"):
+            if len(self.per_stage(key)) != n:
+                raise ValueError(f"UNet2DConditionModel: {key}={getattr(self, key)} needs {n} entries, or one number.")
+
+    def per_stage(self, key: str) -> tuple[int, ...]:
+        """A setting that is one number or one for each stage, as the latter."""
+        setting = getattr(self, key)
+        return setting if isinstance(setting, tuple) else (setting,) * len(self.block_out_channels)
+
+
+class GEGLU(nnx.Module):
+    """x ⊙ gelu(gate), the two halves of one projection."""
+
+    def __init__(self, fan_in: int, fan_out: int):
+        self.proj = Linear(fan_in, 2 * fan_out)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x, gate = jnp.split(self.proj(x), 2, -1)
+        return x * ACTIVATIONS["gelu"](gate)
+
+
+class FeedForward(nnx.Module):
+    """Gated expansion to four times the width and back."""
+
+    def __init__(self, width: int):
+        self.net = nnx.List([GEGLU(width, 4 * width), None, Linear(4 * width, width)])  # dropout keeps its number
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Self-attention, attention to the context, feed-forward; each added to what it reads normalised."""
+
+    def __init__(self, width: int, heads: int, context: int):
+        self.norm1, self.attn1 = LayerNorm(width), Attention(width, heads, width // heads)
+        self.norm2, self.attn2 = LayerNorm(width), Attention(width, heads, width // heads, context)
+        self.norm3, self.ff = LayerNorm(width), FeedForward(width)
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nnx.Module):
+    """Transformer blocks over the positions of a feature map, with a projection before and after."""
+
+    def __init__(self, width: int, heads: int, depth: int, c: UNet2DConditionConfig):
+        project = Linear if c.use_linear_projection else functools.partial(Conv, kernel=1, padding=0)
+        block = functools.partial(BasicTransformerBlock, width, heads, c.cross_attention_dim)
+        self.norm = GroupNorm(width, c.norm_num_groups, 1e-6)
+        self.proj_in = project(width, width)
+        self.transformer_blocks = stack(block, depth, c.scan_layers)
+        self.proj_out = project(width, width)
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """[B, H, W, C], [B, M, D] -> [B, H, W, C]."""
+        h = self.proj_in(self.norm(x))
+        h = run(self.transformer_blocks, h.reshape(h.shape[0], -1, h.shape[-1]), context)
+        return x + self.proj_out(h.reshape(x.shape))
+
+
+class UNet2DConditionModel(Model):
+    """Predict the noise (or velocity) in a noisy latent, given the time and the text.
+
+    >>> import flaxdiff
+    >>> tiny = dict(block_out_channels=[32, 64], down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+    ...             up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"], cross_attention_dim=16)
+    >>> spec = UNet2DConditionModel.from_config(tiny)
+    >>> params = flaxdiff.init(spec, jax.random.key(0))
+    >>> x, text = jnp.zeros((1, 8, 8, 4)), jnp.zeros((1, 5, 16))
+    >>> flaxdiff.apply(spec, params, x, 10, encoder_hidden_states=text).shape
+    (1, 8, 8, 4)
+    """
+
+    config_class = UNet2DConditionConfig
+
+    def __init__(self, config: UNet2DConditionConfig):
+        c, width = config, config.block_out_channels
+        temb = c.time_embedding_dim or 4 * width[0]
+        heads, depth = c.per_stage("attention_head_dim"), c.per_stage("transformer_layers_per_block")
+        resnet = functools.partial(
+            ResnetBlock2D,
+            temb=temb,
+            groups=c.norm_num_groups,
+            eps=c.norm_eps,
+            act_fn=c.act_fn,
+            scale_shift=c.resnet_time_scale_shift == "scale_shift",
+        )
+        attention = lambda i: functools.partial(Transformer2DModel, heads=heads[i], depth=depth[i], c=c)
+        last = len(width) - 1
+
+        self.conv_in = Conv(c.in_channels, width[0])
+        self.time_embedding = TimestepEmbedding(width[0], temb, c.act_fn)
+        text_time = c.addition_embed_type == "text_time"
+        self.add_embedding = TimestepEmbedding(c.projection_class_embeddings_input_dim, temb) if text_time else None
+        self.down_blocks = nnx.List(
+            Stage(fans, resnet, attention(i) if kind.startswith("Cross") else None, c.downsample_padding if i < last else None)
+            for i, (kind, fans) in enumerate(zip(c.down_block_types, down_fans(width, c.layers_per_block)))
+        )
+        self.mid_block = MidBlock(width[-1], resnet, attention(last))
+        self.up_blocks = nnx.List(
+            Stage(fans, resnet, attention(last - i) if kind.startswith("Cross") else None, up=i < last)
+            for i, (kind, fans) in enumerate(zip(c.up_block_types, up_fans(width, c.layers_per_block)))
+        )
+        self.conv_norm_out = GroupNorm(width[0], c.norm_num_groups, c.norm_eps)
+        self.conv_out = Conv(width[0], c.out_channels)
+        self.config = c
+
+    def __call__(
+        self,
+        sample: jax.Array,
+        timestep: jax.Array | float,
+        encoder_hidden_states: jax.Array,
+        added_cond_kwargs: Mapping[str, jax.Array] | None = None,
+    ) -> jax.Array:
+        """Run the network.
+
+        Args:
+          sample: noisy latents [B, H, W, C].
+          timestep: a number, or one for each sample [B].
+          encoder_hidden_states: the text [B, M, D].
+          added_cond_kwargs: SDXL's `text_embeds` [B, P] (pooled text) and `time_ids` [B, 6] (sizes and crops in pixels).
+
+        Returns:
+          The prediction [B, H, W, C], in the dtype of the parameters.
+
+        Raises:
+          ValueError: SDXL's conditions are missing.
+        """
+        dtype = weights.dtype(value(self.conv_in.weight))
+        x, context = sample.astype(dtype), encoder_hidden_states.astype(dtype)
+        temb = self.embed(jnp.broadcast_to(timestep, sample.shape[:1]), added_cond_kwargs, dtype)
+
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            skips += block.down(skips[-1], temb, context)
+        x = self.mid_block(skips[-1], temb, context)
+        for i, block in enumerate(self.up_blocks):
+            below = skips[: -len(block.resnets)]  # what the next stage joins has the size to reach
+            x = block.up(x, skips, temb, context, below[-1].shape[1:3] if i < len(self.up_blocks) - 1 else None)
+        return self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(x)))
+
+    def embed(self, t: jax.Array, added: Mapping[str, jax.Array] | None, dtype: jnp.dtype) -> jax.Array:
+        """The embedding of time, and of SDXL's conditions: [B] -> [B, T]."""
+        c = self.config
+        waves = functools.partial(sinusoids, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
+        temb = self.time_embedding(waves(t, c.block_out_channels[0]).astype(dtype))
+        if self.add_embedding is None:
+            return temb
+        if added is None or not {"text_embeds", "time_ids"} <= set(added):
+            raise ValueError(
+                "This UNet is conditioned on pooled text and sizes: "
+                f"give added_cond_kwargs with text_embeds and time_ids (given: {sorted(added or ())})."
+            )
+        sizes = waves(added["time_ids"], c.addition_time_embed_dim).reshape(t.shape[0], -1)
+        return temb + self.add_embedding(jnp.concatenate([added["text_embeds"].astype(dtype), sizes.astype(dtype)], -1))
