@@ -9,6 +9,7 @@ _WHERE = {
     "flaxdiff.core": ("Spec", "abstract", "apply", "init", "layout"),
     "flaxdiff.models.autoencoder_kl": ("AutoencoderKL",),
     "flaxdiff.models.clip": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "flaxdiff.models.unet_2d": ("UNet2DModel",),
     "flaxdiff.models.unet_2d_condition": ("UNet2DConditionModel",),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}

@@ -1,9 +1,10 @@
 """Structure and values, apart.
 
-A network is written down as an `nnx.Module` and used as a `Spec`: its class and its frozen configuration, hashable, free of
-arrays. The numbers live in a flat dictionary, `Params`, whose keys are the names in the PyTorch checkpoint. Five functions
-join the two: `abstract` and `layout` describe the parameters, `init` draws them, `apply` computes. Nothing else in the
-library splits or merges modules, so `jit`, `grad`, `vmap`, `pmap` and `eval_shape` work on everything.
+A network is written down as an `nnx.Module` and used as a `Spec`: its class and its frozen configuration, hashable,
+free of arrays. The numbers live in a flat dictionary, `Params`, whose keys are the names in the PyTorch checkpoint.
+Five functions join the two: `abstract` and `layout` describe the parameters, `init` draws them, `apply` computes.
+Nothing else in the library splits or merges modules, so `jit`, `grad`, `vmap`, `pmap` and `eval_shape` work on
+everything.
 """
 
 import contextvars
@@ -92,7 +93,11 @@ class Model(nnx.Module):
             for key, value in config.items():
                 if key not in fields and not key.startswith("_") and value not in (None, False, [], {}):
                     near = difflib.get_close_matches(key, fields, 3)
-                    hint = f"did you mean {' or '.join(near)}?" if near else "remove it, or see whether it has another name."
+                    hint = (
+                        f"did you mean {' or '.join(near)}?"
+                        if near
+                        else "remove it, or see whether it has another name."
+                    )
                     raise ValueError(f"{cls.__name__} has no option {key!r} (given: {value!r}); {hint}")
         for key, value in known.items():
             allowed = fields[key].metadata.get("only")

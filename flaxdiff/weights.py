@@ -22,7 +22,8 @@ class LoRA:
       base: the weight [..., in, out] (or HWIO of a convolution); may itself be `Int8`.
       down: [..., in, rank] (a convolution: HWI, rank).
       up: [..., rank, out] (a convolution: 1, 1, rank, out).
-      scale: a scalar (stacked layers: one per layer); an argument of the compiled program, free to change between calls.
+      scale: a scalar (stacked layers: one per layer); an argument of the compiled program, free to change between
+        calls.
 
     >>> w = LoRA(jnp.eye(2), jnp.ones((2, 1)), jnp.ones((1, 2)), jnp.float32(0.5))
     >>> dot(jnp.ones((1, 2)), w)

@@ -3,8 +3,8 @@
 The encoder turns an image in [-1, 1] into the mean and log-variance of a Gaussian over latents eight times smaller; the
 decoder turns a latent back into an image. Stable Diffusion 1, 2, XL and most later families use it with other numbers.
 
-Reference: Kingma and Welling, Auto-Encoding Variational Bayes, 2013; Rombach et al., High-Resolution Image Synthesis with
-Latent Diffusion Models, 2022.
+Reference: Kingma and Welling, Auto-Encoding Variational Bayes, 2013; Rombach et al., High-Resolution Image Synthesis
+with Latent Diffusion Models, 2022.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from flax import nnx
 from flaxdiff import weights
 from flaxdiff.core import Config, Model
 from flaxdiff.nn.activations import ACTIVATIONS
-from flaxdiff.nn.attention import Attention
+from flaxdiff.nn.attention import RENAMES, Attention
 from flaxdiff.nn.layers import Conv, GroupNorm, value
-from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, down_fans
+from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, check_stages, down_fans
 
 EPS = 1e-6  # of every normalisation
 
@@ -49,10 +49,7 @@ class AutoencoderKLConfig(Config):
     mid_block_add_attention: bool = True
 
     def __post_init__(self):
-        for key, expected in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            unknown = set(getattr(self, key)) - {expected}
-            if unknown:
-                raise ValueError(f"AutoencoderKL: {key} holds {sorted(unknown)}; only {expected!r} is supported.")
+        check_stages("AutoencoderKL", self, down=("DownEncoderBlock2D",), up=("UpDecoderBlock2D",))
 
 
 class DiagonalGaussian(NamedTuple):
@@ -134,13 +131,7 @@ class AutoencoderKL(Model):
     """
 
     config_class = AutoencoderKLConfig
-    # Files older than diffusers 0.12 name the attention after its parts.
-    renames = (
-        (r"attentions\.0\.query\.", "attentions.0.to_q."),
-        (r"attentions\.0\.key\.", "attentions.0.to_k."),
-        (r"attentions\.0\.value\.", "attentions.0.to_v."),
-        (r"attentions\.0\.proj_attn\.", "attentions.0.to_out.0."),
-    )
+    renames = RENAMES
 
     def __init__(self, config: AutoencoderKLConfig):
         c, z = config, config.latent_channels

@@ -1,7 +1,8 @@
 """CLIPTextModel and CLIPTextModelWithProjection: the text encoders of Stable Diffusion and many others.
 
-A causal transformer over at most 77 tokens. `last_hidden_state` is what a denoiser attends to, `hidden_states` holds every
-layer (SDXL reads the last but one), `pooler_output` is the state at the end-of-text token, and `text_embeds` its projection.
+A causal transformer over at most 77 tokens. `last_hidden_state` is what a denoiser attends to, `hidden_states` holds
+every layer (SDXL reads the last but one), `pooler_output` is the state at the end-of-text token, and `text_embeds`
+its projection.
 
 Reference: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021.
 """

@@ -3,7 +3,8 @@
 A U-Net of residual blocks in which transformer blocks attend to the text. The timestep, and in SDXL the pooled text and
 the sizes of the picture, enter every residual block as one embedding.
 
-Reference: Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, 2022; Podell et al., SDXL, 2023.
+Reference: Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, 2022; Podell et al., SDXL,
+2023.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from flaxdiff.nn.attention import Attention
 from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
 from flaxdiff.nn.layers import Conv, GroupNorm, LayerNorm, Linear, value
 from flaxdiff.nn.stack import run, stack
-from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, down_fans, up_fans
+from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, check_stages, down_fans, up_fans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,16 +79,9 @@ class UNet2DConditionConfig(Config):
     addition_embed_type_num_heads: int = 64
 
     def __post_init__(self):
+        down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+        check_stages("UNet2DConditionModel", self, down, up)
         n = len(self.block_out_channels)
-        for key, kinds in (
-            ("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D")),
-            ("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D")),
-        ):
-            types = getattr(self, key)
-            if unknown := sorted(set(types) - set(kinds)):
-                raise ValueError(f"UNet2DConditionModel: {key} holds {unknown}; supported are {list(kinds)}.")
-            if len(types) != n:
-                raise ValueError(f"UNet2DConditionModel: {key} has {len(types)} entries, block_out_channels {n}.")
         for key in ("attention_head_dim", "transformer_layers_per_block"):
             if len(self.per_stage(key)) != n:
                 raise ValueError(f"UNet2DConditionModel: {key}={getattr(self, key)} needs {n} entries, or one number.")
@@ -186,7 +180,12 @@ class UNet2DConditionModel(Model):
         text_time = c.addition_embed_type == "text_time"
         self.add_embedding = TimestepEmbedding(c.projection_class_embeddings_input_dim, temb) if text_time else None
         self.down_blocks = nnx.List(
-            Stage(fans, resnet, attention(i) if kind.startswith("Cross") else None, c.downsample_padding if i < last else None)
+            Stage(
+                fans,
+                resnet,
+                attention(i) if kind.startswith("Cross") else None,
+                c.downsample_padding if i < last else None,
+            )
             for i, (kind, fans) in enumerate(zip(c.down_block_types, down_fans(width, c.layers_per_block)))
         )
         self.mid_block = MidBlock(width[-1], resnet, attention(last))
@@ -211,7 +210,8 @@ class UNet2DConditionModel(Model):
           sample: noisy latents [B, H, W, C].
           timestep: a number, or one for each sample [B].
           encoder_hidden_states: the text [B, M, D].
-          added_cond_kwargs: SDXL's `text_embeds` [B, P] (pooled text) and `time_ids` [B, 6] (sizes and crops in pixels).
+          added_cond_kwargs: SDXL's `text_embeds` [B, P] (pooled text) and `time_ids` [B, 6] (sizes and crops in
+            pixels).
 
         Returns:
           The prediction [B, H, W, C], in the dtype of the parameters.

@@ -1,8 +1,9 @@
 """Scaled dot-product attention, and the multi-head layer of the Stable Diffusion families.
 
-`attention` is the one place that decides how softmax(QKᵀ/√d)V is computed. "plain" materialises the scores; "sliced" walks
-over heads and blocks of query rows, so that the scores never take more than one block of memory; "auto" is plain while
-the scores are small and sliced beyond. The choice is `spec.config.attention`, set for every layer at once by `apply`.
+`attention` is the one place that decides how softmax(QKᵀ/√d)V is computed. "plain" materialises the scores; "sliced"
+walks over heads and blocks of query rows, so that the scores never take more than one block of memory; "auto" is
+plain while the scores are small and sliced beyond. The choice is `spec.config.attention`, set for every layer at once
+by `apply`.
 """
 
 import jax
@@ -15,6 +16,12 @@ from flaxdiff.nn.layers import GroupNorm, Linear
 ROWS = 512  # query rows in a slice: the block of scores stays in cache
 LARGE = 2**22  # scores (batch x heads x queries x keys) beyond which "auto" slices
 BACKENDS = ("auto", "plain", "sliced")
+
+# Files older than diffusers 0.12 name the attention between convolutions after its parts.
+RENAMES = tuple(
+    (rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.")
+    for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items()
+)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False) -> jax.Array:

@@ -25,7 +25,8 @@ def sinusoids(
     >>> sinusoids(jnp.array([0, 1]), 4).shape
     (2, 4)
 
-    Reference: Vaswani et al., Attention Is All You Need, 2017; Ho et al., Denoising Diffusion Probabilistic Models, 2020.
+    Reference: Vaswani et al., Attention Is All You Need, 2017; Ho et al., Denoising Diffusion Probabilistic Models,
+      2020.
     """
     half = width // 2
     omega = jnp.exp(-jnp.log(jnp.float32(max_period)) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))

@@ -1,7 +1,8 @@
 """The layers that networks are made of: linear, convolution, normalisation, embedding table.
 
-Each holds leaves named `weight` and `bias`, as PyTorch names them, declared by `core.param` with the kind that tells the
-checkpoint converter how a file lays them out. Computation runs in the dtype of the weights; normalisation in float32.
+Each holds leaves named `weight` and `bias`, as PyTorch names them, declared by `core.param` with the kind that tells
+the checkpoint converter how a file lays them out. Computation runs in the dtype of the weights; normalisation in
+float32.
 """
 
 import math
@@ -60,7 +61,12 @@ class Conv(nnx.Module):
     """A two-dimensional convolution of [B, H, W, C] with W [kh, kw, in, out]; `padding` as PyTorch counts it."""
 
     def __init__(
-        self, fan_in: int, fan_out: int, kernel: int = 3, stride: int = 1, padding: int | tuple[tuple[int, int], ...] = 1
+        self,
+        fan_in: int,
+        fan_out: int,
+        kernel: int = 3,
+        stride: int = 1,
+        padding: int | tuple[tuple[int, int], ...] = 1,
     ):
         self.weight = param((kernel, kernel, fan_in, fan_out), "conv", uniform(fan_in * kernel**2))
         self.bias = param((fan_out,), "raw", uniform(fan_in * kernel**2))
@@ -76,7 +82,9 @@ class GroupNorm(nnx.Module):
 
     def __init__(self, channels: int, groups: int = 32, eps: float = 1e-5):
         if channels % groups:
-            raise ValueError(f"GroupNorm: {channels} channels do not divide into {groups} groups; change norm_num_groups.")
+            raise ValueError(
+                f"GroupNorm: {channels} channels do not divide into {groups} groups; change norm_num_groups."
+            )
         self.weight, self.bias = param((channels,), "norm", ones), param((channels,), "norm", zeros)
         self.groups, self.eps = groups, eps
 

@@ -1,11 +1,13 @@
-"""Residual blocks and the three shapes of stage (down, middle, up) that every convolutional network of the field shares.
+"""Residual blocks and the three shapes of stage (down, middle, up) that every convolutional network of the field
+shares.
 
-`UNet2DModel`, `UNet2DConditionModel` and both halves of `AutoencoderKL` are these, differing in whether a time embedding
-comes in, which attention (if any) follows each residual block, and whether the down stages hand skips to the up stages.
-Names are diffusers': `resnets.0.conv1`, `attentions.0`, `downsamplers.0.conv`.
+`UNet2DModel`, `UNet2DConditionModel` and both halves of `AutoencoderKL` are these, differing in whether a time
+embedding comes in, which attention (if any) follows each residual block, and whether the down stages hand skips to
+the up stages. Names are diffusers': `resnets.0.conv1`, `attentions.0`, `downsamplers.0.conv`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -177,3 +179,13 @@ def up_fans(channels: tuple[int, ...], layers: int) -> list[list[tuple[int, int]
             x = c
         stages.append(fans)
     return stages
+
+
+def check_stages(model: str, config: Any, down: tuple[str, ...], up: tuple[str, ...]) -> None:
+    """Raise ValueError unless a configuration names one known block for each entry of block_out_channels."""
+    for key, kinds in (("down_block_types", down), ("up_block_types", up)):
+        types, n = getattr(config, key), len(config.block_out_channels)
+        if unknown := sorted(set(types) - set(kinds)):
+            raise ValueError(f"{model}: {key} holds {unknown}; supported are {list(kinds)}.")
+        if len(types) != n:
+            raise ValueError(f"{model}: {key} has {len(types)} entries and block_out_channels {n}; give one for each.")
