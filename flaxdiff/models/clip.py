@@ -139,6 +139,11 @@ class CLIPTextModel(Model):
     def __call__(self, input_ids: jax.Array) -> CLIPTextOutput:
         return self.text_model(input_ids)
 
+    def skip(self, input_ids: jax.Array, layers: jax.Array | int) -> jax.Array:
+        """The hidden states some layers before the last, normalised like the last: [B, N] -> [B, N, D]."""
+        hidden = self.text_model(input_ids).hidden_states
+        return self.text_model.final_layer_norm(hidden[len(hidden) - 1 - jnp.asarray(layers)])
+
     @classmethod
     def to_config(cls, config: Any) -> dict[str, Any]:
         """transformers' form: it names the architecture and its type."""

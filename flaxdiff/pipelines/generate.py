@@ -1,0 +1,172 @@
+"""The one loop: from conditions and noise to pictures, for every family.
+
+A `Program` is what gets compiled: the family's functions, the specs of its networks and the rule of guidance; hashable,
+without weights, scheduler or tokenizer. Its methods are pure functions of (params, key, inputs). `generate` does all of
+it in one program. `begin`, `step` and `decode` are its parts, for a host that wants to look on between steps.
+
+`inputs` is a dictionary of arrays, made by a pipeline's `prepare_inputs`:
+  index [B]       which image is which: image b draws from fold_in(key, index[b]), whatever device it is on
+  plan            the scheduler's tables, padded so that other schedulers and step counts fit the same program
+  size            `Size(height, width)` in pixels, part of the structure
+  guidance        {"guidance_scale", "guidance_rescale"}: numbers, or one for each image; absent without a second branch
+  latents, image, image_latents, noisy_latents    at most one: where to start, see `start`
+and what the family's `encode` reads, e.g. prompt_ids.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flaxdiff import core
+from flaxdiff.guidance import Guidance, standard
+from flaxdiff.schedulers import tables
+
+Inputs = Mapping[str, Any]
+Cond = Mapping[str, jax.Array]  # what one branch tells the network
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Height and width in pixels: part of an input's structure, not of its values."""
+
+    height: int
+    width: int
+
+
+class Networks(NamedTuple):
+    """The networks of a pipeline with their weights, for the functions of a family: `networks("unet", x, t, text)`."""
+
+    specs: Mapping[str, core.Spec]
+    params: Mapping[str, core.Params]
+
+    def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return core.apply(self.specs[name], self.params[name], *args, **kwargs)
+
+    def config(self, name: str) -> Any:
+        return self.specs[name].config
+
+
+class Family(NamedTuple):
+    """What tells one family of models from another: a few functions, all but the first pure.
+
+    Attributes:
+      prepare: (pipe, size, guided, …) -> arrays for the inputs, on the host: the prompts as tokens. Its further
+        parameters are what the pipeline's call takes for this family.
+      encode: (networks, inputs) -> a `Cond` for each branch; "positive" always, "negative" when guided.
+      predict: (networks, model_input [B, h, w, C], timestep [], cond) -> the network's output.
+      latent_shape: (networks' specs, size) -> (h, w, C).
+      decode: (networks, latents) -> images [B, H, W, 3] in [-1, 1].
+      encode_image: (networks, images in [-1, 1], keys [B]) -> latents; None where there is no way in.
+    """
+
+    prepare: Callable[..., dict[str, Any]]
+    encode: Callable[[Networks, Inputs], Mapping[str, Cond]]
+    predict: Callable[[Networks, jax.Array, jax.Array, Cond], jax.Array]
+    latent_shape: Callable[[Mapping[str, core.Spec], Size], tuple[int, int, int]]
+    decode: Callable[[Networks, jax.Array], jax.Array]
+    encode_image: Callable[[Networks, jax.Array, jax.Array], jax.Array] | None = None
+
+
+class Conditions(NamedTuple):
+    """What stays the same throughout a run."""
+
+    branches: Mapping[str, Cond]
+    strengths: Mapping[str, jax.Array] | None  # of the guidance; None where there is but one branch
+
+
+class State(NamedTuple):
+    """Where a run stands between two evaluations of the network."""
+
+    sampler: tables.SchedulerState
+    guidance: Any
+
+
+def per_image_keys(key: jax.Array, index: jax.Array) -> jax.Array:
+    """A key for each image: those given [B], or one key folded with each index."""
+    key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    return key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What gets compiled, see the module's paragraph."""
+
+    family: Family
+    specs: tuple[tuple[str, core.Spec], ...]
+    guidance: Callable[[Mapping[str, jax.Array]], Guidance] = standard
+
+    def networks(self, params: Mapping[str, core.Params]) -> Networks:
+        return Networks(dict(self.specs), params)
+
+    def generate(self, params: Mapping[str, core.Params], key: jax.Array, inputs: Inputs) -> jax.Array:
+        """Pictures [B, H, W, C], float32 in [0, 1].
+
+        Args:
+          params: component -> parameters.
+          key: one PRNG key, from which image b takes fold_in(key, index[b]), or one for each image [B].
+          inputs: from `prepare_inputs`.
+        """
+        conditions, state = self.begin(params, key, inputs)
+        # The table has a fixed length and the run its own: what is left of the table is skipped, not computed. A scan
+        # and not a while loop, so that gradients flow; a step is recomputed on the way back, to keep only the latents.
+        forward = jax.checkpoint(lambda state: self.step(params, conditions, state))
+
+        def body(state, row):
+            return jax.lax.cond(row < state.sampler.plan.steps, forward, lambda state: state, state), None
+
+        state, _ = jax.lax.scan(body, state, jnp.arange(len(inputs["plan"].timesteps)))
+        return self.decode(params, state.sampler.sample)
+
+    def begin(self, params: Mapping[str, core.Params], key: jax.Array, inputs: Inputs) -> tuple[Conditions, State]:
+        """What the network is told throughout, and the state before the first evaluation."""
+        keys = jax.vmap(jax.random.split)(per_image_keys(key, inputs["index"]))
+        networks, strengths = self.networks(params), inputs.get("guidance")
+        x = self.start(networks, keys[:, 0], inputs)
+        memory = None if strengths is None else self.guidance(strengths).init(x)
+        conditions = Conditions(self.family.encode(networks, inputs), strengths)
+        return conditions, State(tables.init(inputs["plan"], x, keys[:, 1]), memory)
+
+    def start(self, networks: Networks, keys: jax.Array, inputs: Inputs) -> jax.Array:
+        """The sample [B, h, w, C] that the run starts from.
+
+        Noise drawn from the keys, or `latents` [B, h, w, C] in its place; or an `image` (pixels in [-1, 1]) or
+        `image_latents` under the noise of the plan's first row; or `noisy_latents` as another run left them.
+        """
+        if "noisy_latents" in inputs:
+            return jnp.asarray(inputs["noisy_latents"], jnp.float32)
+        plan = jax.tree.map(jnp.asarray, inputs["plan"])
+        if "latents" in inputs:
+            noise = jnp.asarray(inputs["latents"], jnp.float32)
+        else:
+            shape = self.family.latent_shape(networks.specs, inputs["size"])
+            noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+        if "image" in inputs:
+            known = self.family.encode_image(
+                networks, inputs["image"], jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+            )
+        elif "image_latents" in inputs:
+            known = jnp.asarray(inputs["image_latents"], jnp.float32)
+        else:
+            return plan.init_noise_sigma * noise
+        return plan.alpha[0] * known + plan.sigma[0] * noise
+
+    def step(self, params: Mapping[str, core.Params], conditions: Conditions, state: State) -> State:
+        """One evaluation of the network, all branches in one batch, and one row of the scheduler's table."""
+        sampler, (branches, strengths) = state.sampler, conditions
+        x = jnp.concatenate([sampler.model_input] * len(branches))
+        cond = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *branches.values())
+        output = self.family.predict(self.networks(params), x, sampler.timestep, cond).astype(jnp.float32)
+        predictions = dict(zip(branches, jnp.split(output, len(branches))))
+        guess, memory = predictions["positive"], state.guidance
+        if strengths is not None:
+            guess, memory = self.guidance(strengths).combine(memory, guess, predictions)
+        return State(tables.step(sampler, guess), memory)
+
+    def decode(self, params: Mapping[str, core.Params], latents: jax.Array) -> jax.Array:
+        """Latents -> pictures [B, H, W, C], float32 in [0, 1]."""
+        images = self.family.decode(self.networks(params), latents)
+        return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)

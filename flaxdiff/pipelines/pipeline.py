@@ -1,0 +1,226 @@
+"""What every pipeline is: networks, a scheduler, tokenizers and a few settings; frozen, and without weights.
+
+A pipeline class is a family of models times a task, named as diffusers names it. It turns what a user asks for into
+arrays (`prepare_inputs`), and hands out the pure function that makes pictures of them (`generate`). Calling it does
+both, step by step under a progress bar. Whatever diffusers would change in place (`enable_attention_slicing`, another
+scheduler or autoencoder) returns a new pipeline here.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from flaxdiff import images as pictures
+from flaxdiff.core import Params, Spec
+from flaxdiff.guidance import Guidance, standard
+from flaxdiff.pipelines.generate import Family, Program
+from flaxdiff.pipelines.tasks import text_to_image
+from flaxdiff.schedulers import Scheduler
+
+ROWS = 64  # length of the scheduler's tables: runs of up to so many evaluations share a compiled program
+
+_begin = jax.jit(Program.begin, static_argnums=0)
+_step = jax.jit(Program.step, static_argnums=0)
+_decode = jax.jit(Program.decode, static_argnums=0)
+
+
+class PipelineOutput(NamedTuple):
+    """What a call returns: pictures of Pillow, or an array when asked for."""
+
+    images: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionPipeline:
+    """The base of all pipelines; `DiffusionPipeline.from_pretrained` finds the class that a checkpoint names.
+
+    Attributes:
+      specs: (component, spec) of each network.
+      scheduler: the sampler.
+      tokenizers: (component, tokenizer); a tokenizer maps a list of texts to ids [B, N].
+      settings: (key, value) of model_index.json beside the components.
+      guidance: strengths -> the rule that joins the branches.
+      progress: whether a call shows a progress bar.
+
+    >>> import flaxdiff, jax
+    >>> pipe, params = flaxdiff.load()
+    >>> pipe(params, jax.random.key(0), prompt="red apple", num_inference_steps=2).images[0].size
+    (64, 64)
+    """
+
+    specs: tuple[tuple[str, Spec], ...]
+    scheduler: Scheduler
+    tokenizers: tuple[tuple[str, Callable[[Sequence[str]], np.ndarray]], ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
+    guidance: Callable[[Mapping[str, jax.Array]], Guidance] = standard
+    progress: bool = True
+
+    family: ClassVar[Family]
+    task: ClassVar[Callable] = staticmethod(text_to_image)
+    defaults: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 7.5}
+
+    # --- loading, saving, changing -----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, repo: str, **options: Any) -> tuple[Self, dict[str, Params]]:
+        """Load a pipeline and its parameters from a folder or a Hub repository; see `checkpoint.load_pipeline`."""
+        from flaxdiff import checkpoint
+
+        return checkpoint.load_pipeline(cls, repo, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        for components in (self.specs, self.tokenizers, self.settings) if not name.startswith("_") else ():
+            if name in dict(components):
+                return dict(components)[name]
+        raise AttributeError(f"{type(self).__name__} has no {name!r}.")
+
+    def replace(self, **changes: Any) -> Self:
+        """The same pipeline with some parts changed: a component by its name, or a field.
+
+        >>> import flaxdiff
+        >>> pipe, params = flaxdiff.load()
+        >>> pipe.replace(scheduler=flaxdiff.EulerDiscreteScheduler.from_config(pipe.scheduler)).scheduler.order
+        1
+        """
+        fields = {f.name for f in dataclasses.fields(self)}
+        changed = {k: v for k, v in changes.items() if k in fields}
+        for group in ("specs", "tokenizers", "settings"):
+            ours = {k: changes[k] for k in dict(getattr(self, group)) if k in changes}
+            if ours:
+                changed[group] = tuple((dict(getattr(self, group)) | ours).items())
+        known = fields | {k for group in ("specs", "tokenizers", "settings") for k in dict(getattr(self, group))}
+        if unknown := sorted(set(changes) - known):
+            raise TypeError(f"{type(self).__name__} has no part {unknown}; it has {', '.join(sorted(known))}.")
+        return dataclasses.replace(self, **changed)
+
+    def enable_attention_slicing(self) -> Self:
+        """The same pipeline with attention computed in slices: less memory, some time."""
+        return self.replace(**{name: spec.replace(attention="sliced") for name, spec in self.specs})
+
+    # --- sampling ----------------------------------------------------------------------------------------------------
+
+    @property
+    def program(self) -> Program:
+        """What gets compiled: independent of scheduler, tokenizers and everything that is a value."""
+        return Program(self.family, self.specs, self.guidance)
+
+    @property
+    def generate(self) -> Callable[[Mapping[str, Params], jax.Array, Mapping[str, Any]], jax.Array]:
+        """(params, key, inputs) -> pictures [B, H, W, C], float32 in [0, 1]: a pure function to jit, vmap, pmap, grad.
+
+        It is the same function whatever the scheduler, so that swapping one compiles nothing.
+        """
+        return self.program.generate
+
+    def prepare_inputs(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        guidance_rescale: float | Sequence[float] = 0.0,
+        num_images_per_prompt: int = 1,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Turn what is asked for into arrays, on the host: the `inputs` of `generate`.
+
+        Args:
+          prompt: what to draw; one text or several.
+          num_inference_steps: steps of the scheduler; or else
+          timesteps, sigmas: a schedule of one's own.
+          guidance_scale: strength of the prompt, one number or one for each image; at most 1 asks the network once.
+          guidance_rescale: see `guidance.rescale`.
+          num_images_per_prompt: pictures of each prompt.
+          **options: of the family (`negative_prompt`, `prompt_embeds`, …), of the task (`height`, `image`, …), and of
+            the scheduler's plan (`eta`, `denoising_end`, …).
+
+        Raises:
+          ValueError: nothing to draw, a size that does not divide, and the like.
+        """
+        scale = self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        guided = bool(np.max(scale) > 1)
+        options["prompt"] = prompt
+        take = lambda function: {
+            k: options.pop(k) for k in list(options) if k in inspect.signature(function).parameters
+        }
+        size, arrays, window = self.task(self, **take(self.task))
+        arrays |= self.family.prepare(self, size, guided, **take(self.family.prepare))
+        if options.pop("prompt", None) is not None:
+            raise TypeError(f"{type(self).__name__} takes no prompt.")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: ask for at least one.")
+
+        prompts = max(len(a) for a in arrays.values() if np.ndim(a))
+        batch = prompts * num_images_per_prompt
+        inputs = {k: _per_image(k, a, prompts, num_images_per_prompt) for k, a in arrays.items()}
+        if timesteps is None and sigmas is None:
+            num_inference_steps = num_inference_steps or self.defaults["num_inference_steps"]
+        plan = self.scheduler.plan(num_inference_steps, timesteps=timesteps, sigmas=sigmas, **window, **options)
+        rows = max(ROWS, 1 << (int(plan.steps) - 1).bit_length())
+        inputs |= {"index": np.arange(batch, dtype=np.int32), "size": size, "plan": plan.pad(rows)}
+        if guided:
+            strengths = {"guidance_scale": scale, "guidance_rescale": guidance_rescale}
+            inputs["guidance"] = {k: np.asarray(v, np.float32) for k, v in strengths.items()}
+        return inputs
+
+    def __call__(
+        self,
+        params: Mapping[str, Params],
+        key: jax.Array | Sequence[jax.Array],
+        *,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[[Self, int, float, dict[str, jax.Array]], Mapping | None] | None = None,
+        **options: Any,
+    ) -> PipelineOutput:
+        """Make pictures.
+
+        Args:
+          params: component -> parameters.
+          key: one PRNG key, or one for each image: a picture that pleases is made again, and refined, by its own key.
+          output_type: "pil", "np" (float32 [B, H, W, C] in [0, 1]), or "latent" (not decoded).
+          callback_on_step_end: called as (pipe, step, timestep, {"latents": …}) after each step; latents that it
+            returns in a dictionary replace those of the run.
+          **options: see `prepare_inputs`.
+
+        Returns:
+          The pictures, as `.images`.
+        """
+        if output_type not in ("pil", "np", "latent"):
+            raise ValueError(f"output_type={output_type!r} is not known; use 'pil', 'np' or 'latent'.")
+        inputs, program = self.prepare_inputs(**options), self.program
+        key = jnp.stack(list(key)) if isinstance(key, Sequence) else key
+        conditions, state = _begin(program, params, key, inputs)
+        timesteps = np.asarray(inputs["plan"].timesteps)
+        with tqdm(total=int(inputs["plan"].steps), disable=not self.progress) as bar:
+            for i in range(bar.total):
+                before, state = state, _step(program, params, conditions, state)
+                if callback_on_step_end is not None:
+                    told = callback_on_step_end(self, i, float(timesteps[i]), {"latents": state.sampler.sample})
+                    if told and "latents" in told:
+                        slots = state.sampler.slots.at[0].set(told["latents"])
+                        state = state._replace(sampler=state.sampler._replace(slots=slots))
+                jax.block_until_ready(before)  # one step behind, so that the bar is true and the device never waits
+                bar.update()
+        if output_type == "latent":
+            return PipelineOutput(state.sampler.sample)
+        images = np.asarray(_decode(program, params, state.sampler.sample))
+        return PipelineOutput(pictures.to_pil(images) if output_type == "pil" else images)
+
+
+def _per_image(name: str, array: Any, prompts: int, copies: int) -> np.ndarray | jax.Array:
+    """Values for each prompt as values for each image; what is the same for all is broadcast, a number stays one."""
+    if np.ndim(array) == 0:
+        return np.asarray(array)
+    if len(array) == prompts * copies and copies > 1 and name in ("latents", "image_latents", "noisy_latents"):
+        return array
+    if len(array) not in (1, prompts):
+        raise ValueError(f"{name} has {len(array)} entries for {prompts} prompts; give one, or one for each.")
+    return np.repeat(array, prompts * copies // len(array), axis=0)

@@ -1,0 +1,129 @@
+"""Stable Diffusion XL: two text encoders, and a U-Net that is told the sizes of the picture as well.
+
+The base makes latents from noise. The refiner, which has the second text encoder only and is told an aesthetic score,
+takes over where `denoising_end` left off, or reworks a picture.
+
+Reference: Podell et al., SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis, 2023.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxdiff.pipelines import stable_diffusion
+from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
+from flaxdiff.pipelines.pipeline import DiffusionPipeline
+from flaxdiff.pipelines.tasks import image_to_image
+from flaxdiff.pipelines.text import check_prompts, texts
+
+Pair = tuple[int, int]
+
+
+def prepare(
+    pipe: DiffusionPipeline,
+    size: Size,
+    guided: bool,
+    prompt: str | Sequence[str] | None = None,
+    prompt_2: str | Sequence[str] | None = None,
+    negative_prompt: str | Sequence[str] | None = None,
+    negative_prompt_2: str | Sequence[str] | None = None,
+    prompt_embeds: jax.Array | None = None,
+    negative_prompt_embeds: jax.Array | None = None,
+    pooled_prompt_embeds: jax.Array | None = None,
+    negative_pooled_prompt_embeds: jax.Array | None = None,
+    clip_skip: int = 0,
+    original_size: Pair | None = None,
+    crops_coords_top_left: Pair = (0, 0),
+    target_size: Pair | None = None,
+    negative_original_size: Pair | None = None,
+    negative_crops_coords_top_left: Pair | None = None,
+    negative_target_size: Pair | None = None,
+    aesthetic_score: float = 6.0,
+    negative_aesthetic_score: float = 2.5,
+) -> dict[str, Any]:
+    """The prompts as tokens of both encoders, or as embeddings, and the sizes.
+
+    Args:
+      prompt, negative_prompt: what to draw and what to avoid.
+      prompt_2, negative_prompt_2: the same for the second encoder; by default what the first reads.
+      prompt_embeds, pooled_prompt_embeds, …: in their place, [B, N, D] and [B, P].
+      clip_skip: how many layers before the last but one to read the text encoders at.
+      original_size, crops_coords_top_left, target_size: (height, width) in pixels of the picture that this is to look
+        like, before it was cropped; where the crop began; and the size it has now. By default the picture's own.
+      negative_…: the same for the negative branch; by default as the positive one.
+      aesthetic_score, negative_aesthetic_score: for the refiner.
+    """
+    check_prompts(pipe, prompt, prompt_embeds)
+    if prompt_embeds is not None and pooled_prompt_embeds is None:
+        raise ValueError("prompt_embeds need pooled_prompt_embeds beside them; give both, as the encoders make them.")
+    # An absent negative prompt is not an empty text to the checkpoints that say so, but zeros.
+    settings = dict(pipe.settings)
+    zeros = bool(settings.get("force_zeros_for_empty_prompt")) and negative_prompt is None
+    arrays: dict[str, Any] = {"clip_skip": clip_skip, "negative_keep": np.float32(not zeros)}
+    branches = (
+        ("", prompt, prompt_2, prompt_embeds, pooled_prompt_embeds),
+        ("negative_", negative_prompt, negative_prompt_2, negative_prompt_embeds, negative_pooled_prompt_embeds),
+    )
+    for prefix, text, text_2, embeds, pooled in branches[: 1 + guided]:
+        if embeds is not None:
+            arrays |= {f"{prefix}prompt_embeds": embeds, f"{prefix}pooled_prompt_embeds": pooled}
+            continue
+        for (name, tokenizer), words in zip(pipe.tokenizers, (text, text if text_2 is None else text_2)):
+            arrays[prefix + name.replace("tokenizer", "prompt_ids")] = tokenizer(texts(words))
+
+    own, scored = (size.height, size.width), settings.get("requires_aesthetics_score")
+    original, crop, target = original_size or own, crops_coords_top_left, target_size or own
+    last = (aesthetic_score,) if scored else target
+    arrays["time_ids"] = np.float32([(*original, *crop, *last)])
+    if guided:
+        last = (negative_aesthetic_score,) if scored else negative_target_size or target
+        first = (*(negative_original_size or original), *(negative_crops_coords_top_left or crop))
+        arrays["negative_time_ids"] = np.float32([(*first, *last)])
+    return arrays
+
+
+def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
+    """The text of each branch: hidden states of both encoders side by side, the pooled state of the second, the
+    sizes.""" encoders = [name for name in ("text_encoder", "text_encoder_2") if name in networks.specs] cond = {} for
+    branch, prefix in (("positive", ""), ("negative", "negative_")):
+        if f"{prefix}time_ids" not in inputs:
+            continue
+        if f"{prefix}prompt_embeds" in inputs:
+            text, pooled = inputs[f"{prefix}prompt_embeds"], inputs[f"{prefix}pooled_prompt_embeds"]
+        else:
+            ids = [inputs[prefix + name.replace("text_encoder", "prompt_ids")] for name in encoders]
+            outputs = [networks(name, i) for name, i in zip(encoders, ids)]
+            layer = lambda hidden: hidden[len(hidden) - 2 - jnp.asarray(inputs["clip_skip"])]
+            text, pooled = jnp.concatenate([layer(o.hidden_states) for o in outputs], -1), outputs[-1].text_embeds
+            if prefix:
+                keep = jnp.asarray(inputs["negative_keep"]).astype(text.dtype)
+                text, pooled = text * keep, pooled * keep
+        cond[branch] = {"text": text, "pooled": pooled, "time_ids": inputs[f"{prefix}time_ids"]}
+    return cond
+
+
+def predict(networks: Networks, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
+    """The U-Net's output."""
+    added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
+    return networks("unet", x, t, cond["text"], added_cond_kwargs=added)
+
+
+STABLE_DIFFUSION_XL = stable_diffusion.STABLE_DIFFUSION._replace(prepare=prepare, encode=encode, predict=predict)
+
+
+class StableDiffusionXLPipeline(DiffusionPipeline):
+    """Text to image with the base of Stable Diffusion XL; `denoising_end` leaves the rest to the refiner."""
+
+    family = STABLE_DIFFUSION_XL
+    defaults = {"num_inference_steps": 50, "guidance_scale": 5.0}
+
+
+class StableDiffusionXLImg2ImgPipeline(DiffusionPipeline):
+    """Image to image with Stable Diffusion XL, and its refiner: `image` may be the base's latents."""
+
+    family = STABLE_DIFFUSION_XL
+    task = staticmethod(image_to_image)
+    defaults = {**StableDiffusionXLPipeline.defaults, "strength": 0.3}

@@ -1,0 +1,101 @@
+"""Tasks: what a run starts from. A task only prepares arrays; the loop is the same for all.
+
+Each takes the pipeline and what its call was given, and returns the size of the picture, arrays for the inputs (see
+`generate`), and which part of the schedule to run.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from flaxdiff import images as pictures
+from flaxdiff.pipelines.generate import Size
+
+if TYPE_CHECKING:
+    from flaxdiff.pipelines.pipeline import DiffusionPipeline
+
+Prepared = tuple[Size, dict[str, Any], dict[str, Any]]
+
+
+def text_to_image(
+    pipe: "DiffusionPipeline",
+    height: int | None = None,
+    width: int | None = None,
+    latents: jax.Array | None = None,
+) -> Prepared:
+    """Start from noise.
+
+    Args:
+      height, width: of the picture in pixels; by default what the network was trained on.
+      latents: the noise to start from [B, h, w, C], of unit variance, in place of what the key gives.
+
+    Raises:
+      ValueError: a size that the networks do not divide.
+    """
+    default = native_size(pipe)
+    size = Size(height or default.height, width or default.width)
+    check_size(pipe, size)
+    return size, {} if latents is None else {"latents": latents}, {}
+
+
+def image_to_image(
+    pipe: "DiffusionPipeline",
+    image: Any = None,
+    strength: float | None = None,
+    denoising_start: float | None = None,
+    latents: jax.Array | None = None,
+) -> Prepared:
+    """Start from a picture under noise.
+
+    Args:
+      image: Pillow pictures, or arrays [B, H, W, 3] in [0, 1], or latents [B, h, w, Z] as `output_type="latent"`
+        returns them.
+      strength: how much of the schedule to run: near 0 keeps the picture, 1 forgets it.
+      denoising_start: begin where this share of the denoising is done, on latents that are as noisy as that.
+      latents: the noise to add, of unit variance, in place of what the key gives.
+
+    Raises:
+      ValueError: no picture, a size that the networks do not divide, a strength outside (0, 1].
+    """
+    if image is None:
+        raise ValueError(f"{type(pipe).__name__} starts from a picture; give image=.")
+    if strength is not None and denoising_start is not None:
+        raise ValueError("strength and denoising_start both say where to begin; give one of them.")
+    if strength is not None and not 0 < strength <= 1:
+        raise ValueError(f"strength={strength} must lie in (0, 1].")
+    channels, factor = pipe.vae.config.latent_channels, vae_factor(pipe)
+    given = {} if latents is None else {"latents": latents}
+    if getattr(image, "ndim", 0) == 4 and image.shape[-1] == channels != 3:
+        size = Size(image.shape[1] * factor, image.shape[2] * factor)
+        start = {"image_latents" if denoising_start is None else "noisy_latents": image}
+    else:
+        start = {"image": pictures.to_array(image)}
+        size = Size(*start["image"].shape[1:3])
+    check_size(pipe, size)
+    window = {"strength": strength or pipe.defaults["strength"]} if denoising_start is None else {}
+    window |= {} if denoising_start is None else {"denoising_start": denoising_start}
+    return size, start | given, window
+
+
+def vae_factor(pipe: "DiffusionPipeline") -> int:
+    """Pixels to a latent along each side; 1 without an autoencoder."""
+    specs = dict(pipe.specs)
+    return 2 ** (len(specs["vae"].config.block_out_channels) - 1) if "vae" in specs else 1
+
+
+def native_size(pipe: "DiffusionPipeline") -> Size:
+    """The size that the denoiser was trained on, in pixels."""
+    height, width = np.broadcast_to(pipe.unet.config.sample_size, 2)
+    return Size(int(height) * vae_factor(pipe), int(width) * vae_factor(pipe))
+
+
+def check_size(pipe: "DiffusionPipeline", size: Size) -> None:
+    """Raise ValueError unless the networks divide this size."""
+    factor = vae_factor(pipe)
+    if size.height % factor or size.width % factor or min(size.height, size.width) <= 0:
+        near = [max(round(n / factor), 1) * factor for n in (size.height, size.width)]
+        raise ValueError(
+            f"height={size.height}, width={size.width}: {type(pipe).__name__} needs positive multiples of {factor}; "
+            f"the nearest are {near[0]} and {near[1]}."
+        )
