@@ -86,9 +86,10 @@ def prepare(
 
 
 def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
-    """The text of each branch: hidden states of both encoders side by side, the pooled state of the second, the
-    sizes.""" encoders = [name for name in ("text_encoder", "text_encoder_2") if name in networks.specs] cond = {} for
-    branch, prefix in (("positive", ""), ("negative", "negative_")):
+    """The text of each branch: both encoders' hidden states side by side, the second's pooled state, and the sizes."""
+    encoders = [name for name in ("text_encoder", "text_encoder_2") if name in networks.specs]
+    cond = {}
+    for branch, prefix in (("positive", ""), ("negative", "negative_")):
         if f"{prefix}time_ids" not in inputs:
             continue
         if f"{prefix}prompt_embeds" in inputs:

@@ -1,0 +1,186 @@
+"""The real PyTorch pipelines at tiny configurations with random weights, and how to compare with them.
+
+Each builder returns a diffusers pipeline. `saved` writes one to a folder once per test run. Tests load that folder here
+and compare elementwise.
+"""
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+
+diffusers.utils.logging.set_verbosity_error()
+transformers.utils.logging.set_verbosity_error()
+
+WORDS = 300  # entries of the tiny tokenizer
+
+
+def relative(ours, theirs) -> float:
+    """Largest difference as a share of the largest value."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def nchw(x) -> torch.Tensor:
+    return torch.tensor(np.asarray(x)).permute(0, 3, 1, 2)
+
+
+def nhwc(x: torch.Tensor) -> np.ndarray:
+    return x.detach().permute(0, 2, 3, 1).numpy()
+
+
+@functools.cache
+def tokenizer(pad: str = "<|endoftext|>") -> transformers.CLIPTokenizer:
+    """CLIP's tokenizer with letters for words."""
+    folder = Path(tempfile.mkdtemp())
+    letters = [chr(c) for c in range(33, 127)]
+    vocab = ["!"] + [a for a in letters if a != "!"] + [f"{a}</w>" for a in letters] + ["re", "red</w>"]
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(vocab)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
+    return transformers.CLIPTokenizer(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=16, pad_token=pad
+    )
+
+
+def text_encoder(projected: bool = False, seed: int = 0, width: int = 16, **options):
+    torch.manual_seed(seed)
+    ids = tokenizer().convert_tokens_to_ids(["<|startoftext|>", "<|endoftext|>"])
+    config = transformers.CLIPTextConfig(
+        vocab_size=WORDS,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        projection_dim=24,
+        bos_token_id=ids[0],
+        eos_token_id=ids[1],
+        **options,
+    )
+    cls = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    return cls(config).eval()
+
+
+def vae(seed: int = 0):
+    torch.manual_seed(seed)
+    stages = 2
+    return diffusers.AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * stages,
+        up_block_types=("UpDecoderBlock2D",) * stages,
+        norm_num_groups=8,
+        layers_per_block=1,
+        sample_size=16,
+    ).eval()
+
+
+def unet(seed: int = 0, **options):
+    torch.manual_seed(seed)
+    return diffusers.UNet2DConditionModel(
+        **{
+            "sample_size": 8,
+            "block_out_channels": (16, 32),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "norm_num_groups": 8,
+            "layers_per_block": 1,
+            "cross_attention_dim": 16,
+            "attention_head_dim": 2,
+            **options,
+        }
+    ).eval()
+
+
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def stable_diffusion_1():
+    scheduler = diffusers.PNDMScheduler(**SD_BETAS, skip_prk_steps=True, set_alpha_to_one=False)
+    return diffusers.StableDiffusionPipeline(
+        vae(), text_encoder(), tokenizer(), unet(), scheduler, None, None, requires_safety_checker=False
+    )
+
+
+def stable_diffusion_2():
+    scheduler = diffusers.DDIMScheduler(
+        **SD_BETAS, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False
+    )
+    net = unet(attention_head_dim=(2, 4), use_linear_projection=True)
+    encoder = text_encoder(hidden_act="gelu")
+    return diffusers.StableDiffusionPipeline(
+        vae(), encoder, tokenizer("!"), net, scheduler, None, None, requires_safety_checker=False
+    )
+
+
+def _xl_unet(time_ids: int):
+    return unet(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24 + 8 * time_ids,
+        cross_attention_dim=32 if time_ids == 6 else 16,
+    )
+
+
+def stable_diffusion_xl():
+    return diffusers.StableDiffusionXLPipeline(
+        vae(),
+        text_encoder(),
+        text_encoder(projected=True, seed=1, hidden_act="gelu"),
+        tokenizer(),
+        tokenizer("!"),
+        _xl_unet(6),
+        diffusers.EulerDiscreteScheduler(**SD_BETAS, timestep_spacing="leading"),
+        add_watermarker=False,
+    )
+
+
+def stable_diffusion_xl_refiner():
+    return diffusers.StableDiffusionXLImg2ImgPipeline(
+        vae(),
+        None,
+        text_encoder(projected=True, seed=1, hidden_act="gelu"),
+        None,
+        tokenizer("!"),
+        _xl_unet(5),
+        diffusers.EulerDiscreteScheduler(**SD_BETAS, timestep_spacing="leading"),
+        requires_aesthetics_score=True,
+        add_watermarker=False,
+    )
+
+
+def ddpm():
+    torch.manual_seed(0)
+    net = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        layers_per_block=1,
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+    ).eval()
+    return diffusers.DDPMPipeline(net, diffusers.DDPMScheduler(variance_type="fixed_small"))
+
+
+@functools.cache
+def saved(build) -> str:
+    """The folder that a pipeline was saved to."""
+    folder = tempfile.mkdtemp(prefix="flaxdiff-peer-")
+    build().save_pretrained(folder)
+    return folder
