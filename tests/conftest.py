@@ -1,4 +1,4 @@
-"""What every test runs under: eight fake devices, strict dtype promotion, warnings as errors, a kept compilation cache."""
+"""What every test runs under: eight fake devices, strict dtype promotion, a kept compilation cache."""
 
 import os
 import tempfile

@@ -39,7 +39,7 @@ def prepare(
     crops_coords_top_left: Pair = (0, 0),
     target_size: Pair | None = None,
     negative_original_size: Pair | None = None,
-    negative_crops_coords_top_left: Pair | None = None,
+    negative_crops_coords_top_left: Pair = (0, 0),
     negative_target_size: Pair | None = None,
     aesthetic_score: float = 6.0,
     negative_aesthetic_score: float = 2.5,
@@ -53,7 +53,7 @@ def prepare(
       clip_skip: how many layers before the last but one to read the text encoders at.
       original_size, crops_coords_top_left, target_size: (height, width) in pixels of the picture that this is to look
         like, before it was cropped; where the crop began; and the size it has now. By default the picture's own.
-      negative_…: the same for the negative branch; by default as the positive one.
+      negative_…: the same for the negative branch; by default it is told what the positive one is.
       aesthetic_score, negative_aesthetic_score: for the refiner.
     """
     check_prompts(pipe, prompt, prompt_embeds)
@@ -76,12 +76,12 @@ def prepare(
 
     own, scored = (size.height, size.width), settings.get("requires_aesthetics_score")
     original, crop, target = original_size or own, crops_coords_top_left, target_size or own
-    last = (aesthetic_score,) if scored else target
-    arrays["time_ids"] = np.float32([(*original, *crop, *last)])
+    arrays["time_ids"] = np.float32([(*original, *crop, *((aesthetic_score,) if scored else target))])
     if guided:
         last = (negative_aesthetic_score,) if scored else negative_target_size or target
-        first = (*(negative_original_size or original), *(negative_crops_coords_top_left or crop))
-        arrays["negative_time_ids"] = np.float32([(*first, *last)])
+        first = (*(negative_original_size or original), *negative_crops_coords_top_left)
+        told = scored or negative_original_size or negative_target_size  # else the branches differ in text alone
+        arrays["negative_time_ids"] = np.float32([(*first, *last)]) if told else arrays["time_ids"]
     return arrays
 
 
