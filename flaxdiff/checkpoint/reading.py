@@ -65,7 +65,7 @@ def load_model(
     """
     dtype = _dtype(dtype)
     download = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
-    folder = _fetch(repo, subfolder or "", cls.library, variant, download)
+    folder = fetch(repo, subfolder or "", cls.library, variant, download)
     spec = cls.from_config(files.read_json(folder / files.CONFIG) | _overrides(cls, overrides))
     weights = files.weight_file(folder, cls.library, variant)
     return spec, place(spec, files.open_weights(weights), dtype, sharding, str(weights))
@@ -92,7 +92,7 @@ def _overrides(cls: type[Model], overrides: Mapping[str, Any]) -> Mapping[str, A
     return overrides
 
 
-def _fetch(
+def fetch(
     repo: str | os.PathLike[str], subfolder: str, library: str, variant: str | None, download: Mapping[str, Any]
 ) -> Path:
     """The folder of one model, with its configuration and, if there are any, weights of one format."""
