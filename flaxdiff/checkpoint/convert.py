@@ -1,9 +1,9 @@
 """The one converter between a PyTorch checkpoint and our parameters, both ways, for every model.
 
-Names agree, so a handful of rules is all there is: a linear weight is [out, in] in a file and [in, out] here, a convolution
-OIHW and HWIO, everything else the same, and the blocks `prefix.0.rest`, `prefix.1.rest`, … of a file may be one array
-`prefix.rest` with a leading axis here. `core.layout` says which rule a parameter follows. `match` finds the tensors of
-every parameter, or lists everything that does not fit; `read` fills a parameter from them.
+Names agree, so a handful of rules is all there is: a linear weight is [out, in] in a file and [in, out] here, a
+convolution OIHW and HWIO, everything else the same, and the blocks `prefix.0.rest`, `prefix.1.rest`, … of a file may be
+one array `prefix.rest` with a leading axis here. `core.layout` says which rule a parameter follows. `match` finds the
+tensors of every parameter, or lists everything that does not fit; `read` fills a parameter from them.
 """
 
 import re

@@ -1,8 +1,8 @@
 """The files of a checkpoint folder: which of them hold the weights, and how new ones get there.
 
-Weights lie in one file or in shards with an index, as safetensors or as older pickles, perhaps in a variant such as fp16.
-`weight_file` picks what to read by name alone; `open_weights` reads it. `staged` writes a folder beside its place and
-moves it there when it is complete.
+Weights lie in one file or in shards with an index, as safetensors or as older pickles, perhaps in a variant such as
+fp16. `weight_file` picks what to read by name alone; `open_weights` reads it. `staged` writes a folder beside its place
+and moves it there when it is complete.
 """
 
 import contextlib

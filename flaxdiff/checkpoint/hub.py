@@ -1,6 +1,7 @@
 """From the name of a model to a folder on this machine: a local folder as it is, a Hub repository by download.
 
-Only the files that are asked for are fetched, into huggingface_hub's cache, where they are found again without a network.
+Only the files that are asked for are fetched, into huggingface_hub's cache, where they are found again without a
+network.
 """
 
 import os
@@ -57,11 +58,13 @@ def fetch(
         ) from error
     except errors.GatedRepoError as error:
         raise FileNotFoundError(
-            f"The Hub repository {repo!r} is gated: accept its terms on its page, then log in with `hf auth login` or give token=."
+            f"The Hub repository {repo!r} is gated: accept its terms on its page, then log in with `hf auth login` "
+            "or give token=."
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{neither}, and the Hub has no repository of this name; check the spelling, or give token= if it is private."
+            f"{neither}, and the Hub has no repository of this name; check the spelling, or give token= if it is "
+            "private."
         ) from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(

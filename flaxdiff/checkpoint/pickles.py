@@ -1,9 +1,9 @@
 """PyTorch's older files (`*.bin`, `*.ckpt`, `*.pt`), read without PyTorch and without running anything.
 
-Such a file is a pickle beside raw numbers. A pickle is a small program, and the ordinary reader lets it call anything; the
-machine here knows the few instructions that build data, and the only calls it makes are those of `CALLS`, which describe
-tensors. Anything else that a file wants to call is refused by name. Two containers exist: a zip archive (PyTorch ≥ 1.6) and
-pickles in a row followed by the numbers.
+Such a file is a pickle beside raw numbers. A pickle is a small program, and the ordinary reader lets it call anything;
+the machine here knows the few instructions that build data, and the only calls it makes are those of `CALLS`, which
+describe tensors. Anything else that a file wants to call is refused by name. Two containers exist: a zip archive
+(PyTorch ≥ 1.6) and pickles in a row followed by the numbers.
 """
 
 import io
@@ -299,7 +299,7 @@ def _archive(file: Mapped) -> tuple[Any, Place]:
 
 
 def _sequence(file: Mapped) -> tuple[Any, Place]:
-    """Pickles in a row (magic number, version, machine, the data, the storages' keys), then each storage and its length."""
+    """Pickles in a row (magic number, version, machine, data, the storages' keys), then each storage and its length."""
     with open(file.path, "rb") as f:
         if _run(f)[0] != MAGIC:
             raise ValueError("it does not begin as one")

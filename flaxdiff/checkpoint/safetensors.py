@@ -1,9 +1,9 @@
 """The safetensors format: a length, a JSON header, and the numbers.
 
-Reading takes nothing on trust: lengths, offsets, shapes and dtypes must agree with each other and with the size of the file,
-and the numbers must fill it without a gap or an overlap. Writing adds what the format lacks, a CRC-32 of each tensor
-(in the header's metadata, which other readers pass over), so that a flipped bit in a file written here is found.
-A file without them is still checked for infinities and NaNs when it is read.
+Reading takes nothing on trust: lengths, offsets, shapes and dtypes must agree with each other and with the size of the
+file, and the numbers must fill it without a gap or an overlap. Writing adds what the format lacks, a CRC-32 of each
+tensor (in the header's metadata, which other readers pass over), so that a flipped bit in a file written here is found.
+Of a file without them only this can be said: a parameter with infinities or NaNs is refused when it is read.
 """
 
 import json

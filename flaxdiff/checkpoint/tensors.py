@@ -1,6 +1,6 @@
 """What a checkpoint file holds, before it is read: names, shapes, dtypes and where the bytes lie.
 
-`Mapped` is a file in memory-mapped form; `Tensor` is one tensor in it. Nothing is copied until `Tensor.view` is entered,
+`Mapped` is a file in memory-mapped form; `Tensor` is one tensor in it. Nothing is read until `Tensor.view` is entered,
 and the pages it touched are given back when it is left, so that a file of any size passes through little memory.
 """
 
@@ -131,7 +131,7 @@ def copy(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def finite(a: np.ndarray) -> bool:
-    """Whether a contiguous array of 16 bits or more per number holds neither infinity nor NaN, without a temporary copy."""
+    """Whether a contiguous array of one of the dtypes that networks run in holds neither infinity nor NaN."""
     exponent = {np.dtype(ml_dtypes.bfloat16): 0x7F80, np.dtype(np.float16): 0x7C00, np.dtype(np.float32): 0x7F800000}
     limit = exponent[a.dtype]
     kind = np.dtype(f"u{a.dtype.itemsize}")

@@ -32,7 +32,7 @@ def save_model(
     """Write a model's `config.json` and weights, as PyTorch's diffusers or transformers would.
 
     Everything is written beside the folder first and moved there when it is complete; a failure leaves nothing behind.
-    Adapters (`LoRA`) are merged and quantised weights (`Int8`) expanded. Parameters pass through the host one at a time.
+    Adapters (`LoRA`) are merged, quantised weights (`Int8`) expanded. Parameters pass through the host one at a time.
 
     Args:
       folder: where to write; other files in it stay.
@@ -95,8 +95,8 @@ def _check(spec: Spec, params: Params) -> None:
     ]
     if faults:
         raise ValueError(
-            f"These parameters are not those of {spec.module.__name__}: {files.listed(faults)}; save them with the spec "
-            "that they were made from."
+            f"These parameters are not those of {spec.module.__name__}: {files.listed(faults)}; save them with the "
+            "spec that they were made from."
         )
 
 
