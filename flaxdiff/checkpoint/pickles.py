@@ -173,9 +173,13 @@ class _Machine:
             _set(self.stack[-1], key, value)
 
     def refer(self) -> None:
-        storage = _storage(*self.take(1))
-        self.storages[storage.key] = storage
-        self.push(storage)
+        (pid,) = self.take(1)
+        if pid[0] == "module":  # the older container adds a class's source text to its name
+            self.push(pid[1])
+        else:
+            storage = _storage(pid)
+            self.storages[storage.key] = storage
+            self.push(storage)
 
     def call(self) -> None:
         function, arguments = self.take(2)
