@@ -4,9 +4,11 @@ One list of configurations drives everything: a new class is tested by adding it
 noise is injected, the same array on both sides.
 """
 
+import copy
 import functools
 import importlib
 import math
+import pickle
 
 import diffusers
 import jax
@@ -19,6 +21,9 @@ from flaxdiff import schedulers
 from flaxdiff.schedulers import tables
 
 diffusers.logging.set_verbosity_error()
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:diffusers.schedulers", "ignore::FutureWarning:diffusers.schedulers"
+)
 
 STEPS = (1, 2, 4, 10, 25, 50)
 BOUND = 64
@@ -447,6 +452,12 @@ def test_swap_keeps_what_was_chosen():
             got = getattr(schedulers, name).from_config(mine).option_values()
             assert all(want[k] == v for k, v in got.items()), name
             assert getattr(schedulers, name).from_config(mine.config) == getattr(schedulers, name).from_config(mine)
+
+
+def test_survives_copies():
+    s = schedulers.PNDMScheduler(**SD, trained_betas=[0.1] * 1000)
+    for same in (pickle.loads(pickle.dumps(s)), copy.deepcopy(s)):
+        assert same == s and hash(same) == hash(s) and same.config == s.config
 
 
 def test_compatibles():
