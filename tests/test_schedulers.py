@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:diffusers.schedulers", "ignore::FutureWarning:diffusers.schedulers"
 )
 
-STEPS = (1, 2, 4, 10, 25, 50)
+STEPS = (1, 2, 4, 7, 10, 25, 50)
 BOUND = 64
 SHAPE = (2, 4, 3, 3)  # ours, channels last
 RNG = np.random.default_rng(0)
