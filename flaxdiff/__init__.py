@@ -5,21 +5,15 @@ The verbs (`load`, `save`, `init`, `apply`, …) and every documented class, imp
 
 import importlib
 
-_WHERE = {
-    "flaxdiff.core": ("Spec", "abstract", "apply", "init", "layout"),
-    "flaxdiff.models.autoencoder_kl": ("AutoencoderKL",),
-    "flaxdiff.models.clip": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "flaxdiff.models.unet_2d": ("UNet2DModel",),
-    "flaxdiff.models.unet_2d_condition": ("UNet2DConditionModel",),
-}
-_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
-__all__ = sorted(_MODULE_OF)
+from flaxdiff.registry import PUBLIC
+
+__all__ = sorted(PUBLIC)
 
 
 def __getattr__(name: str):
-    if name not in _MODULE_OF:
+    if name not in PUBLIC:
         raise AttributeError(f"flaxdiff has no {name!r}; it has {', '.join(__all__)}.")
-    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+    return getattr(importlib.import_module(PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -88,7 +88,7 @@ class Model(nnx.Module):
         (320, 640, 1280, 1280)
         """
         fields = {f.name: f for f in dataclasses.fields(cls.config_class)}
-        known = {k: _frozen(v) for k, v in config.items() if k in fields}
+        known = {k: frozen(v) for k, v in config.items() if k in fields}
         if cls.library == "diffusers":  # transformers writes dozens of generic keys that no network reads
             for key, value in config.items():
                 if key not in fields and not key.startswith("_") and value not in (None, False, [], {}):
@@ -122,12 +122,12 @@ class Model(nnx.Module):
     def __init__(self, config: Any): ...
 
 
-def _frozen(value: Any) -> Any:
+def frozen(value: Any) -> Any:
     """JSON as a hashable value."""
     if isinstance(value, list | tuple):
-        return tuple(map(_frozen, value))
+        return tuple(map(frozen, value))
     if isinstance(value, Mapping):
-        return tuple(sorted((k, _frozen(v)) for k, v in value.items()))
+        return tuple(sorted((k, frozen(v)) for k, v in value.items()))
     return value
 
 

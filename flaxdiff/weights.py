@@ -70,8 +70,11 @@ def dense(weight: Weight) -> jax.Array:
     """The array that a weight stands for: updates merged in, quantised values expanded."""
     match weight:
         case LoRA(base, down, up, scale):
+            whole = dense(base)
+            down, up, scale = (a.astype(jnp.float32) for a in (down, up, scale))  # adapters may be finer than the base
             update = jnp.matmul(down, up) if down.ndim < 4 else jnp.einsum("hwir,xyro->hwio", down, up)
-            return dense(base) + update * scale.reshape(scale.shape + (1,) * (update.ndim - scale.ndim))
+            update *= scale.reshape(scale.shape + (1,) * (update.ndim - scale.ndim))
+            return (whole.astype(jnp.float32) + update).astype(whole.dtype)
         case Int8(q, scale):
             return q.astype(scale.dtype) * scale[..., None, :]
         case _:

@@ -1,0 +1,184 @@
+"""The files of a checkpoint folder: which of them hold the weights, and how new ones get there.
+
+Weights lie in one file or in shards with an index, as safetensors or as older pickles, perhaps in a variant such as
+fp16. `weight_file` picks what to read by name alone; `open_weights` reads it. `staged` writes a folder beside its place
+and moves it there when it is complete.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flaxdiff.checkpoint import pickles, safetensors
+from flaxdiff.checkpoint.tensors import Tensor, damaged
+
+CONFIG, PIPELINE = "config.json", "model_index.json"
+STEMS = {  # library -> format -> what the files are called
+    "diffusers": {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"},
+    "transformers": {"safetensors": "model", "bin": "pytorch_model"},
+}
+READERS = {"safetensors": safetensors.read, "bin": pickles.read}
+# Libraries of different age put the variant at different places, and the index of a variant at three.
+_NAME = re.compile(
+    r"(?P<stem>diffusion_pytorch_model|model|pytorch_model)(\.(?P<v1>[A-Za-z]\w*))??(-(?P<part>\d{5}-of-\d{5})(\.(?P<v2>[A-Za-z]\w*))?)?"
+    r"\.(?P<format>safetensors|bin)(?P<index>\.index(\.(?P<v3>[A-Za-z]\w*))?\.json)?"
+)
+
+
+class Weights(NamedTuple):
+    """What the name of a weight file says."""
+
+    stem: str
+    variant: str | None
+    format: str
+    role: str  # "whole", "index" or "shard"
+
+
+def parse(name: str) -> Weights | None:
+    """What the name of a file says of the weights in it; None when it holds none.
+
+    >>> parse("model.fp16-00001-of-00002.safetensors")
+    Weights(stem='model', variant='fp16', format='safetensors', role='shard')
+    >>> parse("README.md")
+    """
+    found = _NAME.fullmatch(name)
+    if found is None:
+        return None
+    role = "index" if found["index"] else "shard" if found["part"] else "whole"
+    return Weights(found["stem"], found["v1"] or found["v2"] or found["v3"], found["format"], role)
+
+
+def weight_file(folder: Path, library: str, variant: str | None = None) -> Path:
+    """The file to open: the weights or their index, safetensors before pickles.
+
+    Args:
+      folder: where to look.
+      library: whose names the files have, "diffusers" or "transformers".
+      variant: e.g. "fp16"; None for the plain files.
+
+    Raises:
+      FileNotFoundError: there is none; names what there is.
+    """
+    there = {path.name: parse(path.name) for path in sorted(folder.iterdir())}
+    for format, stem in STEMS[library].items():
+        for role in ("whole", "index"):
+            for name, weights in there.items():
+                if weights == Weights(stem, variant, format, role):
+                    return folder / name
+    variants = {w.variant for w in there.values() if w and w.role != "shard" and w.stem in STEMS[library].values()}
+    choices = " or ".join(f"variant={v!r}" for v in sorted(variants, key=str)) or "a folder with weights"
+    wanted = f"{STEMS[library]['safetensors']}{'.' + variant if variant else ''}.safetensors"
+    raise FileNotFoundError(f"{folder} has no {wanted} (nor shards or a .bin); it has {sorted(there)}. Use {choices}.")
+
+
+def patterns(library: str, format: str, variant: str | None = None) -> list[str]:
+    """Shell patterns of the files that `weight_file` may pick and of the shards behind it."""
+    stem, v = STEMS[library][format], f".{variant}" if variant else ""
+    part = "-?????-of-?????"
+    weights = [f"{stem}{v}.{format}", f"{stem}{v}{part}.{format}", f"{stem}{part}{v}.{format}"]
+    return sorted({*weights, f"{stem}{v}.{format}.index.json", f"{stem}.{format}.index{v}.json"})
+
+
+def open_weights(path: Path) -> dict[str, Tensor]:
+    """What a weight file, or all the shards behind an index, hold; no number is read yet.
+
+    Raises:
+      FileNotFoundError: a shard is missing.
+      ValueError: a file is damaged, or the index and the shards do not agree or name files elsewhere.
+    """
+    weights = parse(path.name)
+    read = READERS[weights.format]
+    if weights.role != "index":
+        return read(path)
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
+        raise damaged(path, "its weight_map does not say which file holds which tensor")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(index.values())):
+        named = parse(shard)  # a path to anywhere else does not parse
+        if named is None or named.format != weights.format or named.role == "index":
+            raise ValueError(
+                f"{path} names the shard {shard!r}, which is not a weight file beside it; do not trust this folder."
+            )
+        if not (path.parent / shard).is_file():
+            raise FileNotFoundError(f"{path} names the shard {shard!r}, which is not there; download the folder again.")
+        there = read(path.parent / shard)
+        if wrong := [name for name in there if index.get(name) != shard]:
+            raise damaged(path, f"{shard} holds {wrong[:3]}, which the index does not place there")
+        tensors |= there
+    if missing := [name for name in index if name not in tensors]:
+        raise damaged(path, f"{len(missing)} tensors are in none of the shards, e.g. {missing[:3]}")
+    return tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"it is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise damaged(path, "it does not hold a JSON object")
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON with a final newline; complete on disk when this returns."""
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, whose files move into it at the end, or vanish when anything fails.
+
+    A folder that does not exist appears in one step. In one that does, files of the same name are replaced one by one,
+    each in one step, and weights that the new ones supersede are removed; everything else stays.
+    """
+    folder = Path(os.path.abspath(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stage = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
+    stage.mkdir()
+    try:
+        yield stage
+        _move(stage, folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _move(source: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(source, target)
+        return
+    new = {path.name for path in source.iterdir()}
+    for path in sorted(
+        source.iterdir(), key=lambda path: path.suffix == ".json"
+    ):  # weights first, what names them last
+        if path.is_dir():
+            _move(path, target / path.name)
+        else:
+            os.replace(path, target / path.name)
+    written = {weights._replace(role="") for name in new if (weights := parse(name))}
+    for path in target.iterdir():
+        weights = parse(path.name)
+        if path.name not in new and weights and weights._replace(role="") in written:
+            path.unlink()
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in a sentence, shortened when there are many."""
+    names = sorted(names)
+    return ", ".join(names[:12]) + (f" … and {len(names) - 12} more" if len(names) > 12 else "")

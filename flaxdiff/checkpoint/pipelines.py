@@ -1,0 +1,203 @@
+"""Whole pipelines: a folder with `model_index.json` and one subfolder for each component, read and written.
+
+The index names a class for each component. Names are looked up in the registry and nowhere else, so that no file can
+have anything imported; components become specs and parameters, a scheduler, and tokenizers that load when first used.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flaxdiff import registry
+from flaxdiff.checkpoint import files, hub, reading, writing
+from flaxdiff.core import Model, Params, Spec, frozen
+
+if TYPE_CHECKING:
+    from flaxdiff.pipelines.pipeline import DiffusionPipeline
+
+SHIPPED = Path(__file__).parent.parent / "assets" / "text-to-emoji"
+SKIPPED = ("safety_checker", "feature_extractor", "image_encoder")  # no pipeline here needs them
+SCHEDULER = "scheduler_config.json"
+SORTS = ("model", "scheduler", "tokenizer")
+TOKENIZER = ("*.json", "*.txt", "*.model")  # files of a tokenizer
+
+
+def load_pipeline(
+    cls: type["DiffusionPipeline"],
+    repo: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    variant: str | None = None,
+    sharding: reading.Shardings | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    **changes: Any,
+) -> tuple["DiffusionPipeline", dict[str, Params]]:
+    """A pipeline and its parameters, from a folder or a Hub repository in diffusers' layout.
+
+    Args:
+      cls: the class of the pipeline; for `DiffusionPipeline` itself, the class that the folder names.
+      repo, dtype, variant, revision, cache_dir, local_files_only, token: as of `load_model`. Components without files
+        of the variant load their plain ones, as long as one component has it.
+      sharding: a function from the abstract parameters of a component to a sharding for each.
+      **changes: components to use instead of those in the folder, `vae=(spec, params)`, `scheduler=…`, or None for one
+        to do without; other names are settings of every network, such as `attention="sliced"`.
+
+    Raises:
+      FileNotFoundError: no such folder, repository, component or weights.
+      ValueError: the index names an unknown class, a file is damaged, or weights do not fit.
+    """
+    download = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+    root = hub.fetch(repo, [files.PIPELINE], **download)
+    class_name, components, settings = read_index(root)
+    if not hasattr(cls, "family"):
+        cls = registry.find(class_name, "pipeline")
+    if not Path(repo).expanduser().is_dir():
+        download["revision"] = root.name  # the commit: all components come from the same one
+
+    given = {name: changes.pop(name) for name in (*components, *SKIPPED) if name in changes}
+    sorts = {name: registry.sort_of(named, *SORTS) for name, named in components.items()}
+    of = lambda sort: [name for name in components if sorts[name] == sort and name not in given]
+    models = {name: registry.find(components[name], "model") for name in of("model")}
+    chosen = _variants(repo, models, variant, download)
+    small = [f"{name}/{SCHEDULER}" for name in of("scheduler")]
+    root = hub.fetch(repo, small + [f"{name}/{file}" for name in of("tokenizer") for file in TOKENIZER], **download)
+
+    parts = {name: _tokenizer(root / name, components[name]) for name in of("tokenizer")}
+    parts |= {name: _scheduler(root / name, components[name]) for name in of("scheduler")}
+    options = {"dtype": dtype, "sharding": sharding, **download, **changes}
+    for name, model in models.items():
+        parts[name] = reading.load_model(model, repo, subfolder=name, variant=chosen[name], **options)
+    parts |= {name: part for name, part in given.items() if part is not None and name in components}
+
+    networks = {name: parts[name] for name in components if name in parts and sorts[name] == "model"}
+    pipe = cls(
+        specs=tuple((name, spec) for name, (spec, _) in networks.items()),
+        scheduler=next((parts[name] for name in components if name in parts and sorts[name] == "scheduler"), None),
+        tokenizers=tuple((name, parts[name]) for name in components if name in parts and sorts[name] == "tokenizer"),
+        settings=tuple(settings.items()),
+    )
+    return pipe, {name: params for name, (_, params) in networks.items()}
+
+
+def read_index(folder: Path) -> tuple[str, dict[str, str], dict[str, Any]]:
+    """What a folder's `model_index.json` says: the pipeline's class, component -> class, and the other settings.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is not an index.
+    """
+    path = folder / files.PIPELINE
+    if not path.is_file():
+        hint = (
+            "it holds one model: use the model's own class" if (folder / files.CONFIG).is_file() else "check the name"
+        )
+        raise FileNotFoundError(f"{folder} has no {files.PIPELINE} and so no pipeline; {hint}.")
+    index = files.read_json(path)
+    components, settings = {}, {}
+    for name, value in index.items():
+        if name.startswith("_") or name in SKIPPED:
+            continue
+        if not name.isidentifier():
+            raise ValueError(
+                f"{path} names a component {name!r}, which cannot be a subfolder; do not trust this folder."
+            )
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(v, str | None) for v in value):
+            if value[1] is not None:  # [null, null]: the pipeline can do without
+                components[name] = value[1]
+        else:
+            settings[name] = frozen(value)
+    return str(index.get("_class_name")), components, settings
+
+
+def _variants(
+    repo: str | os.PathLike[str], models: Mapping[str, type[Model]], variant: str | None, download: Mapping[str, Any]
+) -> dict[str, str | None]:
+    """The variant to load of each model: the one asked for where there are files of it."""
+    if variant is None:
+        return dict.fromkeys(models)
+    there = set()
+    for name, model in models.items():
+        folder = reading.fetch(repo, name, model.library, variant, download)
+        there |= {name for path in folder.iterdir() if (w := files.parse(path.name)) and w.variant == variant}
+    if not there:
+        raise FileNotFoundError(f"{repo} has no files of variant {variant!r}; leave variant out for the plain ones.")
+    return {name: variant if name in there else None for name in models}
+
+
+def _scheduler(folder: Path, class_name: str) -> Any:
+    if not (folder / SCHEDULER).is_file():
+        raise FileNotFoundError(f"{folder} has no {SCHEDULER}; give scheduler=, or a complete folder.")
+    return registry.find(class_name, "scheduler").from_config(files.read_json(folder / SCHEDULER))
+
+
+def _tokenizer(folder: Path, class_name: str) -> Any:
+    from flaxdiff.pipelines.text import Tokenizer
+
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder.parent} has no subfolder {folder.name!r} with the tokenizer; it is incomplete."
+        )
+    return Tokenizer(str(folder), class_name)
+
+
+def save_pipeline(
+    folder: str | os.PathLike[str],
+    pipe: "DiffusionPipeline",
+    params: Mapping[str, Params],
+    *,
+    dtype: Any = None,
+    max_shard_size: int | str = "5GB",
+    variant: str | None = None,
+) -> None:
+    """Write a pipeline in diffusers' layout; PyTorch's diffusers loads it. Arguments and care as of `save_model`."""
+    index: dict[str, Any] = {"_class_name": type(pipe).__name__, **dict(pipe.settings)}
+    with files.staged(Path(folder)) as stage:
+        for name, spec in pipe.specs:
+            index[name] = [spec.module.library, spec.module.__name__]
+            (stage / name).mkdir()
+            options = {"dtype": dtype, "max_shard_size": max_shard_size, "variant": variant}
+            writing.write_model(stage / name, spec, params[name], **options)
+        for name, tokenizer in pipe.tokenizers:
+            index[name] = ["transformers", tokenizer.class_name]
+            tokenizer.save(stage / name)
+        index["scheduler"] = ["diffusers", type(pipe.scheduler).__name__]
+        pipe.scheduler.save_config(stage / "scheduler")
+        files.write_json(stage / files.PIPELINE, index)
+
+
+# --- the two verbs ----------------------------------------------------------------------------------------------------
+
+
+def load(repo: str | os.PathLike[str] | None = None, **options: Any) -> tuple["DiffusionPipeline", dict[str, Params]]:
+    """Load a pipeline, of the class that it names, and its parameters.
+
+    Args:
+      repo: a folder or the id of a Hub repository; by default the small text-to-emoji model inside this package.
+      **options: see `load_pipeline`.
+
+    >>> import flaxdiff
+    >>> pipe, params = flaxdiff.load()
+    >>> sorted(params)
+    ['text_encoder', 'unet', 'vae']
+    """
+    return load_pipeline(registry.find("DiffusionPipeline"), SHIPPED if repo is None else repo, **options)
+
+
+def save(
+    folder: str | os.PathLike[str], what: "DiffusionPipeline | Spec", params: Mapping[str, Any], **options: Any
+) -> None:
+    """Write a pipeline, or a single model, in the layout of diffusers; see `save_pipeline` and `save_model`.
+
+    >>> import flaxdiff, jax, tempfile
+    >>> spec = flaxdiff.AutoencoderKL.from_config({"block_out_channels": [32]})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     flaxdiff.save(folder, spec, flaxdiff.init(spec, jax.random.key(0)))
+    ...     flaxdiff.AutoencoderKL.from_pretrained(folder)[0] == spec
+    True
+    """
+    write = writing.save_model if isinstance(what, Spec) else save_pipeline
+    write(folder, what, params, **options)

@@ -1,0 +1,96 @@
+"""The names that checkpoints and users know, and where each of them lives.
+
+`TABLE` is the one list: the public face of the package, the classes that a `model_index.json` may name, and nothing
+else. A module is imported when a name in it is first asked for; a name in a file is only ever looked up here, never imported.
+"""
+
+import difflib
+import importlib
+from typing import Any
+
+# what sort of thing -> module -> names
+TABLE: dict[str, dict[str, tuple[str, ...]]] = {
+    "function": {
+        "flaxdiff.core": ("abstract", "apply", "init", "layout"),
+        "flaxdiff.checkpoint": ("load", "save"),
+        "flaxdiff.images": ("make_image_grid",),
+    },
+    "type": {
+        "flaxdiff.core": ("Spec",),
+        "flaxdiff.weights": ("Int8", "LoRA"),
+    },
+    "model": {
+        "flaxdiff.models.autoencoder_kl": ("AutoencoderKL",),
+        "flaxdiff.models.clip": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+        "flaxdiff.models.unet_2d": ("UNet2DModel",),
+        "flaxdiff.models.unet_2d_condition": ("UNet2DConditionModel",),
+    },
+    "scheduler": {
+        "flaxdiff.schedulers": (
+            "DDIMScheduler",
+            "DDPMScheduler",
+            "DPMSolverMultistepScheduler",
+            "EulerAncestralDiscreteScheduler",
+            "EulerDiscreteScheduler",
+            "PNDMScheduler",
+        ),
+    },
+    "pipeline": {
+        "flaxdiff.pipelines.pipeline": ("DiffusionPipeline",),
+        "flaxdiff.pipelines.stable_diffusion": ("StableDiffusionImg2ImgPipeline", "StableDiffusionPipeline"),
+        "flaxdiff.pipelines.stable_diffusion_xl": ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLPipeline"),
+        "flaxdiff.pipelines.unconditional": ("DDIMPipeline", "DDPMPipeline"),
+    },
+    "tokenizer": {
+        "transformers": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    },
+}
+PUBLIC = {
+    name: module
+    for sort, modules in TABLE.items()
+    if sort != "tokenizer"
+    for module, names in modules.items()
+    for name in names
+}
+
+
+def names(sort: str) -> list[str]:
+    """The names of one sort.
+
+    >>> names("model")[:2]
+    ['AutoencoderKL', 'CLIPTextModel']
+    """
+    return [name for group in TABLE[sort].values() for name in group]
+
+
+def sort_of(name: str, *sorts: str) -> str:
+    """Which of these sorts of thing a name is.
+
+    Args:
+      name: e.g. "UNet2DConditionModel"; anything at all when it comes from a file.
+      *sorts: of `TABLE`, e.g. "model".
+
+    Raises:
+      ValueError: nothing of these sorts has that name; says what is near, and what there is.
+
+    >>> sort_of("PNDMScheduler", "model", "scheduler")
+    'scheduler'
+    """
+    for sort in sorts:
+        if name in names(sort):
+            return sort
+    known = sorted(known for sort in sorts for known in names(sort))
+    near = difflib.get_close_matches(str(name), known, 3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"flaxdiff has no {' or '.join(sorts)} called {name!r}; {hint}It has {', '.join(known)}.")
+
+
+def find(name: str, *sorts: str) -> Any:
+    """The class of a name, imported now; by default a model, a scheduler or a pipeline. Raises as `sort_of` does.
+
+    >>> find("UNet2DConditionModel").library
+    'diffusers'
+    """
+    sort = sort_of(name, *(sorts or ("model", "scheduler", "pipeline")))
+    module = next(module for module, group in TABLE[sort].items() if name in group)
+    return getattr(importlib.import_module(module), name)
