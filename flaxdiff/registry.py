@@ -14,6 +14,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.core": ("abstract", "apply", "init", "layout"),
         "flaxdiff.checkpoint": ("load", "save"),
         "flaxdiff.images": ("make_image_grid",),
+        "flaxdiff.parallel": ("distribute", "make_mesh", "replicate", "shard", "shardings"),
     },
     "type": {
         "flaxdiff.core": ("Spec",),

@@ -1,0 +1,305 @@
+"""Every model against PyTorch's class at a tiny configuration, and at full size by shapes alone."""
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peers
+import pytest
+import torch
+import transformers
+
+import flaxdiff
+
+rng = np.random.default_rng(0)
+normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+
+
+def load(build, component, **options):
+    """A component of a saved PyTorch pipeline, here and there."""
+    pipe = build()
+    name = type(getattr(pipe, component)).__name__
+    spec, params = getattr(flaxdiff, name).from_pretrained(peers.saved(build), subfolder=component, **options)
+    return spec, params, getattr(pipe, component)
+
+
+UNETS = [peers.stable_diffusion_1, peers.stable_diffusion_2, peers.stable_diffusion_xl, peers.stable_diffusion_xl_refiner]
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("build", UNETS)
+def test_unet_2d_condition(build, scan):
+    """Odd sizes too: the up stages must find the size of the skips."""
+    spec, params, peer = load(build, "unet", scan_layers=scan)
+    height, width = (10, 13) if scan else (8, 8)
+    x, t = normal(2, height, width, 4), np.float32([3, 981])
+    text = normal(2, 5, spec.config.cross_attention_dim)
+    added = None
+    if spec.config.addition_embed_type:
+        sizes = (spec.config.projection_class_embeddings_input_dim - 24) // 8
+        added = {"text_embeds": normal(2, 24), "time_ids": np.float32(rng.integers(0, 999, (2, sizes)))}
+    with torch.no_grad():
+        there = added and {k: torch.tensor(v) for k, v in added.items()}
+        theirs = peer(peers.nchw(x), torch.tensor(t), torch.tensor(text), added_cond_kwargs=there).sample
+    ours = jax.jit(lambda params: flaxdiff.apply(spec, params, x, t, text, added_cond_kwargs=added))(params)
+    assert peers.relative(ours, peers.nhwc(theirs)) < 1e-4
+
+
+def test_unet_2d():
+    spec, params, peer = load(peers.ddpm, "unet")
+    x, t = normal(2, 8, 8, 3), np.float32([3, 981])
+    with torch.no_grad():
+        theirs = peer(peers.nchw(x), torch.tensor(t)).sample
+    assert peers.relative(flaxdiff.apply(spec, params, x, t), peers.nhwc(theirs)) < 1e-4
+
+
+def test_autoencoder_kl():
+    spec, params, peer = load(peers.stable_diffusion_1, "vae")
+    image, latent = normal(2, 12, 16, 3), normal(2, 6, 8, 4)
+    with torch.no_grad():
+        posterior, decoded = peer.encode(peers.nchw(image)).latent_dist, peer.decode(peers.nchw(latent)).sample
+    ours = flaxdiff.apply(spec, params, image, method="encode")
+    assert peers.relative(ours.mean, peers.nhwc(posterior.mean)) < 1e-4
+    assert peers.relative(ours.logvar, peers.nhwc(posterior.logvar)) < 1e-4
+    assert peers.relative(ours.kl(), posterior.kl().numpy()) < 1e-4
+    assert peers.relative(flaxdiff.apply(spec, params, latent, method="decode"), peers.nhwc(decoded)) < 1e-4
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
+def test_clip(component, scan):
+    spec, params, peer = load(peers.stable_diffusion_xl, component, scan_layers=scan)
+    ids = peers.tokenizer()(["a red dog", "cat"], padding="max_length", return_tensors="np")["input_ids"]
+    with torch.no_grad():
+        theirs = peer(torch.tensor(ids), output_hidden_states=True)
+    ours = flaxdiff.apply(spec, params, jnp.asarray(ids, jnp.int32))
+    assert peers.relative(ours.last_hidden_state, theirs.last_hidden_state) < 1e-4
+    assert peers.relative(ours.hidden_states, torch.stack(theirs.hidden_states)) < 1e-4
+    key = "text_embeds" if component == "text_encoder_2" else "pooler_output"
+    assert peers.relative(getattr(ours, key), getattr(theirs, key)) < 1e-4
+
+
+def test_clip_of_the_first_configurations():
+    """eos_token_id 2 was a mistake: the end of the text is the largest id."""
+    torch.manual_seed(0)
+    options = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
+    peer = transformers.CLIPTextModel(transformers.CLIPTextConfig(**options, eos_token_id=2)).eval()
+    spec = flaxdiff.CLIPTextModel.from_config(peer.config.to_dict())
+    params = flaxdiff.init(spec, jax.random.key(0))
+    ids = jnp.array([[5, 98, 7, 7], [5, 6, 7, 98]])
+    out = flaxdiff.apply(spec, params, ids)
+    assert (out.pooler_output == out.last_hidden_state[jnp.arange(2), jnp.array([1, 3])]).all()
+
+
+# --- full size ---------------------------------------------------------------------------------------------------------
+
+XL = dict(
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    use_linear_projection=True,
+    sample_size=128,
+)
+FULL = {  # the numbers that the published config.json files set
+    "SD 1.5 UNet": ("UNet2DConditionModel", dict(cross_attention_dim=768, attention_head_dim=8, sample_size=64)),
+    "SD 1.5 inpainting UNet": ("UNet2DConditionModel", dict(cross_attention_dim=768, attention_head_dim=8, in_channels=9)),
+    "SD 2.1 UNet": (
+        "UNet2DConditionModel",
+        dict(cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True, sample_size=96),
+    ),
+    "SDXL base UNet": (
+        "UNet2DConditionModel",
+        dict(
+            XL,
+            block_out_channels=[320, 640, 1280],
+            down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            attention_head_dim=[5, 10, 20],
+            transformer_layers_per_block=[1, 2, 10],
+            cross_attention_dim=2048,
+            projection_class_embeddings_input_dim=2816,
+        ),
+    ),
+    "SDXL refiner UNet": (
+        "UNet2DConditionModel",
+        dict(
+            XL,
+            block_out_channels=[384, 768, 1536, 1536],
+            down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            attention_head_dim=[6, 12, 24, 24],
+            transformer_layers_per_block=4,
+            cross_attention_dim=1280,
+            projection_class_embeddings_input_dim=2560,
+        ),
+    ),
+    "SD VAE": (
+        "AutoencoderKL",
+        dict(
+            block_out_channels=[128, 256, 512, 512],
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            layers_per_block=2,
+            sample_size=512,
+        ),
+    ),
+    "SD 1.5 text encoder": (
+        "CLIPTextModel",
+        dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
+    ),
+    "SD 2.1 text encoder": (
+        "CLIPTextModel",
+        dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=23, hidden_act="gelu"),
+    ),
+    "SDXL text encoder 2": (
+        "CLIPTextModelWithProjection",
+        dict(
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_attention_heads=20,
+            num_hidden_layers=32,
+            hidden_act="gelu",
+            projection_dim=1280,
+        ),
+    ),
+    "google/ddpm-celebahq-256 UNet": (
+        "UNet2DModel",
+        dict(
+            sample_size=256,
+            block_out_channels=[128, 128, 256, 256, 512, 512],
+            down_block_types=["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
+            up_block_types=["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
+            attention_head_dim=None,
+            downsample_padding=0,
+            flip_sin_to_cos=False,
+            freq_shift=1,
+            norm_eps=1e-6,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("name", FULL)
+def test_full_size(name, scan):
+    """Names and shapes are those of PyTorch's class, and one call computes, all without memory."""
+    from flaxdiff.checkpoint import convert
+
+    class_name, config = FULL[name]
+    spec = getattr(flaxdiff, class_name).from_config({**config, "scan_layers": scan})
+    with torch.device("meta"):
+        if hasattr(diffusers, class_name):
+            peer = getattr(diffusers, class_name)(**config)
+        else:
+            peer = getattr(transformers, class_name)(transformers.CLIPTextConfig(**config))
+    theirs = {name: tuple(value.shape) for name, value in peer.state_dict().items()}
+    if class_name == "CLIPTextModel":  # what the class calls it; the files say text_model.
+        theirs = {f"text_model.{name}": shape for name, shape in theirs.items()}
+    leaves = flaxdiff.layout(spec).items()
+    ours = {n: convert.shape_in_file(leaf) for own, leaf in leaves for n in convert.names_in_file(own, leaf)}
+    assert ours == theirs
+
+
+def call(spec):
+    """A call of a model at its own size, as abstract arrays."""
+    f32, c = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32), spec.config
+    match spec.module.__name__:
+        case "UNet2DConditionModel":
+            added = None
+            if c.addition_embed_type:
+                sizes = 6 if c.cross_attention_dim == 2048 else 5
+                added = {"text_embeds": f32(2, 1280), "time_ids": f32(2, sizes)}
+            n = c.sample_size or 64
+            return (f32(2, n, n, c.in_channels), f32(), f32(2, 77, c.cross_attention_dim), added), (2, n, n, 4)
+        case "UNet2DModel":
+            return (f32(2, 256, 256, 3), f32()), (2, 256, 256, 3)
+        case "AutoencoderKL":
+            return (f32(1, 512, 512, 3),), (1, 512, 512, 3)
+    return (jax.ShapeDtypeStruct((2, 77), jnp.int32),), (2, 77, c.hidden_size)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_size_call(name):
+    class_name, config = FULL[name]
+    spec = getattr(flaxdiff, class_name).from_config(config)
+    args, shape = call(spec)
+    out = jax.eval_shape(lambda params, args: flaxdiff.apply(spec, params, *args), flaxdiff.abstract(spec), args)
+    out = getattr(out, "last_hidden_state", out)
+    assert out.shape == shape
+
+
+# --- what a model refuses ------------------------------------------------------------------------------------------------
+
+
+def test_unknown_option():
+    with pytest.raises(ValueError, match="no option 'block_out_chanels'.*did you mean block_out_channels"):
+        flaxdiff.UNet2DConditionModel.from_config({"block_out_chanels": [32, 64]})
+
+
+def test_an_unknown_option_that_is_off_changes_nothing():
+    config = {"cross_attention_dim": 16, "some_future_switch": False}
+    assert flaxdiff.UNet2DConditionModel.from_config(config).config.cross_attention_dim == 16
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier' is not supported; use one of"),
+        ({"down_block_types": ["Down"] * 4}, r"down_block_types holds \['Down'\]; supported are"),
+        ({"down_block_types": ["DownBlock2D"]}, "down_block_types has 1 entries and block_out_channels 4"),
+        ({"attention_head_dim": [5, 10]}, r"attention_head_dim=\(5, 10\) needs 4 entries"),
+        ({"norm_num_groups": 7}, "320 channels do not divide into 7 groups"),
+    ],
+)
+def test_bad_configuration(config, message):
+    with pytest.raises(ValueError, match=message):
+        flaxdiff.abstract(flaxdiff.UNet2DConditionModel.from_config(config))
+
+
+def test_missing_parameter():
+    spec = flaxdiff.AutoencoderKL.from_config({"block_out_channels": [32]})
+    params = flaxdiff.init(spec, jax.random.key(0))
+    params.pop("encoder.conv_in.weight")
+    with pytest.raises(ValueError, match="1 of .* parameters are missing, e.g. .*encoder.conv_in.weight"):
+        flaxdiff.apply(spec, params, jnp.zeros((1, 4, 4, 3)))
+
+
+def test_sdxl_needs_its_conditions():
+    spec = flaxdiff.UNet2DConditionModel.from_config(peers.stable_diffusion_xl().unet.config)
+    with pytest.raises(ValueError, match="added_cond_kwargs with text_embeds and time_ids"):
+        jax.eval_shape(
+            lambda p: flaxdiff.apply(spec, p, jnp.zeros((1, 8, 8, 4)), 1, jnp.zeros((1, 5, 32))), flaxdiff.abstract(spec)
+        )
+
+
+# --- kinds of computation ------------------------------------------------------------------------------------------------
+
+
+def test_attention_in_slices_is_attention():
+    from flaxdiff.core import attention_backend
+    from flaxdiff.nn.attention import attention
+
+    q, k, v = normal(2, 1024, 3, 8), normal(2, 77, 3, 8), normal(2, 77, 3, 8)
+    plain = attention(q, k, v)
+    token = attention_backend.set("sliced")
+    try:
+        assert peers.relative(attention(q, k, v), plain) < 1e-5
+    finally:
+        attention_backend.reset(token)
+
+
+def test_half_precision_is_near():
+    spec, params, _ = load(peers.stable_diffusion_1, "unet")
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    x, text = normal(1, 8, 8, 4), normal(1, 5, 16)
+    full = flaxdiff.apply(spec, params, x, 500, text)
+    low = flaxdiff.apply(spec, half, x, 500, text)
+    assert low.dtype == jnp.bfloat16
+    assert 0 < peers.relative(low.astype(jnp.float32), full) < 0.05
+
+
+def test_init_depends_on_the_name_alone():
+    small = flaxdiff.AutoencoderKL.from_config({"block_out_channels": [32]})
+    large = flaxdiff.AutoencoderKL.from_config({"block_out_channels": [32], "layers_per_block": 2})
+    a, b = (flaxdiff.init(spec, jax.random.key(0)) for spec in (small, large))
+    shared = [name for name in a if name in b and a[name].shape == b[name].shape]
+    assert len(shared) == len(a) and all((a[name] == b[name]).all() for name in shared)

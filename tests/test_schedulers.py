@@ -1,0 +1,535 @@
+"""Schedulers against diffusers, elementwise, and the properties that make them tables.
+
+One list of configurations drives everything: a new class is tested by adding its lines. The model is a nonlinear toy;
+noise is injected, the same array on both sides.
+"""
+
+import copy
+import functools
+import importlib
+import math
+import pickle
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from flaxdiff import schedulers
+from flaxdiff.schedulers import tables
+
+diffusers.logging.set_verbosity_error()
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:diffusers.schedulers", "ignore::FutureWarning:diffusers.schedulers"
+)
+
+STEPS = (1, 2, 4, 7, 10, 25, 50)
+BOUND = 64
+SHAPE = (2, 4, 3, 3)  # ours, channels last
+RNG = np.random.default_rng(0)
+MIX = (RNG.standard_normal((3, 3)) / 4).astype(np.float32)
+LATENTS = RNG.standard_normal(SHAPE).astype(np.float32)
+NOISE = RNG.standard_normal((BOUND, *SHAPE)).astype(np.float32)
+
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+V0 = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+THRESHOLD = {"thresholding": True, "sample_max_value": 2.5, "dynamic_thresholding_ratio": 0.8}
+
+# class -> configurations; keys starting with "plan_" go to plan / step, not to the config
+CASES = {
+    "DDPMScheduler": [
+        {},
+        {**SD, "clip_sample": False},
+        {"variance_type": "fixed_large", "clip_sample_range": 2.0},
+        {"variance_type": "fixed_small_log", "beta_schedule": "squaredcos_cap_v2"},
+        {"beta_schedule": "sigmoid", "prediction_type": "sample"},
+        {"beta_schedule": "laplace", "timestep_spacing": "linspace", "variance_type": "fixed_large"},
+        {**SD, **V0},
+        {**SD, **THRESHOLD, "steps_offset": 1},
+    ],
+    "DDIMScheduler": [
+        {},
+        {**SD, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
+        {**SD, **V0, "plan_eta": 0.7},
+        {"timestep_spacing": "linspace", "prediction_type": "sample", "clip_sample_range": 0.5},
+        {"beta_schedule": "squaredcos_cap_v2", "plan_eta": 1.0},
+        {"plan_use_clipped_model_output": True, "trained_betas": tuple(np.linspace(1e-4, 0.03, 1000))},
+        {**SD, **THRESHOLD, "plan_eta": 0.3},
+    ],
+    "PNDMScheduler": [
+        {"skip_prk_steps": True},
+        {**SD, "skip_prk_steps": True, "steps_offset": 1},
+        {**SD, "skip_prk_steps": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+        {"skip_prk_steps": True, "timestep_spacing": "linspace", "set_alpha_to_one": True},
+        {},
+        {**SD, "timestep_spacing": "trailing"},
+        {"prediction_type": "v_prediction", "set_alpha_to_one": True, "beta_schedule": "squaredcos_cap_v2"},
+    ],
+    "EulerDiscreteScheduler": [
+        {},
+        {**SD, "use_karras_sigmas": True, "prediction_type": "v_prediction"},
+        {**SD, "timestep_spacing": "leading", "steps_offset": 1, "final_sigmas_type": "sigma_min"},
+        {**SD, "use_exponential_sigmas": True, "sigma_min": 0.1, "sigma_max": 10.0},
+        {**SD, "use_beta_sigmas": True, "prediction_type": "sample"},
+        {**SD, "interpolation_type": "log_linear"},
+        {**SD, **V0},
+        {**SD, "prediction_type": "v_prediction", "timestep_type": "continuous", "sigma_min": 0.01},
+        {**SD, "plan_s_churn": 5.0, "plan_s_tmin": 0.1, "plan_s_tmax": 5.0, "plan_s_noise": 1.01},
+        {**SD, "plan_s_churn": 5.0, "prediction_type": "v_prediction"},
+    ],
+    "EulerAncestralDiscreteScheduler": [
+        {},
+        {**SD},
+        {**SD, **V0},
+        {**SD, "timestep_spacing": "leading", "steps_offset": 1},
+        {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "timestep_spacing": "leading"},
+        {"trained_betas": tuple(np.linspace(1e-4, 0.03, 1000))},
+        {"timestep_spacing": "trailing"},
+    ],
+    "DPMSolverMultistepScheduler": [
+        {},
+        {**SD, "solver_order": 3, "use_karras_sigmas": True},
+        {**SD, "solver_order": 1, "timestep_spacing": "leading", "steps_offset": 1},
+        {**SD, "solver_order": 3, "lower_order_final": False, "final_sigmas_type": "sigma_min"},
+        {**SD, "solver_type": "heun", "use_exponential_sigmas": True},
+        {**SD, "algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True, "euler_at_final": True},
+        {**SD, "algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
+        {**SD, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+        {**SD, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "solver_order": 3},
+        {**SD, "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "solver_type": "heun", **THRESHOLD},
+        {**SD, "algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"},
+        {**SD, "algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min", "solver_type": "heun"},
+        {**SD, "use_lu_lambdas": True, "prediction_type": "sample"},
+        {**SD, "use_beta_sigmas": True, **THRESHOLD},
+        {**SD, **V0},
+        {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1, "use_karras_sigmas": True},
+        {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1, "timestep_spacing": "trailing"},
+        {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"},
+    ],
+}
+ALL = [(name, config) for name, configs in CASES.items() for config in configs]
+
+
+def ids(case):
+    name, config = case
+    return f"{name}-{'-'.join(f'{k}={v}' for k, v in config.items() if k != 'trained_betas')}"
+
+
+def split(config):
+    plan = {k[5:]: v for k, v in config.items() if k.startswith("plan_")}
+    return {k: v for k, v in config.items() if not k.startswith("plan_")}, plan
+
+
+def ours(name, config):
+    return getattr(schedulers, name)(**split(config)[0])
+
+
+def theirs(name, config):
+    config = {k: list(v) if k == "trained_betas" else v for k, v in split(config)[0].items()}
+    return getattr(diffusers, name)(**config)
+
+
+# --- the two loops ---------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames="channels")
+def generate(plan, latents, noise, key, channels=1):
+    """The loop of a pipeline around a toy network, noise injected."""
+
+    def body(state, z):
+        def evaluate(state):
+            y = jnp.tanh(state.model_input @ MIX + jnp.sin(state.timestep / 100))
+            return tables.step(state, jnp.concatenate([y, *[0.5 * y] * (channels - 1)], -1), z)
+
+        return jax.lax.cond(state.index < state.plan.steps, evaluate, lambda s: s, state), None
+
+    return jax.lax.scan(body, tables.init(plan, latents, key), noise)[0].sample
+
+
+def run(plan, channels=1):
+    plan = plan.pad(BOUND)
+    return np.asarray(generate(plan, LATENTS * plan.init_noise_sigma, NOISE, jax.random.key(0), channels))
+
+
+def reference(scheduler, plan, begin=0, channels=1, **options):
+    """diffusers' loop over the rows of our plan, starting at its row `begin` as its img2img pipelines do.
+
+    The network is told our times, once they are seen to be diffusers': in float32 it truncates 998.99997 to 998.
+    """
+    module = importlib.import_module(type(scheduler).__module__)
+    swap = lambda x: torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
+    times = scheduler.timesteps[begin : begin + int(plan.steps)]
+    rounded = times.dtype == torch.int64 and "DPM" in type(scheduler).__name__
+    np.testing.assert_allclose(plan.timesteps, times.numpy(), rtol=1e-5, atol=1 if rounded else 1e-3)
+    np.testing.assert_allclose(plan.init_noise_sigma, scheduler.init_noise_sigma, rtol=1e-4, atol=1e-5)
+    x = swap(LATENTS) * scheduler.init_noise_sigma
+    if hasattr(scheduler, "set_begin_index"):  # without it, diffusers skips a row when the first time occurs twice
+        scheduler.set_begin_index(begin)
+    draws = iter(())
+    original = getattr(module, "randn_tensor", None)
+    module.randn_tensor = lambda *args, **kwargs: next(draws)
+    try:
+        for k, t in enumerate(times):
+            draws = iter([swap(NOISE[k])])
+            seen = scheduler.scale_model_input(x, t)
+            wave = math.sin(float(plan.timesteps[k]) / 100)
+            y = torch.tanh(torch.einsum("bchw,cd->bdhw", seen, torch.from_numpy(MIX)) + wave)
+            y = torch.cat([y, *[0.5 * y] * (channels - 1)], 1)
+            x = scheduler.step(y, t, x, **options).prev_sample
+    finally:
+        module.randn_tensor = original
+    return np.moveaxis(x.numpy(), 1, -1)
+
+
+def agree(plan, want, channels=1):
+    """Ours equals `want` to 1e-4 of its largest value.
+
+    Where that is smaller, to what float32 leaves diffusers: its resolution of the sample that the run started from, and
+    of 1 - alphas_cumprod where a run of one step starts at t = 0.
+    """
+    got = run(plan, channels)
+    assert np.isfinite(want).all() and got.shape == want.shape
+    error, floor = np.abs(got - want).max(), max(1e-5, 4 * np.finfo(np.float32).eps * float(plan.init_noise_sigma))
+    assert error <= max(1e-4 * np.abs(want).max(), floor), f"{error:.1e} of {np.abs(want).max():.1e}"
+
+
+# --- parity ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ALL, ids=ids)
+def test_samples_as_diffusers(case):
+    name, config = case
+    runge_kutta = name == "PNDMScheduler" and not config.get("skip_prk_steps")
+    for n in STEPS[2 if runge_kutta else 0 :]:
+        scheduler, (_, options) = theirs(name, config), split(config)
+        scheduler.set_timesteps(n)
+        plan = ours(name, config).plan(n, **options)
+        agree(plan, reference(scheduler, plan, **options))
+
+
+PARTIAL = [
+    ({"strength": 0.6}, 4),
+    ({"strength": 1.0}, 0),
+    ({"denoising_start": 0.8}, 8),
+    ({"denoising_end": 0.8}, 0),
+    ({"denoising_start": 0.4, "denoising_end": 0.75}, 4),
+]
+
+
+@pytest.mark.parametrize("window", PARTIAL, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_partial_runs_as_diffusers(name, window):
+    config = {**SD, **({"skip_prk_steps": True} if name == "PNDMScheduler" else {})}
+    if name == "DPMSolverMultistepScheduler":
+        config |= {"solver_order": 3, "use_karras_sigmas": True}
+    window, begin = window
+    scheduler = theirs(name, config)
+    scheduler.set_timesteps(10)
+    plan = ours(name, config).plan(10, **window)
+    if "strength" not in window:  # the pipelines of SDXL cut by time
+        cut = lambda share: round(1000 - share * 1000)
+        start = cut(window["denoising_start"]) if "denoising_start" in window else 1000
+        kept = [t for t in scheduler.timesteps if t < start]
+        begin = len(scheduler.timesteps) - len(kept)
+        assert int(plan.steps) == len([t for t in kept if t >= cut(window.get("denoising_end", 1.0))])
+    agree(plan, reference(scheduler, plan, begin))
+
+
+@pytest.mark.parametrize(
+    "name, config, custom",
+    [
+        ("DDPMScheduler", SD, {"timesteps": [999, 700, 300, 20]}),
+        ("EulerDiscreteScheduler", SD, {"timesteps": [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]}),
+        ("EulerDiscreteScheduler", SD, {"sigmas": [14.6, 6.3, 3.8, 2.2, 1.3, 0.9, 0.5, 0.4, 0.2, 0.1, 0.0]}),
+        ("DPMSolverMultistepScheduler", SD, {"timesteps": [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]}),
+    ],
+)
+def test_custom_schedules_as_diffusers(name, config, custom):
+    scheduler = theirs(name, config)
+    scheduler.set_timesteps(**custom)
+    plan = ours(name, config).plan(**custom)
+    agree(plan, reference(scheduler, plan))
+
+
+def test_dynamic_shift_as_diffusers():
+    config = {"use_flow_sigmas": True, "use_dynamic_shifting": True, "prediction_type": "flow_prediction"}
+    scheduler = theirs("DPMSolverMultistepScheduler", {**config, "flow_shift": math.exp(0.7)})
+    scheduler.set_timesteps(8)
+    plan = ours("DPMSolverMultistepScheduler", config).plan(8, mu=0.7)
+    agree(plan, reference(scheduler, plan))
+
+
+@pytest.mark.parametrize(
+    "name, config",
+    [
+        ("DDPMScheduler", {"variance_type": "learned_range"}),
+        ("DDPMScheduler", {**SD, "variance_type": "learned_range", "timestep_spacing": "trailing"}),
+        ("DPMSolverMultistepScheduler", {**SD, "variance_type": "learned_range"}),
+        ("DPMSolverMultistepScheduler", {**SD, "variance_type": "learned", "algorithm_type": "sde-dpmsolver++"}),
+    ],
+)
+def test_learned_variance_as_diffusers(name, config):
+    for n in STEPS:
+        scheduler = theirs(name, config)
+        scheduler.set_timesteps(n)
+        plan = ours(name, config).plan(n)
+        agree(plan, reference(scheduler, plan, channels=2), channels=2)
+
+
+def test_learned_variance_is_the_network_s():
+    # diffusers takes the square root of what the network says; ours of what of it is positive
+    s = schedulers.DDPMScheduler(variance_type="learned", clip_sample=False)
+    state = s.init(s.plan(4), LATENTS, jax.random.key(0))
+    mean, variance = jnp.zeros(SHAPE), jnp.full(SHAPE, 0.25)
+    with_noise = s.step(state, jnp.concatenate([mean, variance], -1), NOISE[0]).sample
+    without = s.step(state, jnp.concatenate([mean, 0 * variance], -1), NOISE[0]).sample
+    np.testing.assert_allclose(with_noise - without, 0.5 * NOISE[0], atol=1e-6)
+
+
+def test_ancestral_steps_from_great_sigma_are_finite():
+    # from sigma = 20,291 float32 leaves diffusers a negative variance, and NaN at four steps
+    config = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    assert np.isfinite(run(schedulers.EulerAncestralDiscreteScheduler(**config).plan(4))).all()
+
+
+def test_third_order_sde_is_consistent():
+    # diffusers 0.42.1 has -1/2 for +1/2 in this solver's last coefficient, so that it leaves the trajectory even where
+    # the prediction does not change; a constant x_0 must be crossed exactly, as by order 1
+    config = {**SD, "algorithm_type": "sde-dpmsolver++", "prediction_type": "sample"}
+    plans = [schedulers.DPMSolverMultistepScheduler(**config, solver_order=k).plan(20) for k in (1, 2, 3)]
+    weights = [p.mix[5, 0, 1:6].sum() for p in plans]  # of this and the two earlier predictions together
+    np.testing.assert_allclose(weights, weights[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_noise_and_velocity_as_diffusers(name):
+    config = {**SD, "prediction_type": "v_prediction"}
+    ref, s = theirs(name, config), ours(name, config)
+    t = [999, 500]
+    swap = lambda x: torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
+    times = torch.tensor(t, dtype=torch.float64 if "Euler" in name else torch.int64)
+    if name.startswith("DPM"):  # its levels run the wrong way until timesteps are set
+        ref.set_timesteps(timesteps=t)
+    want = ref.add_noise(swap(LATENTS), swap(NOISE[0]), times)
+    got = jax.jit(s.add_noise)(LATENTS, NOISE[0], jnp.array(t))
+    np.testing.assert_allclose(np.moveaxis(np.asarray(got), -1, 1), want, rtol=1e-4, atol=1e-4)
+    assert s.add_noise(jnp.asarray(LATENTS, jnp.bfloat16), NOISE[0], 7).dtype == jnp.bfloat16
+    ddpm = theirs("DDPMScheduler", SD)
+    want = ddpm.get_velocity(swap(LATENTS), swap(NOISE[0]), torch.tensor(t))
+    got = jax.jit(s.get_velocity)(LATENTS, NOISE[0], jnp.array(t))
+    np.testing.assert_allclose(np.moveaxis(np.asarray(got), -1, 1), want, rtol=1e-4, atol=1e-5)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def every(n, **config):
+    return [ours(name, {**config, **c}).plan(n, pad_to=BOUND) for name, (c, *_) in CASES.items()]
+
+
+def test_one_program_serves_all():
+    generate.clear_cache()
+    for n in (1, 7, 30):
+        for plan in every(n):
+            run(plan)
+    assert generate._cache_size() == 1
+
+
+def test_vmap_over_plans():
+    plans = every(5)
+    stack = jax.tree.map(lambda *a: jnp.stack(a), *plans)
+    start = jnp.stack([LATENTS * p.init_noise_sigma for p in plans])
+    together = jax.vmap(generate, (0, 0, None, None))(stack, start, NOISE, jax.random.key(0))
+    for got, plan in zip(together, plans):
+        want = run(plan)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_padding_is_inert(name):
+    plan = ours(name, CASES[name][0]).plan(4)
+    s, key = ours(name, {}), jax.random.key(3)
+    rows, padded = int(plan.steps), plan.pad(BOUND)
+    state, long = s.init(plan, LATENTS, key), s.init(padded, LATENTS, key)
+    for _ in range(rows):
+        state, long = s.step(state, 0.3 * state.model_input), s.step(long, 0.3 * long.model_input)
+    for _ in range(3):
+        long = s.step(long, long.model_input)
+    np.testing.assert_array_equal(state.sample, long.sample)
+    assert not padded.noisy[rows:].any() and long.index == rows + 3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_thousand_steps_and_one_are_finite(name):
+    for n in (1, 1000):
+        config = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+        plan = ours(name, {**SD, **config}).plan(n)
+        assert np.isfinite(plan.mix).all() and int(plan.steps) >= n
+
+
+@pytest.mark.parametrize(
+    "name", ["DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
+)
+def test_exact_denoiser_returns_the_image(name):
+    s = ours(name, {**SD, "prediction_type": "sample", **({"clip_sample": False} if "DD" in name else {})})
+    plan = s.plan(8, strength=0.5)
+    image = jnp.asarray(LATENTS)
+    state = s.init(plan, plan.alpha[0] * image + plan.sigma[0] * NOISE[0], jax.random.key(0))
+    for _ in range(int(plan.steps)):
+        state = tables.step(state, image)
+    np.testing.assert_allclose(state.sample, image, atol=1e-5)
+
+
+def test_noise_follows_each_image_s_key():
+    s = schedulers.EulerAncestralDiscreteScheduler()
+    plan = s.plan(3)
+
+    def go(latents, key):
+        state = s.init(plan, latents, key)
+        for _ in range(3):
+            state = tables.step(state, 0.1 * state.model_input)
+        return state.sample
+
+    both = go(LATENTS, jax.random.key(5))
+    np.testing.assert_allclose(go(LATENTS[:1], jax.random.key(5)), both[:1], rtol=1e-6)  # whatever the batch
+    keys = tables.image_keys(jax.random.key(5), 2)
+    np.testing.assert_allclose(go(LATENTS[1:], keys[1:]), both[1:], rtol=1e-6)  # one picture again
+    np.testing.assert_allclose(go(LATENTS, jax.random.PRNGKey(5)), both, rtol=1e-6)  # keys of the old kind
+    assert np.abs(go(LATENTS, jax.random.key(6)) - both).max() > 0.1
+    draw = jax.random.normal(jax.random.fold_in(keys[1], 0), SHAPE[1:])
+    state = s.init(plan, LATENTS, keys)
+    given = s.step(state, LATENTS, jnp.stack([draw, draw])).sample[1]
+    np.testing.assert_allclose(s.step(state, LATENTS).sample[1], given, rtol=1e-6)
+
+
+def test_gradient_through_a_run():
+    plan = schedulers.DPMSolverMultistepScheduler(**SD).plan(4, pad_to=BOUND)
+    total = lambda x: generate(plan, x, NOISE, jax.random.key(0)).sum()
+    g, e = jax.grad(total)(jnp.asarray(LATENTS)), np.zeros(SHAPE, np.float32)
+    e[0, 1, 2, 0] = 1e-2
+    np.testing.assert_allclose((total(LATENTS + e) - total(LATENTS - e)) / 2e-2, g[0, 1, 2, 0], rtol=1e-2)
+
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_config_has_diffusers_keys_and_defaults(name):
+    want = {k: v for k, v in getattr(diffusers, name)().config.items() if not k.startswith("_")}
+    if name == "DPMSolverMultistepScheduler":
+        assert want.pop("lambda_min_clipped") == -math.inf
+    got = getattr(schedulers, name)().option_values()
+    assert {k: got[k] for k in want} == want
+    assert set(got) - set(want) <= {"lambda_min_clipped"}
+
+
+@pytest.mark.parametrize("case", ALL, ids=ids)
+def test_config_travels_by_folder(case, tmp_path):
+    name, config = case
+    s = ours(name, config)
+    s.save_config(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["scheduler_config.json"]
+    assert (
+        getattr(schedulers, name).from_pretrained(tmp_path)
+        == s
+        == schedulers.from_config(schedulers.read_config(tmp_path))
+    )
+    assert hash(s) == hash(getattr(schedulers, name).from_pretrained(tmp_path))
+    back = getattr(diffusers, name).from_pretrained(tmp_path).config
+    assert all(back[k] == v for k, v in split(config)[0].items() if k != "trained_betas")
+    theirs(name, config).save_pretrained(tmp_path / "theirs" / "scheduler")
+    assert getattr(schedulers, name).from_pretrained(tmp_path / "theirs", subfolder="scheduler") == s
+
+
+def test_swap_keeps_what_was_chosen():
+    for config in ({"skip_prk_steps": True, **SD}, {"timestep_spacing": "trailing", "steps_offset": 1}, {}):
+        ref = diffusers.PNDMScheduler(**config)
+        mine = schedulers.PNDMScheduler(**config)
+        for name in CASES:
+            want = getattr(diffusers, name).from_config(ref.config).config
+            got = getattr(schedulers, name).from_config(mine).option_values()
+            assert all(want[k] == v for k, v in got.items()), name
+            assert getattr(schedulers, name).from_config(mine.config) == getattr(schedulers, name).from_config(mine)
+
+
+def test_survives_copies():
+    s = schedulers.PNDMScheduler(**SD, trained_betas=[0.1] * 1000)
+    for same in (pickle.loads(pickle.dumps(s)), copy.deepcopy(s)):
+        assert same == s and hash(same) == hash(s) and same.config == s.config
+
+
+def test_compatibles():
+    s = schedulers.PNDMScheduler()
+    assert {c.__name__ for c in s.compatibles} == set(CASES)
+    assert {c.__name__ for c in s.compatibles} <= {c.__name__ for c in diffusers.PNDMScheduler().compatibles}
+
+
+DPM, DDIM, EULER = schedulers.DPMSolverMultistepScheduler, schedulers.DDIMScheduler, schedulers.EulerDiscreteScheduler
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: DDIM().plan(0), "num_inference_steps=0 must be a positive"),
+        (lambda: DDIM().plan(-3), "must be a positive"),
+        (lambda: DDIM().plan(1001), "exceeds num_train_timesteps=1000"),
+        (lambda: DPM().plan(1001), "exceeds"),
+        (lambda: schedulers.PNDMScheduler().plan(3), "skip_prk_steps=True"),
+        (lambda: DDIM().plan(), "no schedule"),
+        (lambda: DDIM().plan(4, timesteps=[1]), "timesteps and num_inference_steps"),
+        (lambda: EULER().plan(timesteps=[9, 3], sigmas=[3.0, 0.0]), "timesteps and sigmas"),
+        (lambda: EULER().plan(timesteps=[3, 9]), "descending list"),
+        (lambda: EULER().plan(timesteps=[9, 9, 3]), "without duplicates"),
+        (lambda: EULER().plan(timesteps=[1000, 3]), r"must lie in \[0, 1000\)"),
+        (lambda: EULER(use_karras_sigmas=True).plan(timesteps=[9, 3]), "excludes use_karras_sigmas"),
+        (lambda: DDIM().plan(sigmas=[3.0, 0.0]), "does not take sigmas="),
+        (lambda: DDIM().plan(4, mu=1.0), "does not take mu="),
+        (lambda: DPM().plan(4, mu=1.0), "use_dynamic_shifting=True"),
+        (lambda: DDIM().plan(4, etta=1.0), "no option of plan 'etta': did you mean 'eta'"),
+        (lambda: DDIM().plan(4, strength=1.5), "strength=1.5 must lie"),
+        (lambda: DDIM().plan(4, strength=0.1), "leaves none of 4 steps"),
+        (lambda: DDIM().plan(4, denoising_end=1.5), "denoising_end=1.5 must lie"),
+        (lambda: DDIM().plan(4, denoising_start=0.7, denoising_end=0.3), "must be smaller"),
+        (lambda: DDIM().plan(4, pad_to=3), "does not fit a bound of 3"),
+        (lambda: EULER(use_karras_sigmas=True, use_beta_sigmas=True), "exclude each other"),
+        (lambda: EULER(prediction_type="eps"), "prediction_type='eps' must be one of 'epsilon'"),
+        (lambda: DDIM(beta_schedule="cosine"), "beta_schedule='cosine' must be one of"),
+        (lambda: DPM(solver_order=4), "solver_order=4 must be one of 1, 2, 3"),
+        (lambda: DPM(algorithm_type="dpmsolver"), "final_sigmas_type='sigma_min'"),
+        (lambda: DPM(prediction_type="flow_prediction"), "use_flow_sigmas"),
+        (lambda: DDIM(trained_betas=[0.1, 0.2]).plan(4), "trained_betas holds 2 values"),
+        (lambda: DDIM(rescale_betas_zero_snr=True, timestep_spacing="trailing").plan(4), "use 'v_prediction'"),
+        (
+            lambda: DDIM.from_config({"beta_strat": 0.1}),
+            "DDIMScheduler has no option 'beta_strat': did you mean 'beta_start'",
+        ),
+        (lambda: DDIM.from_config({}, use_karras_sigmas=True), "DDIMScheduler has no option 'use_karras_sigmas'"),
+        (
+            lambda: schedulers.from_config({"_class_name": "EulerScheduler"}),
+            "no scheduler class 'EulerScheduler': did you",
+        ),
+    ],
+)
+def test_errors_say_what_to_do(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_errors_at_the_step():
+    s = DDIM()
+    state = s.init(s.plan(4), LATENTS, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"output has shape \(2, 4, 3, 4\) and the sample \(2, 4, 3, 3\)"):
+        s.step(state, jnp.zeros((2, 4, 3, 4)))
+    with pytest.raises(ValueError, match="keys of shape .3,. for 2 images"):
+        s.init(s.plan(4), LATENTS, jax.random.split(jax.random.key(0), 3))
+
+
+def test_errors_at_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="scheduler_config.json"):
+        DDIM.from_pretrained(tmp_path, subfolder="scheduler")
+    for text, message in (("{", "not JSON"), ("[1]", "holds a list")):
+        (tmp_path / "scheduler_config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            DDIM.from_pretrained(tmp_path)
