@@ -371,7 +371,6 @@ def test_peak_memory_beyond_the_parameters_is_at_most_twice_the_largest_tensor(f
     del params
     command = [sys.executable, "-c", textwrap.dedent(LOAD), str(tmp_path / "small"), str(tmp_path / "large")]
     done = subprocess.run([*command, dtype, str(devices)], capture_output=True, text=True, check=True)
-    print(int(done.stdout)/largest)
     assert int(done.stdout) <= 2 * largest, f"{int(done.stdout) / 2**20:.1f} MiB, the largest tensor {largest / 2**20}"
 
 
