@@ -351,6 +351,7 @@ LOAD = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures memory as Linux tells it")
 @pytest.mark.parametrize(
     "form, dtype, devices", [("whole", "float32", 1), ("shards", "bfloat16", 1), ("bin", "float32", 4)]
