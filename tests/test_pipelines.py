@@ -51,7 +51,7 @@ def test_text_to_image(build):
 def test_one_compiled_step_serves_the_schedulers():
     """Each scheduler against PyTorch's, noise of the solver included."""
     pipe, params, peer = load(peers.stable_diffusion_1)
-    latents, noise, config = normal(2, 8, 8, 4), normal(12, 2, 8, 8, 4), peer.scheduler.config
+    latents, noise, config = normal(2, 8, 8, 4), normal(12, 2, 8, 8, 4), peers.saved_config(peers.stable_diffusion_1)
     for name in ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler"):
         peer.scheduler = getattr(diffusers, name).from_config(config)
         ours = pipe.replace(scheduler=getattr(flaxdiff, name).from_config(pipe.scheduler))
@@ -318,6 +318,7 @@ def test_slices_make_the_same_picture(tiny):
 # --- transformations and devices -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_vmap_over_keys(tiny):
     pipe, params = tiny
     inputs, keys = pipe.prepare_inputs(prompt="cat", num_inference_steps=3), jax.random.split(KEY, 3)
@@ -332,13 +333,15 @@ def test_gradient_of_the_picture(tiny):
     embeds, direction = jnp.asarray(normal(1, 16, 16)), jnp.asarray(normal(1, 16, 16))
     pipe = pipe.replace(scheduler=flaxdiff.DDIMScheduler.from_config(pipe.scheduler))
     inputs = pipe.prepare_inputs(prompt_embeds=embeds, num_inference_steps=3, guidance_scale=1.0)
-    brightness = lambda e: pipe.generate(params, KEY, {**inputs, "prompt_embeds": e}).mean()
-    slope = jnp.vdot(jax.jit(jax.grad(brightness))(embeds), direction)
-    run, h = jax.jit(brightness), 1e-2
+    weights = jnp.asarray(normal(1, 16, 16, 3))
+    score = lambda e: jnp.vdot(pipe.generate(params, KEY, {**inputs, "prompt_embeds": e}), weights)
+    slope = jnp.vdot(jax.jit(jax.grad(score))(embeds), direction)
+    run, h = jax.jit(score), 0.1
     finite = (run(embeds + h * direction) - run(embeds - h * direction)) / (2 * h)
     assert abs(slope - finite) < 0.05 * abs(finite) and abs(slope) > 0
 
 
+@pytest.mark.slow
 def test_pmap(tiny):
     pipe, params = tiny
     inputs = pipe.prepare_inputs(prompt=["a", "b", "c", "d"], num_inference_steps=3)
@@ -351,7 +354,9 @@ def test_pmap(tiny):
     np.testing.assert_allclose(two.reshape(one.shape), one, atol=1e-5)
 
 
-@pytest.mark.parametrize("axes", [{"data": 2}, {"data": 8}, {"data": 2, "fsdp": 4}])
+@pytest.mark.parametrize(
+    "axes", [{"data": 2}, pytest.param({"data": 8}, marks=pytest.mark.slow), {"data": 2, "fsdp": 4}]
+)
 def test_one_key_one_picture_on_any_number_of_devices(tiny, axes):
     """Batch and parameters sharded over fake devices, noise of the solver included."""
     pipe, params = tiny
