@@ -1,8 +1,7 @@
 """The names that checkpoints and users know, and where each of them lives.
 
 `TABLE` is the one list: the public face of the package, the classes that a `model_index.json` may name, and nothing
-else. A module is imported when a name in it is first asked for; a name in a file is only ever looked up here, never
-imported.
+else. A module is imported when a name in it is first asked for; a name in a file is only ever looked up here.
 """
 
 import difflib

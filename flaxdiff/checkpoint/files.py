@@ -99,8 +99,8 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     index = read_json(path).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
         raise damaged(path, "its weight_map does not say which file holds which tensor")
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(index.values())):
+    shards = sorted(set(index.values()))
+    for shard in shards:
         named = parse(shard)  # a path to anywhere else does not parse
         if named is None or named.format != weights.format or named.role == "index":
             raise ValueError(
@@ -108,6 +108,8 @@ def open_weights(path: Path) -> dict[str, Tensor]:
             )
         if not (path.parent / shard).is_file():
             raise FileNotFoundError(f"{path} names the shard {shard!r}, which is not there; download the folder again.")
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
         there = read(path.parent / shard)
         if wrong := [name for name in there if index.get(name) != shard]:
             raise damaged(path, f"{shard} holds {wrong[:3]}, which the index does not place there")

@@ -66,7 +66,7 @@ class Strided(NamedTuple):
 
 
 class Refused(Exception):
-    """A pickle wants something to be run."""
+    """A pickle asks for something that no tensor needs."""
 
 
 # --- what a pickle may call -----------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def _call(function: Any, arguments: tuple[Any, ...]) -> Any:
     if not isinstance(function, Global):
         raise ValueError(f"a call of a {type(function).__name__}")
     if function.name not in CALLS:
-        raise Refused(re.sub(r"^(posix|nt)\.", "os.", function.name))
+        raise Refused("wants to call " + re.sub(r"^(posix|nt)\.", "os.", function.name))
     return CALLS[function.name](*arguments)
 
 
@@ -173,9 +173,13 @@ class _Machine:
             _set(self.stack[-1], key, value)
 
     def refer(self) -> None:
-        storage = _storage(*self.take(1))
-        self.storages[storage.key] = storage
-        self.push(storage)
+        (pid,) = self.take(1)
+        if pid[0] == "module":  # the older container adds a class's source text to its name
+            self.push(pid[1])
+        else:
+            storage = _storage(pid)
+            self.storages[storage.key] = storage
+            self.push(storage)
 
     def call(self) -> None:
         function, arguments = self.take(2)
@@ -226,7 +230,7 @@ def _run(code: BinaryIO) -> tuple[Any, dict[str, Storage]]:
         if op.name == "STOP":
             return machine.stack.pop(), machine.storages
         if op.name not in _OPS:
-            raise Refused(f"the instruction {op.name}")
+            raise Refused(f"uses the pickle instruction {op.name}")
         _OPS[op.name](machine, argument)
     raise ValueError("no end")
 
@@ -241,7 +245,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is damaged, or not from PyTorch, or wants something to be run: the error says what.
+      ValueError: the file is damaged, or not from PyTorch, or wants something to be called: the error says what.
     """
     file = Mapped(path)
     container = _archive if file[:4] == b"PK\x03\x04" else _sequence
@@ -255,7 +259,7 @@ def read(path: Path) -> dict[str, Tensor]:
         }
     except Refused as error:
         raise ValueError(
-            f"{path} wants to run {error}. Nothing in a pickle is run here: if you trust the file, convert it to "
+            f"{path} {error}. Nothing in a pickle is run here: if you trust the file, convert it to "
             "safetensors where PyTorch is installed; if not, delete it."
         ) from error
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, zipfile.BadZipFile, EOFError) as error:

@@ -120,14 +120,15 @@ def buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def copy(target: np.ndarray, source: np.ndarray) -> None:
     """target ← source, converted; a transposed source goes tile by tile, several times faster than row by row."""
-    if source.ndim < 2 or source.flags.c_contiguous:
-        np.copyto(target, source, casting="unsafe")
-        return
-    tile, (rows, columns) = 256, source.shape[-2:]
-    for i in range(0, rows, tile):
-        for j in range(0, columns, tile):
-            part = np.s_[..., i : i + tile, j : j + tile]
-            np.copyto(target[part], source[part], casting="unsafe")
+    with np.errstate(over="ignore"):  # `finite` tells
+        if source.ndim < 2 or source.flags.c_contiguous:
+            np.copyto(target, source, casting="unsafe")
+            return
+        tile, (rows, columns) = 256, source.shape[-2:]
+        for i in range(0, rows, tile):
+            for j in range(0, columns, tile):
+                part = np.s_[..., i : i + tile, j : j + tile]
+                np.copyto(target[part], source[part], casting="unsafe")
 
 
 def finite(a: np.ndarray) -> bool:

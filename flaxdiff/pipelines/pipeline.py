@@ -143,7 +143,7 @@ class DiffusionPipeline:
 
         Args:
           prompt: what to draw; one text or several.
-          num_inference_steps: steps of the scheduler; or else
+          num_inference_steps: steps of the scheduler, by default as many as the checkpoint or its class asks for; or
           timesteps, sigmas: a schedule of one's own.
           guidance_scale: strength of the prompt, one number or one for each image; at most 1 asks the network once.
           guidance_rescale: see `guidance.rescale`.
@@ -154,7 +154,8 @@ class DiffusionPipeline:
         Raises:
           ValueError: nothing to draw, a size that does not divide, and the like.
         """
-        scale = self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        defaults = {**self.defaults, **dict(dict(self.settings).get("defaults", ()))}
+        scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         guided = bool(np.max(scale) > 1)
         options["prompt"] = prompt
         take = lambda function: {
@@ -173,8 +174,8 @@ class DiffusionPipeline:
         batch = prompts * num_images_per_prompt
         inputs = {k: _per_image(k, a, prompts, num_images_per_prompt) for k, a in arrays.items()}
         if timesteps is None and sigmas is None:
-            default = self.defaults["num_inference_steps"]
-            num_inference_steps = default if num_inference_steps is None else num_inference_steps
+            asked = num_inference_steps is not None
+            num_inference_steps = num_inference_steps if asked else defaults["num_inference_steps"]
         plan = self.scheduler.plan(num_inference_steps, timesteps=timesteps, sigmas=sigmas, **window, **options)
         rows = max(ROWS, 1 << (int(plan.steps) - 1).bit_length())
         inputs |= {"index": np.arange(batch, dtype=np.int32), "size": size, "plan": plan.pad(rows)}
