@@ -34,7 +34,9 @@ def first_match(rules: Rules, name: str) -> Any:
     for pattern, choice in rules:
         if re.search(pattern, name):
             return choice
-    raise ValueError(f"No rule matches {name!r}; end the list with ('', …). Rules: {[pattern for pattern, _ in rules]}.")
+    raise ValueError(
+        f"No rule matches {name!r}; end the list with ('', …). Rules: {[pattern for pattern, _ in rules]}."
+    )
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -53,7 +55,9 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     devices = jax.devices() if devices is None else devices
     shape = {"data": len(devices)} if shape is None else shape
     if np.prod(list(shape.values())) != len(devices):
-        raise ValueError(f"A mesh of {dict(shape)} does not hold {len(devices)} devices; the sizes must multiply to that.")
+        raise ValueError(
+            f"A mesh of {dict(shape)} does not hold {len(devices)} devices; the sizes must multiply to that."
+        )
     return Mesh(np.asarray(devices).reshape(*shape.values()), tuple(shape))
 
 

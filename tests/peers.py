@@ -184,3 +184,8 @@ def saved(build) -> str:
     folder = tempfile.mkdtemp(prefix="flaxdiff-peer-")
     build().save_pretrained(folder)
     return folder
+
+
+def saved_config(build) -> dict:
+    """The scheduler's configuration as the folder has it: defaults that were written down count as chosen."""
+    return json.loads((Path(saved(build)) / "scheduler" / "scheduler_config.json").read_text())

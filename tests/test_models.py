@@ -23,7 +23,12 @@ def load(build, component, **options):
     return spec, params, getattr(pipe, component)
 
 
-UNETS = [peers.stable_diffusion_1, peers.stable_diffusion_2, peers.stable_diffusion_xl, peers.stable_diffusion_xl_refiner]
+UNETS = [
+    peers.stable_diffusion_1,
+    peers.stable_diffusion_2,
+    peers.stable_diffusion_xl,
+    peers.stable_diffusion_xl_refiner,
+]
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -91,7 +96,7 @@ def test_clip_of_the_first_configurations():
     assert (out.pooler_output == out.last_hidden_state[jnp.arange(2), jnp.array([1, 3])]).all()
 
 
-# --- full size ---------------------------------------------------------------------------------------------------------
+# --- full size -------------------------------------------------------------------------------------------------------
 
 XL = dict(
     addition_embed_type="text_time",
@@ -101,7 +106,10 @@ XL = dict(
 )
 FULL = {  # the numbers that the published config.json files set
     "SD 1.5 UNet": ("UNet2DConditionModel", dict(cross_attention_dim=768, attention_head_dim=8, sample_size=64)),
-    "SD 1.5 inpainting UNet": ("UNet2DConditionModel", dict(cross_attention_dim=768, attention_head_dim=8, in_channels=9)),
+    "SD 1.5 inpainting UNet": (
+        "UNet2DConditionModel",
+        dict(cross_attention_dim=768, attention_head_dim=8, in_channels=9),
+    ),
     "SD 2.1 UNet": (
         "UNet2DConditionModel",
         dict(cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True, sample_size=96),
@@ -227,7 +235,7 @@ def test_full_size_call(name):
     assert out.shape == shape
 
 
-# --- what a model refuses ------------------------------------------------------------------------------------------------
+# --- what a model refuses --------------------------------------------------------------------------------------------
 
 
 def test_unknown_option():
@@ -267,11 +275,12 @@ def test_sdxl_needs_its_conditions():
     spec = flaxdiff.UNet2DConditionModel.from_config(peers.stable_diffusion_xl().unet.config)
     with pytest.raises(ValueError, match="added_cond_kwargs with text_embeds and time_ids"):
         jax.eval_shape(
-            lambda p: flaxdiff.apply(spec, p, jnp.zeros((1, 8, 8, 4)), 1, jnp.zeros((1, 5, 32))), flaxdiff.abstract(spec)
+            lambda p: flaxdiff.apply(spec, p, jnp.zeros((1, 8, 8, 4)), 1, jnp.zeros((1, 5, 32))),
+            flaxdiff.abstract(spec),
         )
 
 
-# --- kinds of computation ------------------------------------------------------------------------------------------------
+# --- kinds of computation --------------------------------------------------------------------------------------------
 
 
 def test_attention_in_slices_is_attention():

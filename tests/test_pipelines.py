@@ -21,6 +21,8 @@ def load(build, cls=flaxdiff.DiffusionPipeline, **options):
     pipe, params = cls.from_pretrained(peers.saved(build), **options)
     peer = build()
     peer.set_progress_bar_config(disable=True)
+    if getattr(peer, "text_encoder", None) is not None:  # diffusers looks for it where transformers 4 had it
+        peer.text_encoder.__dict__["text_model"] = peer.text_encoder
     return pipe.replace(progress=False), params, peer
 
 
@@ -41,21 +43,23 @@ def test_text_to_image(build):
     plain = dict(TEXT, num_inference_steps=6, guidance_scale=5.0)
     assert compare(pipe, params, peer, plain, latents) < 1e-3
     assert compare(pipe, params, peer, plain | dict(guidance_rescale=0.7, clip_skip=1), latents) < 1e-3
-    assert compare(pipe, params, peer, dict(prompt=["cat"] * 2, num_inference_steps=3, guidance_scale=1.0), latents) < 1e-3
+    assert (
+        compare(pipe, params, peer, dict(prompt=["cat"] * 2, num_inference_steps=3, guidance_scale=1.0), latents) < 1e-3
+    )
 
 
 def test_one_compiled_step_serves_the_schedulers():
     """Each scheduler against PyTorch's, noise of the solver included."""
     pipe, params, peer = load(peers.stable_diffusion_1)
-    latents, noise = normal(2, 8, 8, 4), normal(12, 2, 8, 8, 4)
+    latents, noise, config = normal(2, 8, 8, 4), normal(12, 2, 8, 8, 4), peers.saved_config(peers.stable_diffusion_1)
     for name in ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler"):
-        peer.scheduler = getattr(diffusers, name).from_config(peer.scheduler.config)
+        peer.scheduler = getattr(diffusers, name).from_config(config)
         ours = pipe.replace(scheduler=getattr(flaxdiff, name).from_config(pipe.scheduler))
         options = dict(TEXT, num_inference_steps=7, guidance_scale=4.0)
         assert compare(ours, params, peer, options, latents) < 1e-3, name
     # A solver that draws noise: hand both the same, through the callback there is for it.
     name = "EulerAncestralDiscreteScheduler"
-    peer.scheduler = getattr(diffusers, name).from_config(peer.scheduler.config)
+    peer.scheduler = getattr(diffusers, name).from_config(config)
     ours = pipe.replace(scheduler=getattr(flaxdiff, name).from_config(pipe.scheduler))
     inputs = ours.prepare_inputs(**TEXT, num_inference_steps=7, guidance_scale=4.0, latents=latents)
     program = ours.program
@@ -107,7 +111,8 @@ def test_sdxl_without_a_negative_prompt_is_not_an_empty_one():
     latents = normal(1, 8, 8, 4)
     assert compare(pipe, params, peer, options, latents) < 1e-3
     absent, empty = (
-        pipe(params, KEY, **options, latents=latents, output_type="np", **more).images for more in ({}, {"negative_prompt": ""})
+        pipe(params, KEY, **options, latents=latents, output_type="np", **more).images
+        for more in ({}, {"negative_prompt": ""})
     )
     assert np.abs(absent - empty).max() > 1e-4
 
@@ -182,7 +187,7 @@ def test_unconditional(name, options, monkeypatch):
     assert peers.relative(pipe.program.decode(params, state.sampler.sample), theirs) < 1e-3
 
 
-# --- one program -------------------------------------------------------------------------------------------------------
+# --- one program -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +223,7 @@ def test_nothing_recompiles(tiny):
         pictures.append(generate(params, jax.random.key(i), inputs))
     assert generate._cache_size() == 1
     compiled = count[0]
-    flaxdiff.core.jax.jit(lambda x: x * 3)(1.0).block_until_ready()
+    jax.jit(lambda x: x * 3.5 + 1)(1.0).block_until_ready()
     assert count[0] > compiled  # the listener works
     assert compiled == 0
     assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(pictures, pictures[1:]))
@@ -310,9 +315,10 @@ def test_slices_make_the_same_picture(tiny):
     np.testing.assert_allclose(sliced(params, KEY, **options).images, pipe(params, KEY, **options).images, atol=2e-6)
 
 
-# --- transformations and devices ---------------------------------------------------------------------------------------
+# --- transformations and devices -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_vmap_over_keys(tiny):
     pipe, params = tiny
     inputs, keys = pipe.prepare_inputs(prompt="cat", num_inference_steps=3), jax.random.split(KEY, 3)
@@ -327,13 +333,15 @@ def test_gradient_of_the_picture(tiny):
     embeds, direction = jnp.asarray(normal(1, 16, 16)), jnp.asarray(normal(1, 16, 16))
     pipe = pipe.replace(scheduler=flaxdiff.DDIMScheduler.from_config(pipe.scheduler))
     inputs = pipe.prepare_inputs(prompt_embeds=embeds, num_inference_steps=3, guidance_scale=1.0)
-    brightness = lambda e: pipe.generate(params, KEY, {**inputs, "prompt_embeds": e}).mean()
-    slope = jnp.vdot(jax.jit(jax.grad(brightness))(embeds), direction)
-    run, h = jax.jit(brightness), 1e-2
+    weights = jnp.asarray(normal(1, 16, 16, 3))
+    score = lambda e: jnp.vdot(pipe.generate(params, KEY, {**inputs, "prompt_embeds": e}), weights)
+    slope = jnp.vdot(jax.jit(jax.grad(score))(embeds), direction)
+    run, h = jax.jit(score), 0.01
     finite = (run(embeds + h * direction) - run(embeds - h * direction)) / (2 * h)
     assert abs(slope - finite) < 0.05 * abs(finite) and abs(slope) > 0
 
 
+@pytest.mark.slow
 def test_pmap(tiny):
     pipe, params = tiny
     inputs = pipe.prepare_inputs(prompt=["a", "b", "c", "d"], num_inference_steps=3)
@@ -346,7 +354,9 @@ def test_pmap(tiny):
     np.testing.assert_allclose(two.reshape(one.shape), one, atol=1e-5)
 
 
-@pytest.mark.parametrize("axes", [{"data": 2}, {"data": 8}, {"data": 2, "fsdp": 4}])
+@pytest.mark.parametrize(
+    "axes", [{"data": 2}, pytest.param({"data": 8}, marks=pytest.mark.slow), {"data": 2, "fsdp": 4}]
+)
 def test_one_key_one_picture_on_any_number_of_devices(tiny, axes):
     """Batch and parameters sharded over fake devices, noise of the solver included."""
     pipe, params = tiny
@@ -362,13 +372,17 @@ def test_one_key_one_picture_on_any_number_of_devices(tiny, axes):
     np.testing.assert_allclose(many, one, atol=1e-5)
 
 
-# --- what a pipeline refuses -------------------------------------------------------------------------------------------
+# --- what a pipeline refuses -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (dict(prompt="cat", height=15), ValueError, "height=15, width=16: .* multiples of 2; the nearest are 16 and 16"),
+        (
+            dict(prompt="cat", height=15),
+            ValueError,
+            "height=15, width=16: .* multiples of 2; the nearest are 16 and 16",
+        ),
         (dict(prompt=[]), ValueError, "empty list of prompts"),
         (dict(), ValueError, "needs a prompt or prompt_embeds, and was given neither"),
         (dict(prompt="cat", prompt_embeds=np.zeros((1, 16, 16))), ValueError, "was given both"),
@@ -377,7 +391,11 @@ def test_one_key_one_picture_on_any_number_of_devices(tiny, axes):
         (dict(prompt="cat", num_images_per_prompt=0), ValueError, "ask for at least one"),
         (dict(prompt="cat", etta=1.0), ValueError, "'etta'"),
         (dict(prompt=["a", "b"], negative_prompt=["x", "y", "z"]), ValueError, "3 entries|2 entries"),
-        (dict(prompt="cat", latents=np.zeros((1, 9, 8, 4))), ValueError, r"latents .*\(1, 9, 8, 4\).*\(8, 8, 4\)"),
+        (
+            dict(prompt="cat", latents=np.zeros((1, 9, 8, 4))),
+            ValueError,
+            r"latents have shape \(1, 9, 8, 4\); expected .*\(8, 8, 4\)",
+        ),
     ],
 )
 def test_bad_input(tiny, options, error, message):
@@ -395,7 +413,7 @@ def test_bad_call(tiny):
     with pytest.raises(TypeError, match="has no part .*unnet"):
         pipe.replace(unnet=None)
     with pytest.raises(AttributeError, match="has no 'image_encoder'"):
-        pipe.image_encoder
+        _ = pipe.image_encoder
 
 
 def test_long_prompt_is_cut_with_a_warning(tiny):

@@ -16,9 +16,10 @@ from flaxdiff.core import Model, Params, Spec, frozen
 if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
 
-SHIPPED = Path(__file__).parent.parent / "assets" / "text-to-emoji"
+SHIPPED = Path(__file__).parent.parent / "assets" / "emoji"
 SKIPPED = ("safety_checker", "feature_extractor", "image_encoder")  # no pipeline here needs them
 SCHEDULER = "scheduler_config.json"
+DEFAULTS = "_defaults"  # how the checkpoint likes to be sampled; PyTorch's diffusers skips what begins so
 SORTS = ("model", "scheduler", "tokenizer")
 TOKENIZER = ("*.json", "*.txt", "*.model")  # files of a tokenizer
 
@@ -98,6 +99,8 @@ def read_index(folder: Path) -> tuple[str, dict[str, str], dict[str, Any]]:
         raise FileNotFoundError(f"{folder} has no {files.PIPELINE} and so no pipeline; {hint}.")
     index = files.read_json(path)
     components, settings = {}, {}
+    if DEFAULTS in index:
+        settings["defaults"] = frozen(index[DEFAULTS])
     for name, value in index.items():
         if name.startswith("_") or name in SKIPPED:
             continue
@@ -154,7 +157,9 @@ def save_pipeline(
     variant: str | None = None,
 ) -> None:
     """Write a pipeline in diffusers' layout; PyTorch's diffusers loads it. Arguments and care as of `save_model`."""
-    index: dict[str, Any] = {"_class_name": type(pipe).__name__, **dict(pipe.settings)}
+    settings = dict(pipe.settings)
+    defaults = {DEFAULTS: dict(settings.pop("defaults"))} if "defaults" in settings else {}
+    index: dict[str, Any] = {"_class_name": type(pipe).__name__, **defaults, **settings}
     with files.staged(Path(folder)) as stage:
         for name, spec in pipe.specs:
             index[name] = [spec.module.library, spec.module.__name__]

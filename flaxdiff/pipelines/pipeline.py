@@ -7,6 +7,7 @@ scheduler or autoencoder) returns a new pipeline here.
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
@@ -25,9 +26,17 @@ from flaxdiff.schedulers import Scheduler
 
 ROWS = 64  # length of the scheduler's tables: runs of up to so many evaluations share a compiled program
 
+STARTS = ("latents", "image", "image_latents", "noisy_latents")  # given for each image, or for each prompt
+
 _begin = jax.jit(Program.begin, static_argnums=0)
 _step = jax.jit(Program.step, static_argnums=0)
 _decode = jax.jit(Program.decode, static_argnums=0)
+
+
+@functools.cache
+def _interned(program: Program) -> Program:
+    """One object for all equal programs: methods are equal, and so compiled once, only if they share their object."""
+    return program
 
 
 class PipelineOutput(NamedTuple):
@@ -108,7 +117,7 @@ class DiffusionPipeline:
     @property
     def program(self) -> Program:
         """What gets compiled: independent of scheduler, tokenizers and everything that is a value."""
-        return Program(self.family, self.specs, self.guidance)
+        return _interned(Program(self.family, self.specs, self.guidance))
 
     @property
     def generate(self) -> Callable[[Mapping[str, Params], jax.Array, Mapping[str, Any]], jax.Array]:
@@ -134,7 +143,7 @@ class DiffusionPipeline:
 
         Args:
           prompt: what to draw; one text or several.
-          num_inference_steps: steps of the scheduler; or else
+          num_inference_steps: steps of the scheduler, by default as many as the checkpoint or its class asks for; or
           timesteps, sigmas: a schedule of one's own.
           guidance_scale: strength of the prompt, one number or one for each image; at most 1 asks the network once.
           guidance_rescale: see `guidance.rescale`.
@@ -145,7 +154,8 @@ class DiffusionPipeline:
         Raises:
           ValueError: nothing to draw, a size that does not divide, and the like.
         """
-        scale = self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        defaults = {**self.defaults, **dict(dict(self.settings).get("defaults", ()))}
+        scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         guided = bool(np.max(scale) > 1)
         options["prompt"] = prompt
         take = lambda function: {
@@ -158,11 +168,14 @@ class DiffusionPipeline:
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: ask for at least one.")
 
-        prompts = max(len(a) for a in arrays.values() if np.ndim(a))
+        prompts = max((len(a) for k, a in arrays.items() if np.ndim(a) and k not in STARTS), default=1)
+        if prompts == 1:  # one prompt for several pictures to start from
+            prompts = max((len(a) for k, a in arrays.items() if k in STARTS), default=1)
         batch = prompts * num_images_per_prompt
         inputs = {k: _per_image(k, a, prompts, num_images_per_prompt) for k, a in arrays.items()}
         if timesteps is None and sigmas is None:
-            num_inference_steps = num_inference_steps or self.defaults["num_inference_steps"]
+            asked = num_inference_steps is not None
+            num_inference_steps = num_inference_steps if asked else defaults["num_inference_steps"]
         plan = self.scheduler.plan(num_inference_steps, timesteps=timesteps, sigmas=sigmas, **window, **options)
         rows = max(ROWS, 1 << (int(plan.steps) - 1).bit_length())
         inputs |= {"index": np.arange(batch, dtype=np.int32), "size": size, "plan": plan.pad(rows)}
@@ -197,6 +210,9 @@ class DiffusionPipeline:
             raise ValueError(f"output_type={output_type!r} is not known; use 'pil', 'np' or 'latent'.")
         inputs, program = self.prepare_inputs(**options), self.program
         key = jnp.stack(list(key)) if isinstance(key, Sequence) else key
+        batch = len(inputs["index"])
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape not in ((), (batch,)):
+            raise ValueError(f"{key.size} keys for {batch} pictures; give one key, or one for each picture.")
         conditions, state = _begin(program, params, key, inputs)
         timesteps = np.asarray(inputs["plan"].timesteps)
         with tqdm(total=int(inputs["plan"].steps), disable=not self.progress) as bar:
@@ -219,7 +235,7 @@ def _per_image(name: str, array: Any, prompts: int, copies: int) -> np.ndarray |
     """Values for each prompt as values for each image; what is the same for all is broadcast, a number stays one."""
     if np.ndim(array) == 0:
         return np.asarray(array)
-    if len(array) == prompts * copies and copies > 1 and name in ("latents", "image_latents", "noisy_latents"):
+    if len(array) == prompts * copies and name in STARTS:
         return array
     if len(array) not in (1, prompts):
         raise ValueError(f"{name} has {len(array)} entries for {prompts} prompts; give one, or one for each.")

@@ -31,7 +31,8 @@ def prepare(
     Args:
       prompt, negative_prompt: what to draw and what to avoid; one text or several.
       prompt_embeds, negative_prompt_embeds: in their place, [B, N, D].
-      clip_skip: how many of the text encoder's last layers to leave out.
+      clip_skip: how many of the text encoder's last layers to leave out, for the prompt (as diffusers: not its
+        negative).
     """
     prompts = check_prompts(pipe, prompt, prompt_embeds)
     arrays: dict[str, Any] = {"clip_skip": clip_skip}
@@ -44,14 +45,14 @@ def prepare(
 
 
 def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
-    """The text of each branch: hidden states [B, N, D], `clip_skip` layers before the last, then normalised."""
+    """The text of each branch: hidden states [B, N, D], the positive one's `clip_skip` layers before the last."""
     cond = {}
     for branch, prefix in (("positive", ""), ("negative", "negative_")):
         if f"{prefix}prompt_embeds" in inputs:
             cond[branch] = {"text": inputs[f"{prefix}prompt_embeds"]}
         elif f"{prefix}prompt_ids" in inputs:
-            ids, skip = inputs[f"{prefix}prompt_ids"], inputs["clip_skip"]
-            cond[branch] = {"text": networks("text_encoder", ids, skip, method="skip")}
+            skip = 0 if prefix else inputs["clip_skip"]
+            cond[branch] = {"text": networks("text_encoder", inputs[f"{prefix}prompt_ids"], skip, method="skip")}
     return cond
 
 

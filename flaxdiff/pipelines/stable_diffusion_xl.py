@@ -50,7 +50,7 @@ def prepare(
       prompt, negative_prompt: what to draw and what to avoid.
       prompt_2, negative_prompt_2: the same for the second encoder; by default what the first reads.
       prompt_embeds, pooled_prompt_embeds, …: in their place, [B, N, D] and [B, P].
-      clip_skip: how many layers before the last but one to read the text encoders at.
+      clip_skip: how many layers before the last but one to read the text encoders at, for the prompt.
       original_size, crops_coords_top_left, target_size: (height, width) in pixels of the picture that this is to look
         like, before it was cropped; where the crop began; and the size it has now. By default the picture's own.
       negative_…: the same for the negative branch; by default it is told what the positive one is.
@@ -97,8 +97,9 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
         else:
             ids = [inputs[prefix + name.replace("text_encoder", "prompt_ids")] for name in encoders]
             outputs = [networks(name, i) for name, i in zip(encoders, ids)]
-            layer = lambda hidden: hidden[len(hidden) - 2 - jnp.asarray(inputs["clip_skip"])]
-            text, pooled = jnp.concatenate([layer(o.hidden_states) for o in outputs], -1), outputs[-1].text_embeds
+            skip = 0 if prefix else jnp.asarray(inputs["clip_skip"])
+            layers = [o.hidden_states[len(o.hidden_states) - 2 - skip] for o in outputs]
+            text, pooled = jnp.concatenate(layers, -1), outputs[-1].text_embeds
             if prefix:
                 keep = jnp.asarray(inputs["negative_keep"]).astype(text.dtype)
                 text, pooled = text * keep, pooled * keep

@@ -36,7 +36,7 @@ def text_to_image(
     default = native_size(pipe)
     size = Size(height or default.height, width or default.width)
     check_size(pipe, size)
-    return size, {} if latents is None else {"latents": latents}, {}
+    return size, noise(pipe, size, latents), {}
 
 
 def image_to_image(
@@ -65,7 +65,6 @@ def image_to_image(
     if strength is not None and not 0 < strength <= 1:
         raise ValueError(f"strength={strength} must lie in (0, 1].")
     channels, factor = pipe.vae.config.latent_channels, vae_factor(pipe)
-    given = {} if latents is None else {"latents": latents}
     if getattr(image, "ndim", 0) == 4 and image.shape[-1] == channels != 3:
         size = Size(image.shape[1] * factor, image.shape[2] * factor)
         start = {"image_latents" if denoising_start is None else "noisy_latents": image}
@@ -75,7 +74,17 @@ def image_to_image(
     check_size(pipe, size)
     window = {"strength": strength or pipe.defaults["strength"]} if denoising_start is None else {}
     window |= {} if denoising_start is None else {"denoising_start": denoising_start}
-    return size, start | given, window
+    return size, start | noise(pipe, size, latents), window
+
+
+def noise(pipe: "DiffusionPipeline", size: Size, latents: Any) -> dict[str, Any]:
+    """Noise that was given, if any. Raises ValueError unless it has the shape of the picture's latents."""
+    if latents is None:
+        return {}
+    expected = pipe.family.latent_shape(dict(pipe.specs), size)
+    if np.shape(latents)[1:] != expected:
+        raise ValueError(f"latents have shape {np.shape(latents)}; expected [B, *{expected}] for {size}.")
+    return {"latents": latents}
 
 
 def vae_factor(pipe: "DiffusionPipeline") -> int:

@@ -1,0 +1,85 @@
+"""The command: `flaxdiff sample "dog face on blue" -o dog.png`.
+
+On the shipped model by default, or on any folder or Hub repository. Compiled programs are kept between runs.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command takes."""
+    top = argparse.ArgumentParser(prog="flaxdiff", description="Diffusion models in JAX.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    sample = commands.add_parser("sample", help="draw a prompt", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = sample.add_argument
+    add("prompt", help='what to draw, e.g. "dog face on blue"')
+    add("-o", "--output", default="flaxdiff.png", type=Path, help="picture to write; several pictures become one sheet")
+    add("--model", help="folder or Hub repository in diffusers' layout; the shipped text-to-emoji model if left out")
+    add("--negative", help="what to avoid")
+    add("--steps", type=int, help="steps of the scheduler; the pipeline's own number if left out")
+    add("--guidance", type=float, help="strength of the prompt; the pipeline's own if left out")
+    add("--seed", type=int, default=0, help="same seed, same picture")
+    add("--scheduler", help="e.g. EulerDiscreteScheduler; the checkpoint's own if left out")
+    add("--num", type=int, default=1, help="how many pictures")
+    return top
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Draw `args.prompt` and write the picture, beside first and then renamed."""
+    from PIL import Image
+
+    if args.output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{args.output} has no ending that names a kind of picture; use e.g. {args.output}.png.")
+    if not args.output.absolute().parent.is_dir():
+        raise ValueError(f"{args.output.parent} is not a folder; make it first.")
+    if args.num < 1:
+        raise ValueError(f"--num {args.num}: ask for at least one picture.")
+
+    import jax
+
+    import flaxdiff
+    from flaxdiff import registry
+
+    keep_compiled(jax)
+    pipe, params = flaxdiff.load(args.model)
+    if args.scheduler:
+        pipe = pipe.replace(scheduler=registry.find(args.scheduler, "scheduler").from_config(pipe.scheduler))
+    given = {"negative_prompt": args.negative, "num_inference_steps": args.steps, "guidance_scale": args.guidance}
+    options = {name: value for name, value in given.items() if value is not None}
+    key = jax.random.key(args.seed)
+    images = pipe(params, key, prompt=args.prompt, num_images_per_prompt=args.num, **options).images
+    cols = next(c for c in range(int(args.num**0.5), 0, -1) if args.num % c == 0)
+    sheet = flaxdiff.make_image_grid(images, rows=cols, cols=args.num // cols)
+    beside = args.output.with_name(f".{os.getpid()}-{args.output.name}")
+    try:
+        sheet.save(beside)
+        os.replace(beside, args.output)
+    finally:
+        beside.unlink(missing_ok=True)
+    print(args.output)
+
+
+def keep_compiled(jax) -> None:
+    """Keep compiled programs in the user's cache folder, unless JAX was told where to."""
+    if jax.config.jax_compilation_cache_dir is None:
+        root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(root / "flaxdiff" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The entry point: 0 if all went well, 1 after an error of the user's, which is printed in one line."""
+    args = parser().parse_args(argv)
+    try:
+        {"sample": sample}[args.command](args)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"flaxdiff: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
