@@ -430,12 +430,19 @@ def test_pickle_that_is_none(code, tmp_path):
 
 def test_damaged_pickles(tmp_path):
     path = tmp_path / "model.bin"
-    torch.save({"a": torch.arange(1000.0)}, path)
-    data = path.read_bytes()
-    for left in (0, 10, 500, len(data) // 2, len(data) - 1):
-        path.write_bytes(data[:left])
-        with pytest.raises(ValueError, match=f"{path}: "):
-            pickles.read(path)
+    for legacy in (True, False):
+        torch.save({"a": torch.arange(1000.0)}, path, _use_new_zipfile_serialization=not legacy)
+        data = path.read_bytes()
+        for left in (0, 10, 500, len(data) // 2, len(data) - 1):
+            path.write_bytes(data[:left])
+            with pytest.raises(ValueError, match=f"{path}: "):
+                pickles.read(path)
+    count = struct.pack("<Q", 1000)
+    legacy = io.BytesIO()
+    torch.save({"a": torch.arange(1000.0)}, legacy, _use_new_zipfile_serialization=False)
+    path.write_bytes(legacy.getvalue().replace(count, struct.pack("<Q", 999)))
+    with pytest.raises(ValueError, match="999 numbers where 1,000 should be"):
+        pickles.read(path)
     at = data.index(np.arange(1000, dtype=np.float32)[500:502].tobytes())
     path.write_bytes(data[:at] + b"\1" + data[at + 1 :])
     with pytest.raises(ValueError, match=f"{path}: .*checksum"), pickles.read(path)["a"].view():

@@ -313,6 +313,9 @@ def _sequence(file: Mapped) -> tuple[Any, Place]:
         begin = f.tell()
     starts = {}
     for key in map(str, keys):
+        count, storage = int.from_bytes(file[begin : begin + 8], "little"), storages[key]
+        if count != storage.numel:
+            raise ValueError(f"{count:,} numbers where {storage.numel:,} should be")
         starts[key] = begin + 8
-        begin += 8 + int.from_bytes(file[begin : begin + 8], "little") * storages[key].dtype.itemsize
+        begin += 8 + count * storage.dtype.itemsize
     return state, lambda storage: (starts[storage.key], None)
