@@ -397,8 +397,14 @@ def test_a_failed_save_changes_nothing(tmp_path):
                 save_model(target, spec, {k: 2 * v for k, v in params.items()})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(FileExistsError, match="is a file; give the folder"):
+        save_model(folder / "config.json", spec, params)
     assert snapshot(tmp_path) == before
-    assert os.listdir(tmp_path) == ["model"]
+    assert {path.name for path in tmp_path.rglob("*")} == {
+        "model",
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    }
 
 
 def test_a_save_replaces_the_weights_before_it_and_nothing_else(tmp_path):
@@ -443,4 +449,9 @@ def test_parameters_that_are_not_those_of_the_spec_are_refused(tmp_path):
         save_model(tmp_path / "model", spec, wrong)
     for part in (f"- {first}", "+ extra", "± encoder.conv_in.bias is [3], the model has [8]"):
         assert part in str(error.value)
+    with pytest.raises(ValueError, match="dtype int8 are not supported; use one of float32, bfloat16, float16"):
+        save_model(tmp_path / "model", spec, params, dtype="int8")
+    for size in ("5 parsecs", 0, "0GB"):
+        with pytest.raises(ValueError, match="is no size; give bytes"):
+            save_model(tmp_path / "model", spec, params, max_shard_size=size)
     assert not os.listdir(tmp_path)

@@ -70,8 +70,13 @@ def test_components_given_left_out_and_set():
     assert {a.dtype for n in ("unet", "text_encoder") for a in params[n].values()} == {jnp.dtype(jnp.bfloat16)}
     pipe, params = flaxdiff.load(folder, text_encoder=None, tokenizer=None)
     assert sorted(params) == ["unet", "vae"] and not pipe.tokenizers
-    with pytest.raises(ValueError, match="no setting 'vea'"):
-        flaxdiff.load(folder, vea=None)
+    for wrong, message in (
+        ({"vea": None}, "no setting 'vea'"),
+        ({"scheduler": None}, "needs a scheduler"),
+        ({"vae": vae}, r"give \(spec, params\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            flaxdiff.load(folder, **{"unet": (vae, vae_params), "text_encoder": None} | wrong)
 
 
 def test_variant_where_there_is_one(tmp_path):
@@ -90,13 +95,15 @@ def test_variant_where_there_is_one(tmp_path):
 def test_a_failed_save_of_a_pipeline_changes_nothing(tmp_path):
     pipe, params = flaxdiff.load(peers.saved(peers.ddpm))
     flaxdiff.save(tmp_path / "ddpm", pipe, params)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    everything = lambda: {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    before = everything()
     broken = {"unet": params["unet"] | {"conv_out.bias": params["unet"]["conv_out.bias"] * jnp.inf}}
+    with pytest.raises(ValueError, match="params lacks unet"):
+        flaxdiff.save(tmp_path / "ddpm", pipe, {})
     for target in ("ddpm", "new"):
         with pytest.raises(ValueError, match="conv_out.bias holds infinities or NaNs"):
             flaxdiff.save(tmp_path / target, pipe, broken)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert os.listdir(tmp_path) == ["ddpm"]
+    assert everything() == before
 
 
 # --- the Hub --------------------------------------------------------------------------------------------------------

@@ -145,14 +145,20 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, whose files move into it at the end, or vanish when anything fails.
+    """A new folder on the same disk as `folder`, whose files move into it at the end, or vanish when anything fails.
 
     A folder that does not exist appears in one step. In one that does, files of the same name are replaced one by one,
     each in one step, and weights that the new ones supersede are removed; everything else stays.
+
+    Raises:
+      FileExistsError: `folder` is a file.
     """
     folder = Path(os.path.abspath(folder))
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; give the folder to save in.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    stage = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
+    near = folder if folder.exists() else folder.parent
+    stage = near / f".{folder.name}.{secrets.token_hex(4)}.partial"
     stage.mkdir()
     try:
         yield stage
@@ -166,13 +172,11 @@ def _move(source: Path, target: Path) -> None:
         os.rename(source, target)
         return
     new = {path.name for path in source.iterdir()}
-    for path in sorted(
-        source.iterdir(), key=lambda path: path.suffix == ".json"
-    ):  # weights first, what names them last
-        if path.is_dir():
-            _move(path, target / path.name)
+    for name in sorted(new, key=lambda name: name.endswith(".json")):  # weights first, what names them last
+        if (source / name).is_dir():
+            _move(source / name, target / name)
         else:
-            os.replace(path, target / path.name)
+            os.replace(source / name, target / name)
     written = {weights._replace(role="") for name in new if (weights := parse(name))}
     for path in target.iterdir():
         weights = parse(path.name)

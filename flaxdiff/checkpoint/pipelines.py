@@ -73,15 +73,27 @@ def load_pipeline(
     for name, model in models.items():
         parts[name] = reading.load_model(model, repo, subfolder=name, variant=chosen[name], **options)
     parts |= {name: part for name, part in given.items() if part is not None and name in components}
+    _check(parts, sorts)
 
     networks = {name: parts[name] for name in components if name in parts and sorts[name] == "model"}
     pipe = cls(
         specs=tuple((name, spec) for name, (spec, _) in networks.items()),
-        scheduler=next((parts[name] for name in components if name in parts and sorts[name] == "scheduler"), None),
+        scheduler=next(part for name, part in parts.items() if sorts[name] == "scheduler"),
         tokenizers=tuple((name, parts[name]) for name in components if name in parts and sorts[name] == "tokenizer"),
         settings=tuple(settings.items()),
     )
     return pipe, {name: params for name, (_, params) in networks.items()}
+
+
+def _check(parts: Mapping[str, Any], sorts: Mapping[str, str]) -> None:
+    """Whether there is what a pipeline is made of. Raises ValueError."""
+    for name, part in parts.items():
+        if sorts[name] == "model" and not (isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], Spec)):
+            raise ValueError(
+                f"{name}= is a {type(part).__name__}; give (spec, params), as {name}=….from_pretrained returns."
+            )
+    if "scheduler" not in {sorts[name] for name in parts}:
+        raise ValueError("A pipeline needs a scheduler, and there is none; take a complete folder, or give scheduler=.")
 
 
 def read_index(folder: Path) -> tuple[str, dict[str, str], dict[str, Any]]:
@@ -156,7 +168,13 @@ def save_pipeline(
     max_shard_size: int | str = "5GB",
     variant: str | None = None,
 ) -> None:
-    """Write a pipeline in diffusers' layout; PyTorch's diffusers loads it. Arguments and care as of `save_model`."""
+    """Write a pipeline in diffusers' layout; PyTorch's diffusers loads it. Arguments and care as of `save_model`.
+
+    Raises:
+      ValueError: the parameters of a component are missing, or are not those of its spec.
+    """
+    if absent := [name for name, _ in pipe.specs if name not in params]:
+        raise ValueError(f"params lacks {files.listed(absent)}; give the parameters of every component by its name.")
     settings = dict(pipe.settings)
     defaults = {DEFAULTS: dict(settings.pop("defaults"))} if "defaults" in settings else {}
     index: dict[str, Any] = {"_class_name": type(pipe).__name__, **defaults, **settings}

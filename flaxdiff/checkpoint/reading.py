@@ -13,10 +13,9 @@ import numpy as np
 from jax.sharding import Sharding
 
 from flaxdiff.checkpoint import convert, files, hub
-from flaxdiff.checkpoint.tensors import Tensors
+from flaxdiff.checkpoint.tensors import Tensors, network_dtype
 from flaxdiff.core import Model, Params, Spec, abstract
 
-DTYPES = tuple(map(jnp.dtype, ("float32", "bfloat16", "float16")))  # what networks run in
 Shardings = Mapping[str, Sharding] | Callable[[dict[str, jax.ShapeDtypeStruct]], Mapping[str, Sharding]]
 
 
@@ -63,21 +62,14 @@ def load_model(
     >>> again == spec, loaded["encoder.conv_in.weight"].dtype
     (True, dtype(bfloat16))
     """
-    dtype = _dtype(dtype)
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    dtype = network_dtype(dtype)
     download = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
     folder = fetch(repo, subfolder or "", cls.library, variant, download)
     spec = cls.from_config(files.read_json(folder / files.CONFIG) | _overrides(cls, overrides))
     weights = files.weight_file(folder, cls.library, variant)
     return spec, place(spec, files.open_weights(weights), dtype, sharding, str(weights))
-
-
-def _dtype(dtype: Any) -> np.dtype:
-    if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    dtype = jnp.dtype(dtype)
-    if dtype not in DTYPES:
-        raise ValueError(f"Parameters of dtype {dtype} are not supported; use one of {', '.join(map(str, DTYPES))}.")
-    return dtype
 
 
 def _overrides(cls: type[Model], overrides: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,7 +11,9 @@ import mmap
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -100,6 +102,24 @@ class Tensor:
 
 
 # --- numbers on the host --------------------------------------------------------------------------------------------
+
+
+DTYPES = tuple(map(np.dtype, (np.float32, ml_dtypes.bfloat16, np.float16)))  # what networks run in
+
+
+def network_dtype(dtype: Any) -> np.dtype:
+    """A dtype in any notation, once it is clear that parameters can have it.
+
+    Raises:
+      ValueError: they cannot.
+
+    >>> network_dtype("bfloat16")
+    dtype(bfloat16)
+    """
+    found = jax.numpy.dtype(dtype)
+    if found not in DTYPES:
+        raise ValueError(f"Parameters of dtype {found} are not supported; use one of {', '.join(map(str, DTYPES))}.")
+    return found
 
 
 def is_float(dtype: np.dtype) -> bool:

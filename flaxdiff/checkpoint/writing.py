@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flaxdiff import weights
 from flaxdiff.checkpoint import convert, files, safetensors
-from flaxdiff.checkpoint.tensors import buffer, copy, finite
+from flaxdiff.checkpoint.tensors import buffer, copy, finite, network_dtype
 from flaxdiff.core import Params, Spec, abstract, layout
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -43,7 +42,8 @@ def save_model(
       variant: part of the files' names, e.g. "fp16".
 
     Raises:
-      ValueError: a parameter is missing, unknown, of another shape, or holds infinities or NaNs.
+      ValueError: a parameter is missing, unknown, of another shape or of an unsupported dtype, or holds infinities or
+        NaNs.
     """
     with files.staged(Path(folder)) as stage:
         write_model(stage, spec, params, dtype=dtype, max_shard_size=max_shard_size, variant=variant)
@@ -60,12 +60,11 @@ def write_model(
 ) -> None:
     """As `save_model`, into an existing folder and without its precautions."""
     _check(spec, params)
-    kept = {name: np.dtype(weights.dtype(params[name]) if dtype is None else jnp.dtype(dtype)) for name in params}
+    kept = {name: network_dtype(weights.dtype(params[name]) if dtype is None else dtype) for name in params}
     shapes: Shapes = {}
     own: dict[str, str] = {}  # name in the file -> parameter
-    for name, leaf in sorted(
-        layout(spec).items(), key=lambda item: -kept[item[0]].itemsize
-    ):  # so every number is aligned
+    wide_first = sorted(layout(spec).items(), key=lambda item: -kept[item[0]].itemsize)  # so every number is aligned
+    for name, leaf in wide_first:
         for file_name in convert.names_in_file(name, leaf):
             shapes[file_name], own[file_name] = (convert.shape_in_file(leaf), kept[name]), name
 
