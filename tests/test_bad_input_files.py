@@ -102,7 +102,7 @@ def test_flipped_exponent_in_a_file_without_checksums(folder):
         load(folder)
 
 
-def write_raw(path, header, data=b""):
+def write_raw(path, header, data):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
@@ -120,7 +120,7 @@ def entry(dtype="F32", shape=(2,), begin=0, end=8):
         b"[" * 100_000,
         b'{"a": ' + b"9" * 5000 + b"}",
         b'{"a": 1}',
-        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "a": {}}',
+        b'{"a": {}, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
         {"a": entry("F99")},
         {"a": entry(["F32"])},
         {"a": entry(shape=(3,))},
@@ -132,8 +132,13 @@ def entry(dtype="F32", shape=(2,), begin=0, end=8):
         {"a": entry(begin=-8, end=0)},
         {"a": entry(begin=8, end=0)},
         {"a": entry(), "b": entry()},  # overlap
-        {"a": entry(), "b": entry(shape=(1,), begin=12, end=16)},  # gap
-        {"a": entry(), "b": entry(begin=8, end=16), "c": entry(begin=16, end=24)},  # beyond the end
+        {
+            "a": entry(shape=(1,), end=4),
+            "b": entry(shape=(0,), begin=6, end=6),
+            "c": entry(shape=(1,), begin=6, end=10),
+        },
+        {"a": entry(shape=(1,), end=4)},  # surplus
+        {"a": entry(), "b": entry(begin=8, end=16)},  # beyond the end
         {"a": {"dtype": "F32", "shape": [2]}},
         {"a": entry() | {"data_offsets": [0]}},
         {"__metadata__": 3, "a": entry()},
@@ -144,7 +149,9 @@ def entry(dtype="F32", shape=(2,), begin=0, end=8):
 )
 def test_header_that_lies(header, tmp_path):
     path = tmp_path / "model.safetensors"
-    write_raw(path, header, bytes(16))
+    write_raw(path, {"a": entry()}, bytes(8))
+    assert list(safetensors.read(path)) == ["a"]
+    write_raw(path, header, bytes(8))
     with pytest.raises(ValueError, match=f"{path}: .*download or write it again"):
         safetensors.read(path)
 

@@ -86,8 +86,6 @@ def _tensor(file: Mapped, start: int, name: str, entry: Mapping[str, Any], check
         raise ValueError(f"{name!r} has shape {shape} and lies at {begin}..{end}")
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name!r} of shape {shape} and dtype {entry['dtype']} takes {end - begin} bytes")
-    if start + end > file.size:
-        raise ValueError(f"{name!r} ends at byte {start + end:,}, the file at {file.size:,}")
     return Tensor(file, start + begin, end - begin, dtype, tuple(shape), crc=checksums.get(name))
 
 
