@@ -117,10 +117,21 @@ def _by_kind(shared: Callable, batched: Callable, tree: Any) -> Any:
     return jax.tree.map(lambda node: jax.tree.map(shared, node) if is_plan(node) else leaf(node), tree, is_leaf=is_plan)
 
 
-def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
-    """Every array with a leading axis of devices, one copy on each: parameters for `jax.pmap`."""
-    devices = jax.local_devices() if devices is None else devices
-    return jax.tree.map(lambda a: jnp.broadcast_to(a, (len(devices), *jnp.shape(a))), tree)
+def replicate(tree: Any, over: Mesh | int | None = None) -> Any:
+    """A copy of every array on each device.
+
+    Args:
+      tree: parameters, or a key.
+      over: a mesh, for `jax.jit`; or a number of devices (by default the local ones), for `jax.pmap`: arrays get a
+        leading axis of devices.
+
+    >>> replicate({"bias": jnp.zeros(3)}, 2)["bias"].shape
+    (2, 3)
+    """
+    if isinstance(over, Mesh):
+        return jax.device_put(tree, NamedSharding(over, PartitionSpec()))
+    n = over or jax.local_device_count()
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (n, *jnp.shape(a))), tree)
 
 
 def shard(inputs: Any, over: Mesh | int | None = None) -> Any:

@@ -16,7 +16,8 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.images": ("make_image_grid",),
         "flaxdiff.parallel": ("distribute", "make_mesh", "replicate", "shard", "shardings"),
     },
-    "type": {
+    "other": {
+        "flaxdiff.checkpoint.pipelines": ("EMOJI",),
         "flaxdiff.core": ("Spec",),
         "flaxdiff.weights": ("Int8", "LoRA"),
     },

@@ -348,7 +348,7 @@ def test_pmap(tiny):
     devices = jax.devices()[:2]
     one = jax.jit(pipe.generate)(params, KEY, inputs)
     two = jax.pmap(pipe.generate, devices=devices)(
-        flaxdiff.replicate(params, devices), flaxdiff.replicate(KEY, devices), flaxdiff.shard(inputs, 2)
+        flaxdiff.replicate(params, 2), flaxdiff.replicate(KEY, 2), flaxdiff.shard(inputs, 2)
     )
     assert two.shape == (2, 2, 16, 16, 3)
     np.testing.assert_allclose(two.reshape(one.shape), one, atol=1e-5)

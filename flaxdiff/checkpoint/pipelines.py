@@ -16,7 +16,7 @@ from flaxdiff.core import Model, Params, Spec, frozen
 if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
 
-SHIPPED = Path(__file__).parent.parent / "assets" / "emoji"
+EMOJI = Path(__file__).parent.parent / "assets" / "emoji"
 SKIPPED = ("safety_checker", "feature_extractor", "image_encoder")  # no pipeline here needs them
 SCHEDULER = "scheduler_config.json"
 DEFAULTS = "_defaults"  # how the checkpoint likes to be sampled; PyTorch's diffusers skips what begins so
@@ -207,7 +207,7 @@ def load(repo: str | os.PathLike[str] | None = None, **options: Any) -> tuple["D
     >>> sorted(params)
     ['text_encoder', 'unet', 'vae']
     """
-    return load_pipeline(registry.find("DiffusionPipeline"), SHIPPED if repo is None else repo, **options)
+    return load_pipeline(registry.find("DiffusionPipeline"), EMOJI if repo is None else repo, **options)
 
 
 def save(

@@ -89,10 +89,14 @@ class GroupNorm(nnx.Module):
         self.groups, self.eps = groups, eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
-        mean = h.mean((1, 3), keepdims=True)
-        var = jnp.square(h - mean).mean((1, 3), keepdims=True)
-        return _affine(self, ((h - mean) * jax.lax.rsqrt(var + self.eps)).reshape(x.shape), x.dtype)
+        # Over positions first, then over the few channels of a group: several times faster on a CPU than both at once.
+        h = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
+        mean = lambda h: jnp.repeat(
+            h.mean(1).reshape(h.shape[0], self.groups, -1).mean(-1), h.shape[-1] // self.groups, -1
+        )
+        h = h - mean(h)[:, None]
+        h = h * jax.lax.rsqrt(mean(jnp.square(h)) + self.eps)[:, None]
+        return _affine(self, h.reshape(x.shape), x.dtype)
 
 
 def _affine(norm: nnx.Module, h: jax.Array, dtype: jnp.dtype) -> jax.Array:

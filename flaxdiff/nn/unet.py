@@ -80,10 +80,11 @@ class Upsample2D(nnx.Module):
         self.conv = Conv(channels, channels)
 
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
-        h, w = x.shape[1:3]
-        for axis, (old, new) in enumerate(zip((h, w), size or (2 * h, 2 * w)), 1):
-            # An odd size asks for one row less than twice; the nearest source row of each, as PyTorch finds it.
-            x = jnp.repeat(x, 2, axis) if new == 2 * old else jnp.take(x, jnp.arange(new) * old // new, axis)
+        b, h, w, c = x.shape
+        if size in (None, (2 * h, 2 * w)):
+            x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+        else:  # the nearest source of each row and column, as PyTorch finds it
+            x = x[:, jnp.arange(size[0]) * h // size[0]][:, :, jnp.arange(size[1]) * w // size[1]]
         # Fused into the convolution, the repetition makes XLA's CPU code several times slower.
         return self.conv(jax.lax.optimization_barrier(x))
 

@@ -1,0 +1,71 @@
+"""The package as a whole: what importing it costs, its public names, its command."""
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+import flaxdiff
+from flaxdiff import cli
+
+
+def test_import_is_light():
+    """Neither transformers nor torch, nor any model, is imported before it is used."""
+    heavy = ("torch", "transformers", "flax", "optax")
+    code = f"import sys, flaxdiff; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_sampling_does_not_import_torch():
+    code = (
+        "import sys, flaxdiff; pipe, params = flaxdiff.load(); pipe.prepare_inputs(prompt='cat');"
+        "print([m for m in ('torch', 'diffusers', 'tensorflow') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_public_names():
+    """Every name of the lazy face is there, and says what it is."""
+    for name in dir(flaxdiff):
+        assert getattr(flaxdiff, name) is not None
+    with pytest.raises(AttributeError, match="flaxdiff has no 'FluxPipelin'"):
+        _ = flaxdiff.FluxPipelin
+
+
+def test_command(tmp_path, capsys):
+    target = tmp_path / "dog.png"
+    arguments = [
+        "--steps",
+        "2",
+        "--num",
+        "2",
+        "--seed",
+        "3",
+        "--scheduler",
+        "EulerDiscreteScheduler",
+        "--guidance",
+        "2",
+    ]
+    assert cli.main(["sample", "dog face on blue", "-o", str(target), *arguments]) == 0
+    assert Image.open(target).size == (128, 64)
+    assert [path.name for path in tmp_path.iterdir()] == ["dog.png"]
+    assert capsys.readouterr().out.strip() == str(target)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "dog"], "no ending that names a kind of picture"),
+        (["-o", "nowhere/dog.png"], "nowhere is not a folder"),
+        (["--num", "0"], "ask for at least one"),
+        (["--steps", "0"], "num_inference_steps=0"),
+        (["--scheduler", "EulerDiscretScheduler"], "did you mean EulerDiscreteScheduler"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_command_refuses(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["sample", "cat", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
