@@ -15,6 +15,7 @@ from . import exponential, path, solvers, spacing
 from .base import Scheduler
 from .path import Grid
 
+
 @dataclass(frozen=True, kw_only=True)
 class _Discrete(Scheduler):
     """A schedule of betas over num_train_timesteps."""
@@ -200,12 +201,12 @@ class PNDMScheduler(_Discrete):
 
 @dataclass(frozen=True, kw_only=True)
 class DDPMParallelScheduler(DDPMScheduler):
-    """DDPM under the name that parallel sampling knows (2305.16317): `step` under `jax.vmap` takes many steps at once."""
+    """DDPM under the name that parallel sampling knows (2305.16317): `jax.vmap` of `step` takes many at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DDIMParallelScheduler(DDIMScheduler):
-    """DDIM under the name that parallel sampling knows (2305.16317): `step` under `jax.vmap` takes many steps at once."""
+    """DDIM under the name that parallel sampling knows (2305.16317): `jax.vmap` of `step` takes many at once."""
 
 
 @dataclass(frozen=True, kw_only=True)

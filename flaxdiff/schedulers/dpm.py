@@ -25,7 +25,7 @@ _ZERO_SNR = frozenset({"rescale_betas_zero_snr"})
 
 @dataclass(frozen=True, kw_only=True)
 class _Rotated(_Sigma):
-    """The levels sigma of a schedule as alpha = 1 / sqrt(1 + sigma^2) and alpha sigma; for flows 1 - sigma and sigma."""
+    """Levels alpha = 1 / sqrt(1 + sigma^2) and alpha sigma; for flows 1 - sigma and sigma."""
 
     thresholding: bool = False
     dynamic_thresholding_ratio: float = 0.995
@@ -98,16 +98,6 @@ class _Rotated(_Sigma):
         T = self.num_train_timesteps
         return self._rotate(np.arange(T) / T if self.use_flow_sigmas else self.train_sigmas())
 
-    def orders(self, rows: int, order: int, euler_at_final: bool) -> np.ndarray:
-        """The highest order of each step: lower towards the end of short runs."""
-        few = self.lower_order_final and rows < 15
-        orders = np.full(rows, order)
-        if rows > 1 and few:
-            orders[-2] = min(order, 2)
-        if few or euler_at_final:
-            orders[-1] = 1
-        return orders
-
 
 @dataclass(frozen=True, kw_only=True)
 class _DPMSolver(_Rotated):
@@ -144,8 +134,8 @@ class _DPMSolver(_Rotated):
 
     def solver(self, grid: Grid, n: int) -> Step:
         final = self.euler_at_final or self.final_sigmas_type == "zero"
-        orders, heun = self.orders(len(grid.t), self.solver_order, final), self.solver_type == "heun"
-        kind, from_x0 = self.algorithm_type, self.thresholding
+        orders = exponential.capped(len(grid.t), self.solver_order, self.lower_order_final, final)
+        kind, heun, from_x0 = self.algorithm_type, self.solver_type == "heun", self.thresholding
         return exponential.dpm_multistep(grid, self.solver_order, kind, heun, orders, from_x0)
 
 
@@ -258,7 +248,7 @@ class DEISMultistepScheduler(_Rotated):
     }
 
     def solver(self, grid: Grid, n: int) -> Step:
-        orders = self.orders(len(grid.t), self.solver_order, False)
+        orders = exponential.capped(len(grid.t), self.solver_order, self.lower_order_final, False)
         return exponential.dpm_multistep(
             grid, self.solver_order, "dpmsolver", True, orders, self.thresholding, exact=True
         )

@@ -41,6 +41,17 @@ class Interval:
         return self.phi, line, parabola * (2 if exact else 1)
 
 
+def capped(rows: int, order: int, lower_order_final: bool, euler_at_final: bool) -> np.ndarray:
+    """The highest order of each step: lower towards the end of runs under 15 steps, 1 at the end if asked for."""
+    few = lower_order_final and rows < 15
+    orders = np.full(rows, order)
+    if rows > 1 and few:
+        orders[-2] = min(order, 2)
+    if few or euler_at_final:
+        orders[-1] = 1
+    return orders
+
+
 def dpm_multistep(
     g: Grid, order: int, kind: str, heun: bool, orders: Sequence[int], from_x0: bool = False, exact: bool = False
 ) -> Step:
@@ -77,7 +88,7 @@ def dpm_multistep(
 
 
 def dpm_singlestep(g: Grid, kind: str, heun: bool, orders: Sequence[int], from_x0: bool = False) -> Step:
-    """DPM-Solver and DPM-Solver++, single step: orders[i] = 1 starts a step at row i, 2 and 3 redo it from its start."""
+    """DPM-Solver and DPM-Solver++, single step: orders[i] = 1 starts a step, 2 and 3 redo it from its start."""
     data = kind.endswith("++")
     lam, lam_to = g.lam, g.lam_to
 
@@ -110,7 +121,7 @@ def unipc(g: Grid, orders: Sequence[int], data: bool, bh1: bool, uncorrected: Se
     """UniPC (2302.04867): the predictor UniP and, with the prediction made where it leads, the corrector UniC.
 
     `orders[i]` caps the order of the step at row i, `uncorrected` names the rows whose step is not corrected. The
-    polynomial's coefficients solve a Vandermonde system. The slots are x, the corrected x before it and three predictions.
+    polynomial's coefficients solve a Vandermonde system. Slots: x, the corrected x before it and three predictions.
     """
     lam, lam_to = g.lam, g.lam_to
     order = lambda i, k: min(orders[i], k + 1)
@@ -152,7 +163,12 @@ def unipc(g: Grid, orders: Sequence[int], data: bool, bh1: bool, uncorrected: Se
 
 
 def sa_solver(
-    g: Grid, predictor: Sequence[int], corrector: Sequence[int], tau: Callable[[float], float], data: bool, from_x0: bool
+    g: Grid,
+    predictor: Sequence[int],
+    corrector: Sequence[int],
+    tau: Callable[[float], float],
+    data: bool,
+    from_x0: bool = False,
 ) -> Step:
     """SA-Solver (2309.05019): stochastic Adams-Bashforth predictor and Adams-Moulton corrector, noise scaled by tau(t).
 

@@ -96,7 +96,7 @@ def two_stage(g: Grid, down: np.ndarray, up: np.ndarray, data: bool = True, brow
 
 
 def heun(g: Grid, gamma: np.ndarray, s_noise: float = 1.0) -> Step:
-    """Heun's method in sigma (2206.00364, algorithm 1, with algorithm 2's churn): Euler, then again with the mean slope.
+    """Heun's method in sigma (2206.00364, algorithms 1 and 2): Euler, then again with the mean slope.
 
     d = (x - x_0) / sigma is dx / dsigma for samples x_0 + sigma eps and for flows (1 - sigma) x_0 + sigma eps alike.
     """
@@ -216,7 +216,7 @@ def pndm(transfer: Callable[[int, int], tuple[float, float]], t: np.ndarray, rat
 
 
 def ipndm(g: Grid) -> Step:
-    """Linear multistep on eps without a warm-up, of order up to 4 as soon as there is history; sigma = 1 to begin with."""
+    """Linear multistep on eps without a warm-up, of order up to 4 as history allows; it may start at sigma = 1."""
 
     def step(i, k, slots, p, z):
         history = (p.eps, *slots[1:4])
