@@ -53,7 +53,7 @@ TWO_STAGE = [
     {**SD, "use_beta_sigmas": True},
     {**SD, "timestep_spacing": "leading", "steps_offset": 1},
     {**SD, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
-    {"trained_betas": tuple(np.linspace(1e-4, 0.015, 1000)), "use_karras_sigmas": True},
+    {"trained_betas": tuple(np.linspace(1e-3, 0.015, 1000)), "use_karras_sigmas": True},
 ]
 COGVIDEO = [
     {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
@@ -294,7 +294,7 @@ CASES = {
     + [{"sigma_data": 2.0}, {"num_train_timesteps": 2000}, {"num_train_timesteps": 1500, "sigma_data": 0.7}],
     "FlowMatchEulerDiscreteScheduler": [{}, *FLOWS, {"stochastic_sampling": True, "shift": 3.0}],
     "FlowMatchLCMScheduler": [{}, *FLOWS],
-    "FlowMatchHeunDiscreteScheduler": [{}, {"shift": 3.0}, {"num_train_timesteps": 500}, {"shift": 0.5}]
+    "FlowMatchHeunDiscreteScheduler": [{}, {"shift": 3.0}, {"num_train_timesteps": 500}, {"shift": 2.0}]
     + [{"plan_s_churn": 2.0}, {"shift": 2.0, "plan_s_churn": 3.0, "plan_s_tmin": 0.1, "plan_s_tmax": 0.8}]
     + [{"shift": 6.0, "plan_s_churn": 1.0, "plan_s_noise": 1.01}],
     "EDMEulerScheduler": [{}, *EDMS, {"plan_s_churn": 4.0, "plan_s_tmin": 0.1, "plan_s_noise": 1.01}],
@@ -303,14 +303,15 @@ CASES = {
         *EDMS,
         {"solver_order": 3},
         {"solver_order": 1, "euler_at_final": True},
-        {"solver_type": "heun", "lower_order_final": False, "final_sigmas_type": "sigma_min"},
+        {"solver_type": "heun", "euler_at_final": True, "final_sigmas_type": "sigma_min"},
+        {"lower_order_final": False},
         {"algorithm_type": "sde-dpmsolver++"},
         {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
         {**THRESHOLD, "prediction_type": "v_prediction"},
     ],
     "CosineDPMSolverMultistepScheduler": [{}, {"prediction_type": "epsilon"}, {"sigma_schedule": "karras"}]
     + [{"solver_order": 1}, {"solver_type": "heun", "sigma_data": 0.5}, {"euler_at_final": True, "sigma_max": 80.0}]
-    + [{"final_sigmas_type": "sigma_min", "lower_order_final": False}],
+    + [{"rho": 3.0, "sigma_schedule": "karras", "lower_order_final": False}],
     "IPNDMScheduler": [{}, {"num_train_timesteps": 100}],
     "DDPMWuerstchenScheduler": [{}, {"scaler": 2.0}, {"scaler": 0.5}, {"s": 0.02}, {"scaler": 3.0, "s": 0.001}]
     + [{"scaler": 0.2}, {"s": 0.1}],
@@ -391,7 +392,7 @@ SDE = {
 
 def peer(name):
     """diffusers' class of that name."""
-    return getattr(sys.modules[f"diffusers.schedulers.scheduling_{SDE[name]}"] if name in SDE else diffusers, name)
+    return getattr(sys.modules[f"diffusers.schedulers.scheduling_{SDE[name]}"] if name in SDE else diffusers.schedulers, name)
 
 
 def swap(x):
@@ -432,10 +433,14 @@ def reference(scheduler, plan, begin=0, channels=1, **options):
     times = scheduler.timesteps[begin : begin + int(plan.steps)]
     rounded = times.dtype == torch.int64 and isinstance(scheduler, ROUNDED)
     np.testing.assert_allclose(plan.timesteps, times.numpy(), rtol=2e-5, atol=1 if rounded else 5e-3)
-    np.testing.assert_allclose(plan.init_noise_sigma, scheduler.init_noise_sigma, rtol=1e-4, atol=1e-5)
-    x = swap(LATENTS) * scheduler.init_noise_sigma
+    start = getattr(scheduler, "init_noise_sigma", 1.0)
+    np.testing.assert_allclose(plan.init_noise_sigma, start, rtol=1e-4, atol=1e-5)
+    x = swap(LATENTS) * start
     if isinstance(scheduler, diffusers.SASolverScheduler):  # its coefficients at order 4 lose float32's digits
         x, scheduler.sigmas = x.double(), scheduler.sigmas.double()
+    if isinstance(scheduler, diffusers.UnCLIPScheduler):  # of 1 - alphas_cumprod[0] float32 leaves three digits
+        x, scheduler.betas = x.double(), scheduler.betas.double()
+        scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas, 0)
     if hasattr(scheduler, "set_begin_index"):  # without it, diffusers skips a row when the first time occurs twice
         scheduler.set_begin_index(begin)
     step, original = their_steps(scheduler, **options), getattr(module, "randn_tensor", None)
@@ -478,8 +483,8 @@ def allowed(name, config):
         return STEPS[2:]
     # at one step diffusers divides by zero (UnCLIP) or starts from sigma_min (the EDM family's exponential sigmas)
     default = "exponential" if name.startswith("Cosine") else ""
-    # where it stretches a lone sigma of 1, it divides by zero as well
-    if config.get("shift_terminal"):
+    # where it stretches a lone sigma of 1, it divides by zero as well; EDM's lone step goes nowhere
+    if config.get("shift_terminal") or (name == "EDMEulerScheduler" and "final_sigmas_type" in config):
         return STEPS[1:]
     if name == "UnCLIPScheduler" or config.get("sigma_schedule", default) == "exponential":
         return STEPS[1:]
@@ -488,7 +493,7 @@ def allowed(name, config):
 
 def schedule(name, config, n, scheduler=None):
     """diffusers' scheduler at n steps, and our plan."""
-    scheduler, (_, options) = scheduler or theirs(name, config), split(config)
+    scheduler, (_, options) = theirs(name, config) if scheduler is None else scheduler, split(config)
     setting = {key: options.pop(key) for key in ("mu", "original_inference_steps", "max_timesteps") if key in options}
     plan = ours(name, config).plan(n, **setting, **options)
     if name == "SCMScheduler" and n != 2:

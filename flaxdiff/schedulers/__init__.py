@@ -8,6 +8,7 @@ they share is in `base`. What is no table: `inpainting`, `score` and `tokens`. `
 other interfaces give them.
 """
 
+from .adaptive import DPMSolverAdaptiveScheduler as DPMSolverAdaptiveScheduler
 from .base import SCHEDULERS as SCHEDULERS
 from .base import KarrasDiffusionSchedulers as KarrasDiffusionSchedulers
 from .base import Scheduler as Scheduler
@@ -41,6 +42,12 @@ from .dpm import DPMSolverMultistepScheduler as DPMSolverMultistepScheduler
 from .dpm import DPMSolverSinglestepScheduler as DPMSolverSinglestepScheduler
 from .dpm import SASolverScheduler as SASolverScheduler
 from .dpm import UniPCMultistepScheduler as UniPCMultistepScheduler
+from .inpainting import RePaintScheduler as RePaintScheduler
+from .names import AysSchedules as AysSchedules
+from .names import scheduler as scheduler
+from .score import KarrasVeScheduler as KarrasVeScheduler
+from .score import ScoreSdeVeScheduler as ScoreSdeVeScheduler
+from .score import ScoreSdeVpScheduler as ScoreSdeVpScheduler
 from .sigma import DPMSolver2SAncestralScheduler as DPMSolver2SAncestralScheduler
 from .sigma import DPMSolverFastScheduler as DPMSolverFastScheduler
 from .sigma import DPMSolverSDEScheduler as DPMSolverSDEScheduler
@@ -56,3 +63,5 @@ from .tables import denoised as denoised
 from .tables import image_keys as image_keys
 from .tables import init as init
 from .tables import step as step
+from .tokens import AmusedScheduler as AmusedScheduler
+from .tokens import VQDiffusionScheduler as VQDiffusionScheduler

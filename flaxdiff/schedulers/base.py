@@ -178,15 +178,18 @@ class Scheduler:
         swaps = KarrasDiffusionSchedulers.__members__ if self.swaps else ()
         return tuple(c for name, c in SCHEDULERS.items() if c is type(self) or name in swaps)
 
+    def _no_levels(self) -> TypeError:
+        return TypeError(f"{type(self).__name__} has no levels alpha and sigma; {', '.join(SCHEDULERS)} may have.")
+
     # --- plans -------------------------------------------------------------------------------------------------------
 
     def grid(self, n: int, custom: Mapping[str, Any]) -> Grid:
         """The levels of a run of n steps; `custom` holds what `plan` was given of timesteps, sigmas, mu and options."""
-        raise TypeError(f"{type(self).__name__} is a base class: use one of {', '.join(SCHEDULERS)}.")
+        raise self._no_levels()
 
     def solver(self, grid: Grid, n: int, **options: Any) -> Step:
         """The step function that crosses these levels in n steps, see `solvers`."""
-        raise TypeError(f"{type(self).__name__} is a base class: use one of {', '.join(SCHEDULERS)}.")
+        raise self._no_levels()
 
     def prediction(self, grid: Grid) -> Prediction:
         """How the network's output becomes x_0 and eps."""
@@ -308,7 +311,7 @@ class Scheduler:
 
     def levels(self) -> tuple[np.ndarray, np.ndarray]:
         """alpha and sigma at each training time, float64 [num_train_timesteps], in this scheduler's scale."""
-        raise TypeError(f"{type(self).__name__} is a base class: use one of {', '.join(SCHEDULERS)}.")
+        raise self._no_levels()
 
     def level(self, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
         """alpha and sigma at any times, float32 in the shape of `timesteps`; read between the training times."""

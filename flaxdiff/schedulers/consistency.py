@@ -99,7 +99,7 @@ class TCDScheduler(_Distilled):
             raise ValueError(f"TCDScheduler: eta={eta} must lie in [0, 1].")
         to = np.append(grid.t[1:], 0)
         power = self.alphas_cumprod()[np.floor((1 - eta) * to).astype(int)]
-        return solvers.ddim(grid, np.sqrt(1 - grid.alpha_to**2 / power))
+        return solvers.ddim(grid, np.sqrt(np.maximum(1 - grid.alpha_to**2 / power, 0)))
 
     def columns(self, grid: Grid) -> dict[str, Any]:
         return {}
