@@ -312,7 +312,9 @@ CASES = {
     "CosineDPMSolverMultistepScheduler": [{}, {"prediction_type": "epsilon"}, {"sigma_schedule": "karras"}]
     + [{"solver_order": 1}, {"solver_type": "heun", "sigma_data": 0.5}, {"euler_at_final": True, "sigma_max": 80.0}]
     + [{"rho": 3.0, "sigma_schedule": "karras", "lower_order_final": False}],
-    "IPNDMScheduler": [{}, {"num_train_timesteps": 100}],
+    "IPNDMScheduler": [{}, {"num_train_timesteps": 100}]
+    + [{"trained_betas": tuple(np.linspace(1, 0, n + 1) ** power)} for n, power in ((4, 1), (10, 1), (10, 2), (25, 1))]
+    + [{"trained_betas": tuple(np.cos(np.linspace(0, np.pi / 2, 51)))}],
     "DDPMWuerstchenScheduler": [{}, {"scaler": 2.0}, {"scaler": 0.5}, {"s": 0.02}, {"scaler": 3.0, "s": 0.001}]
     + [{"scaler": 0.2}, {"s": 0.1}],
 }
@@ -392,7 +394,9 @@ SDE = {
 
 def peer(name):
     """diffusers' class of that name."""
-    return getattr(sys.modules[f"diffusers.schedulers.scheduling_{SDE[name]}"] if name in SDE else diffusers.schedulers, name)
+    return getattr(
+        sys.modules[f"diffusers.schedulers.scheduling_{SDE[name]}"] if name in SDE else diffusers.schedulers, name
+    )
 
 
 def swap(x):
@@ -477,6 +481,8 @@ def allowed(name, config):
     """The step counts that a class takes."""
     if name == "ConsistencyDecoderScheduler":
         return (2,)
+    if name == "IPNDMScheduler" and "trained_betas" in config:
+        return (len(config["trained_betas"]) - 1,)
     if name == "CMStochasticIterativeScheduler":
         return tuple(n for n in STEPS if n <= config.get("num_train_timesteps", 40))
     if name == "PNDMScheduler" and not config.get("skip_prk_steps"):
@@ -524,9 +530,17 @@ PARTIAL = [
 ]
 
 
+SIX = ["DDPM", "DDIM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep"]
+MORE = ["HeunDiscrete", "KDPM2Discrete", "DPMSolverSDE", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep"]
+
+
 @pytest.mark.parametrize("window", PARTIAL, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SIX + MORE)
 def test_partial_runs_as_diffusers(name, window):
+    # not LMS: begun in the middle, diffusers takes an order for which it has no history yet
+    name += "Scheduler"
+    if ours(name, {}).order == 2 and "strength" not in window:
+        pytest.skip("SDXL's pipelines count half steps here; our cut keeps whole ones")
     config = {**SD, **({"skip_prk_steps": True} if name == "PNDMScheduler" else {})}
     if name == "DPMSolverMultistepScheduler":
         config |= {"solver_order": 3, "use_karras_sigmas": True}
@@ -540,7 +554,7 @@ def test_partial_runs_as_diffusers(name, window):
         kept = [t for t in scheduler.timesteps if t < start]
         begin = len(scheduler.timesteps) - len(kept)
         assert int(plan.steps) == len([t for t in kept if t >= cut(window.get("denoising_end", 1.0))])
-    agree(plan, reference(scheduler, plan, begin))
+    agree(plan, reference(scheduler, plan, begin * ours(name, {}).order))
 
 
 @pytest.mark.parametrize(
@@ -609,13 +623,13 @@ def test_third_order_sde_is_consistent():
     np.testing.assert_allclose(weights, weights[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SIX + ["HeunDiscrete", "LMSDiscrete", "DPMSolverSinglestep", "LCM", "TCD"])
 def test_noise_and_velocity_as_diffusers(name):
+    name += "Scheduler"
     config = {**SD, "prediction_type": "v_prediction"}
     ref, s = theirs(name, config), ours(name, config)
     t = [999, 500]
-    swap = lambda x: torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
-    times = torch.tensor(t, dtype=torch.float64 if "Euler" in name else torch.int64)
+    times = torch.tensor(t, dtype=torch.float64 if "Discrete" in name else torch.int64)
     if name.startswith("DPM"):  # its levels run the wrong way until timesteps are set
         ref.set_timesteps(timesteps=t)
     want = ref.add_noise(swap(LATENTS), swap(NOISE[0]), times)
@@ -632,7 +646,8 @@ def test_noise_and_velocity_as_diffusers(name):
 
 
 def every(n, **config):
-    return [ours(name, {**config, **c}).plan(n, pad_to=BOUND) for name, (c, *_) in CASES.items()]
+    count = lambda name: 2 if name == "ConsistencyDecoderScheduler" else n
+    return [ours(name, {**config, **c}).plan(count(name), pad_to=BOUND) for name, (c, *_) in CASES.items()]
 
 
 def test_one_program_serves_all():
@@ -655,7 +670,7 @@ def test_vmap_over_plans():
 
 @pytest.mark.parametrize("name", CASES)
 def test_padding_is_inert(name):
-    plan = ours(name, CASES[name][0]).plan(4)
+    plan = ours(name, CASES[name][0]).plan(2 if name == "ConsistencyDecoderScheduler" else 4)
     s, key = ours(name, {}), jax.random.key(3)
     rows, padded = int(plan.steps), plan.pad(BOUND)
     state, long = s.init(plan, LATENTS, key), s.init(padded, LATENTS, key)
@@ -669,9 +684,15 @@ def test_padding_is_inert(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_thousand_steps_and_one_are_finite(name):
-    for n in (1, 1000):
-        config = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
-        plan = ours(name, {**SD, **config}).plan(n)
+    most = {
+        "ConsistencyDecoderScheduler": 2,
+        "CMStochasticIterativeScheduler": 40,
+        "LCMScheduler": 50,
+        "TCDScheduler": 50,
+    }
+    most = most.get(name, 1000)
+    for n in (2 if most == 2 else 1, most):
+        plan = ours(name, CASES[name][0]).plan(n)
         assert np.isfinite(plan.mix).all() and int(plan.steps) >= n
 
 
@@ -723,15 +744,12 @@ def test_gradient_through_a_run():
 
 @pytest.mark.parametrize("name", CASES)
 def test_config_has_diffusers_keys_and_defaults(name):
-    want = {k: v for k, v in getattr(diffusers, name)().config.items() if not k.startswith("_")}
-    if name == "DPMSolverMultistepScheduler":
-        assert want.pop("lambda_min_clipped") == -math.inf
+    want = {k: v for k, v in peer(name)().config.items() if not k.startswith("_")}
     got = getattr(schedulers, name)().option_values()
-    assert {k: got[k] for k in want} == want
-    assert set(got) - set(want) <= {"lambda_min_clipped"}
+    assert {k: list(v) if isinstance(v, tuple) else v for k, v in got.items()} == want
 
 
-@pytest.mark.parametrize("case", ALL, ids=ids)
+@pytest.mark.parametrize("case", [(name, config) for name, configs in CASES.items() for config in configs[:3]], ids=ids)
 def test_config_travels_by_folder(case, tmp_path):
     name, config = case
     s = ours(name, config)
@@ -743,8 +761,8 @@ def test_config_travels_by_folder(case, tmp_path):
         == schedulers.from_config(schedulers.read_config(tmp_path))
     )
     assert hash(s) == hash(getattr(schedulers, name).from_pretrained(tmp_path))
-    back = getattr(diffusers, name).from_pretrained(tmp_path).config
-    assert all(back[k] == v for k, v in split(config)[0].items() if k != "trained_betas")
+    back = peer(name).from_pretrained(tmp_path).config
+    assert all(back[k] == v for k, v in split(config)[0].items() if not isinstance(v, tuple))
     theirs(name, config).save_pretrained(tmp_path / "theirs" / "scheduler")
     assert getattr(schedulers, name).from_pretrained(tmp_path / "theirs", subfolder="scheduler") == s
 
@@ -753,7 +771,7 @@ def test_swap_keeps_what_was_chosen():
     for config in ({"skip_prk_steps": True, **SD}, {"timestep_spacing": "trailing", "steps_offset": 1}, {}):
         ref = diffusers.PNDMScheduler(**config)
         mine = schedulers.PNDMScheduler(**config)
-        for name in CASES:
+        for name in [name for name in CASES if getattr(schedulers, name).swaps and name not in SDE]:
             want = getattr(diffusers, name).from_config(ref.config).config
             got = getattr(schedulers, name).from_config(mine).option_values()
             assert all(want[k] == v for k, v in got.items()), name
@@ -767,11 +785,16 @@ def test_survives_copies():
 
 
 def test_compatibles():
-    s = schedulers.PNDMScheduler()
-    assert {c.__name__ for c in s.compatibles} == set(CASES)
-    assert {c.__name__ for c in s.compatibles} <= {c.__name__ for c in diffusers.PNDMScheduler().compatibles}
+    for name in CASES:
+        theirs = {c.__name__ for c in peer(name)().compatibles} if hasattr(peer(name), "_compatibles") else {name}
+        got = {c.__name__ for c in getattr(schedulers, name)().compatibles}
+        assert got - {"DPMSolverSDEScheduler"} == theirs - {"DPMSolverSDEScheduler"}  # theirs only beside torchsde
+    assert schedulers.DPMSolverSDEScheduler in schedulers.PNDMScheduler().compatibles
+    names = [c.name for c in diffusers.schedulers.KarrasDiffusionSchedulers]
+    assert [c.name for c in schedulers.KarrasDiffusionSchedulers] == names
 
 
+FLOW_EULER, UNIPC = schedulers.FlowMatchEulerDiscreteScheduler, schedulers.UniPCMultistepScheduler
 DPM, DDIM, EULER = schedulers.DPMSolverMultistepScheduler, schedulers.DDIMScheduler, schedulers.EulerDiscreteScheduler
 
 
@@ -805,6 +828,28 @@ DPM, DDIM, EULER = schedulers.DPMSolverMultistepScheduler, schedulers.DDIMSchedu
         (lambda: DPM(solver_order=4), "solver_order=4 must be one of 1, 2, 3"),
         (lambda: DPM(algorithm_type="dpmsolver"), "final_sigmas_type='sigma_min'"),
         (lambda: DPM(prediction_type="flow_prediction"), "use_flow_sigmas"),
+        (lambda: schedulers.DEISMultistepScheduler(final_sigmas_type="zero"), "no option 'final_sigmas_type'"),
+        (lambda: schedulers.LCMScheduler().plan(51), "exceeds the 50 times"),
+        (lambda: schedulers.TCDScheduler().plan(4, eta=1.5), r"eta=1.5 must lie in \[0, 1\]"),
+        (lambda: schedulers.CMStochasticIterativeScheduler().plan(41), "exceeds num_train_timesteps=40"),
+        (lambda: schedulers.ConsistencyDecoderScheduler().plan(3), "exactly 2"),
+        (lambda: schedulers.SCMScheduler().plan(1001), "exceeds 1000"),
+        (lambda: FLOW_EULER().plan(4, mu=1.0), "go together"),
+        (lambda: FLOW_EULER(use_dynamic_shifting=True).plan(4), "go together"),
+        (lambda: FLOW_EULER().plan(timesteps=[1001, 3]), r"must lie in \[0, 1000\)"),
+        (lambda: UNIPC(use_dynamic_shifting=True, use_flow_sigmas=True).plan(4), "needs plan"),
+        (lambda: UNIPC(shift_terminal=0.1), "set use_flow_sigmas"),
+        (lambda: UNIPC().plan(sigmas=[1.0, 0.5]), "needs use_flow_sigmas=True"),
+        (lambda: UNIPC(disable_corrector=[0], solver_p=EULER()), "solver_p="),
+        (lambda: schedulers.DPMSolverMultistepInverseScheduler(algorithm_type="sde-dpmsolver++"), "must be one of"),
+        (lambda: schedulers.IPNDMScheduler(trained_betas=[1.0, 0.0]).plan(4), "4 steps need 5"),
+        (lambda: schedulers.LMSDiscreteScheduler().plan(4, order=5), "order=5 must be"),
+        (lambda: schedulers.RePaintScheduler().plan(4, jump_length=0), "must be positive"),
+        (lambda: schedulers.VQDiffusionScheduler(num_vec_classes=5).plan(101), "exceeds num_train_timesteps=100"),
+        (lambda: schedulers.AmusedScheduler(mask_token_id=3).plan(0), "must be a positive"),
+        (lambda: schedulers.scheduler("DPM adaptive").plan(4), "call solve"),
+        (lambda: schedulers.scheduler("DPM++ 4M"), "no sampler 'DPM\\+\\+ 4M': did you mean"),
+        (lambda: schedulers.scheduler("DDIM Karras"), "DDIMScheduler has no option 'use_karras_sigmas'"),
         (lambda: DDIM(trained_betas=[0.1, 0.2]).plan(4), "trained_betas holds 2 values"),
         (lambda: DDIM(rescale_betas_zero_snr=True, timestep_spacing="trailing").plan(4), "use 'v_prediction'"),
         (

@@ -1,7 +1,7 @@
 """DPM-Solver with steps of its own choosing: "DPM adaptive".
 
-Not a table: how many evaluations it takes follows from the network. The loop is one `lax.while_loop` and takes the network
-as a function.
+Not a table: how many evaluations it takes follows from the network. The loop is one `lax.while_loop` and takes the
+network as a function.
 """
 
 from __future__ import annotations

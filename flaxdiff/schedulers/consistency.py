@@ -97,9 +97,9 @@ class TCDScheduler(_Distilled):
     def solver(self, grid: Grid, n: int, eta: float, original_inference_steps: int | None) -> solvers.Step:
         if not 0 <= eta <= 1:
             raise ValueError(f"TCDScheduler: eta={eta} must lie in [0, 1].")
-        to = np.append(grid.t[1:], 0)
-        power = self.alphas_cumprod()[np.floor((1 - eta) * to).astype(int)]
-        return solvers.ddim(grid, np.sqrt(np.maximum(1 - grid.alpha_to**2 / power, 0)))
+        to = np.append(grid.t[1:], 0).astype(int)
+        power = self.alphas_cumprod()
+        return solvers.ddim(grid, np.sqrt(1 - power[to] / power[np.floor((1 - eta) * to).astype(int)]))
 
     def columns(self, grid: Grid) -> dict[str, Any]:
         return {}
@@ -111,7 +111,7 @@ class CMStochasticIterativeScheduler(Scheduler):
 
     >>> from flaxdiff.schedulers import CMStochasticIterativeScheduler
     >>> CMStochasticIterativeScheduler().plan(2).sigma.round(3)
-    array([13.842,  0.002], dtype=float32)
+    array([80.  ,  2.24], dtype=float32)
     """
 
     num_train_timesteps: int = 40

@@ -53,7 +53,7 @@ class FlowMatchEulerDiscreteScheduler(_Flow):
 
     >>> from flaxdiff.schedulers import FlowMatchEulerDiscreteScheduler
     >>> FlowMatchEulerDiscreteScheduler(shift=3.0).plan(3).sigma.round(4)
-    array([1.    , 0.7512, 0.0089], dtype=float32)
+    array([1.    , 0.7511, 0.0089], dtype=float32)
     """
 
     use_dynamic_shifting: bool = False
@@ -211,7 +211,7 @@ class EDMDPMSolverMultistepScheduler(_EDM):
 
     >>> from flaxdiff.schedulers import EDMDPMSolverMultistepScheduler
     >>> EDMDPMSolverMultistepScheduler().plan(5).timesteps.round(2)
-    array([ 1.1 ,  0.72,  0.23, -0.45, -1.55], dtype=float32)
+    array([ 1.1 ,  0.72,  0.23, -0.44, -1.55], dtype=float32)
     """
 
     solver_order: int = 2

@@ -1,7 +1,7 @@
 """RePaint: inpainting with any unconditional network, by going back up to a noisier level now and then.
 
-Not a table: each step mixes in the known part of an image by a mask. Everything else is as in `tables`: a plan of numbers
-made on the host, and a pure `step`.
+Not a table: each step mixes in the known part of an image by a mask. Everything else is as in `tables`: a plan of
+numbers made on the host, and a pure `step`.
 """
 
 from __future__ import annotations

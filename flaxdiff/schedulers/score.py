@@ -1,7 +1,7 @@
 """Schedulers of score-based models: the SDEs of Song et al. and Karras' sampler for variance-exploding networks.
 
-Two are tables. The third, for the variance-exploding SDE, corrects each level by Langevin steps whose size depends on the
-network's output; it has its own plan and step.
+Two are tables. The third, for the variance-exploding SDE, corrects each level by Langevin steps whose size depends on
+the network's output; it has its own plan and step.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class ScoreSdeVeScheduler(Scheduler):
     >>> from flaxdiff.schedulers import ScoreSdeVeScheduler
     >>> s = ScoreSdeVeScheduler(correct_steps=2)
     >>> plan = s.plan(10)
-    >>> state = s.init(plan, jax.random.normal(jax.random.key(0), (1, 8, 8, 3)) * plan.init_noise_sigma, jax.random.key(1))
+    >>> noise = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
+    >>> state = s.init(plan, noise * plan.init_noise_sigma, jax.random.key(1))
     >>> for _ in range(int(plan.steps)):                        # two corrections and a prediction at each of ten levels
     ...     state = s.step(state, -state.model_input / (1 + state.timestep**2))
     >>> bool(jax.numpy.isfinite(state.sample).all())
@@ -150,14 +151,14 @@ class ScoreSdeVpScheduler(Scheduler):
 
 @dataclass(frozen=True, kw_only=True)
 class KarrasVeScheduler(Scheduler):
-    """Heun's method with churn for variance-exploding networks (Karras et al., 2206.00364, algorithm 2, table 1's "VE").
+    """Heun's method with churn for variance-exploding networks (Karras et al., 2206.00364, algorithm 2).
 
-    The network is asked after noise was added, and gives -eps. The squares of the sigmas are evenly spaced in log, as in
-    the paper; diffusers takes those squares for the sigmas themselves.
+    The network is asked after noise was added, and gives -eps. The squares of the sigmas are evenly spaced in log, as
+    in the paper; diffusers takes those squares for the sigmas themselves.
 
     >>> from flaxdiff.schedulers import KarrasVeScheduler
     >>> KarrasVeScheduler(s_churn=0).plan(3).timesteps.round(2)
-    array([100.  ,   1.41,   1.41,   0.02,   0.02], dtype=float32)
+    array([1.00e+02, 1.41e+00, 1.41e+00, 2.00e-02, 2.00e-02], dtype=float32)
     """
 
     sigma_min: float = 0.02

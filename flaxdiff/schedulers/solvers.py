@@ -82,7 +82,8 @@ def two_stage(g: Grid, down: np.ndarray, up: np.ndarray, data: bool = True, brow
     def step(i, k, slots, p, z):
         x, origin, z_first = slots[:3]
         if i % 2 == 0:
-            return down[i] / g.sigma[i] * (x - p.x0) + p.x0 + up[i] * z, x, z
+            kept = z if brownian and i + 1 < len(g.t) else 0 * z
+            return down[i] / g.sigma[i] * (x - p.x0) + p.x0 + up[i] * z, x, kept
         sigma, middle, end = g.sigma[i - 1], g.sigma[i], g.sigma_to[i]
         if brownian:
             z = (np.sqrt(sigma - middle) * z_first + np.sqrt(middle - end) * z) / np.sqrt(sigma - end)
@@ -90,7 +91,7 @@ def two_stage(g: Grid, down: np.ndarray, up: np.ndarray, data: bool = True, brow
             mean = down[i] / sigma * (origin - p.x0) + p.x0
         else:
             mean = origin + (down[i] - sigma) * (x - p.x0) / middle
-        return mean + up[i] * z, origin, z_first
+        return mean + up[i] * z, origin
 
     return step
 

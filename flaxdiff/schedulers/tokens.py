@@ -1,7 +1,7 @@
 """Schedulers of discrete tokens: VQ-Diffusion's mask-and-replace chain and aMUSEd's parallel unmasking.
 
-Not tables: a step draws tokens from the network's class probabilities. Plans are still numbers made on the host and steps
-pure functions; classes are the last axis.
+Not tables: a step draws tokens from the network's class probabilities. Plans are still numbers made on the host and
+steps pure functions; classes are the last axis.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class AmusedScheduler(_Tokens):
         return state._replace(sample=x, index=i + 1)
 
     def mask(self, plan: AmusedPlan, sample: jax.Array, index: int | jax.Array, key: jax.Array) -> jax.Array:
-        """Tokens [B, N] of an image, masked as they would be after row `index` of the plan: where a run from it starts."""
+        """Tokens [B, N] of an image, masked as after row `index` of the plan, for a run that starts from it."""
         ratio = jnp.asarray(plan.mask_ratio)[index]
         keys = image_keys(key, len(sample))
         hidden = jax.vmap(lambda key: jax.random.uniform(key, sample.shape[1:]) < ratio)(keys)
