@@ -15,7 +15,7 @@ START, END = "<!-- coverage -->\n", "<!-- end -->"
 
 
 def coverage():
-    """A row a scheduler: what it is, the kinds of custom schedule, options of `plan`, and what it may be swapped for."""
+    """A row a scheduler: what it is, what `plan` takes, and whether it swaps with the usual ones."""
     rows = ["| scheduler | what it is | `plan` takes | swaps |", "|--|--|--|--|"]
     for name, cls in sorted(schedulers.SCHEDULERS.items()):
         if cls.__module__.startswith("flaxdiff."):

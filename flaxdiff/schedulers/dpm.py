@@ -262,7 +262,8 @@ class UniPCMultistepScheduler(_Rotated):
     result is not corrected. With `use_flow_sigmas`, `plan` also takes sigmas= before shifting, without the final zero.
 
     >>> from flaxdiff.schedulers import UniPCMultistepScheduler
-    >>> UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0).plan(3).sigma.round(4)
+    >>> s = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    >>> s.plan(3).sigma.round(4)
     array([1.    , 0.8573, 0.6007], dtype=float32)
     """
 
