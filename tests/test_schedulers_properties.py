@@ -87,7 +87,6 @@ ORDERS = [
     ),
     ("DPM-Solver++ 1", multistep(1, "dpmsolver++"), 1),
     ("DPM-Solver++ 2M", multistep(2, "dpmsolver++"), 2),
-    ("DPM-Solver++ 2M heun", multistep(2, "dpmsolver++", heun=True), 2),
     ("DPM-Solver 2M", multistep(2, "dpmsolver"), 2),
     ("DEIS 2", multistep(2, "dpmsolver", True, True), 2),
     ("DEIS 3", multistep(3, "dpmsolver", True, True), 3),
@@ -98,8 +97,6 @@ ORDERS = [
     ("UniP 2", on_line(lambda g: exponential.unipc(g, flat(len(g.t), 2), True, False, range(10**6))), 2),
     ("UniPC 2", on_line(lambda g: exponential.unipc(g, flat(len(g.t), 2), True, False)), 3),
     ("UniP 3 bh1", on_line(lambda g: exponential.unipc(g, flat(len(g.t), 3), True, True, range(10**6))), 3),
-    ("SA predictor 2", on_line(lambda g: sa(g, 2, 1)), 2),
-    ("SA predictor 3", on_line(lambda g: sa(g, 3, 3)), 3),
     ("Heun", lambda n: (lambda g: (g, solvers.heun(g, 0 * g.sigma)))(two_rows(n, lambda a, b: b)), 2),
     ("DPM2", lambda n: midpoint(n, data=False), 2),
     ("DPM++ 2S", lambda n: midpoint(n, data=True), 2),
@@ -107,11 +104,6 @@ ORDERS = [
     ("LMS 3", on_line(lambda g: solvers.lms(g, 3), True), 3),
     ("DPM fast", fast, 3),
 ]
-
-
-def sa(g, predictor, corrector):
-    n = len(g.t)
-    return exponential.sa_solver(g, flat(n, predictor), flat(n, corrector), lambda t: 0.0, True)
 
 
 def error(make, n):
