@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
 import json
 import os
 import tempfile
@@ -37,16 +38,16 @@ CHOICES: dict[str, tuple] = {
     "final_sigmas_type": ("zero", "sigma_min"),
 }
 
-# Keys of diffusers' schedulers beyond those of the classes here: a config may carry them along.
-FOREIGN = frozenset(
-    "algorithm_type base_image_seq_len base_shift clip_denoised clip_sample clip_sample_range corrector_order "
-    "disable_corrector dynamic_thresholding_ratio eta euler_at_final final_sigmas_type flow_shift "
-    "interpolation_type invert_sigmas lambda_min_clipped lower_order_final max_image_seq_len max_shift "
-    "original_inference_steps predict_x0 predictor_order rho s_noise sample_max_value scaler set_alpha_to_one shift "
-    "shift_terminal sigma_data sigma_max sigma_min sigma_schedule skip_prk_steps snr_shift_scale solver_order "
-    "solver_p solver_type stochastic_sampling tau_func thresholding time_shift_type timestep_scaling timestep_type "
-    "use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_flow_sigmas use_karras_sigmas use_lu_lambdas "
-    "variance_type".split()
+# Keys of diffusers' schedulers that no class here has: a config may carry them along.
+FOREIGN = frozenset("set_alpha_to_zero skip_sample_noise".split())
+
+# The classes among which a pipeline's scheduler may be swapped: from_config of any takes the config of any other.
+KarrasDiffusionSchedulers = enum.Enum(
+    "KarrasDiffusionSchedulers",
+    "DDIMScheduler DDPMScheduler PNDMScheduler LMSDiscreteScheduler EulerDiscreteScheduler HeunDiscreteScheduler "
+    "EulerAncestralDiscreteScheduler DPMSolverMultistepScheduler DPMSolverSinglestepScheduler KDPM2DiscreteScheduler "
+    "KDPM2AncestralDiscreteScheduler DEISMultistepScheduler UniPCMultistepScheduler DPMSolverSDEScheduler "
+    "EDMEulerScheduler",
 )
 
 
@@ -80,9 +81,13 @@ class Scheduler:
     options: ClassVar[Mapping[str, Any]] = {}  # what else `plan` takes: options of the solver
     choices: ClassVar[Mapping[str, tuple]] = {}
     aliases: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # another class's values for a shared key
-    family: ClassVar[str] = ""  # classes of one family exchange configs
+    lacks: ClassVar[frozenset[str]] = frozenset()  # options of a parent class that this one does not have
+    swaps: ClassVar[bool] = False  # may one of KarrasDiffusionSchedulers take its place?
+    ends: ClassVar[frozenset[str]] = frozenset({"sigmas"})  # custom schedules whose last entry is where the run ends
 
     def __new__(cls, **given: Any) -> Self:
+        for name in sorted(cls.lacks & given.keys()):
+            raise _unknown("option", name, cls.__name__, cls.option_names())
         self = object.__new__(cls)
         # As diffusers does, an option left at its default does not follow the config into another class.
         object.__setattr__(self, "given", frozenset(given))
@@ -115,7 +120,7 @@ class Scheduler:
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
         """The names of the config's options."""
-        return tuple(f.name for f in dataclasses.fields(cls))
+        return tuple(f.name for f in dataclasses.fields(cls) if f.name not in cls.lacks)
 
     def option_values(self) -> dict[str, Any]:
         """The config's options and their values."""
@@ -170,17 +175,21 @@ class Scheduler:
     @property
     def compatibles(self) -> tuple[type[Scheduler], ...]:
         """The classes that a config like this one can be given to, this one included."""
-        return tuple(c for c in SCHEDULERS.values() if c is type(self) or (self.family and c.family == self.family))
+        swaps = KarrasDiffusionSchedulers.__members__ if self.swaps else ()
+        return tuple(c for name, c in SCHEDULERS.items() if c is type(self) or name in swaps)
+
+    def _no_levels(self) -> TypeError:
+        return TypeError(f"{type(self).__name__} has no levels alpha and sigma; {', '.join(SCHEDULERS)} may have.")
 
     # --- plans -------------------------------------------------------------------------------------------------------
 
     def grid(self, n: int, custom: Mapping[str, Any]) -> Grid:
-        """The levels of a run of n steps; `custom` holds what was given of timesteps, sigmas and mu."""
-        raise TypeError(f"{type(self).__name__} is a base class: use one of {', '.join(SCHEDULERS)}.")
+        """The levels of a run of n steps; `custom` holds what `plan` was given of timesteps, sigmas, mu and options."""
+        raise self._no_levels()
 
     def solver(self, grid: Grid, n: int, **options: Any) -> Step:
         """The step function that crosses these levels in n steps, see `solvers`."""
-        raise TypeError(f"{type(self).__name__} is a base class: use one of {', '.join(SCHEDULERS)}.")
+        raise self._no_levels()
 
     def prediction(self, grid: Grid) -> Prediction:
         """How the network's output becomes x_0 and eps."""
@@ -233,7 +242,7 @@ class Scheduler:
         n = self._steps(num_inference_steps, custom)
         for name in [name for name in options if name not in self.options]:
             raise _unknown("option of plan", name, type(self).__name__, tuple(self.options))
-        grid = self.grid(n, custom)
+        grid = self.grid(n, {**custom, **options})
         step = self.solver(grid, n, **{**self.options, **options})
         rows = self._window(grid.t, n, strength, denoising_start, denoising_end)
         plan = tables.tabulate(grid, step, self.prediction(grid), rows, **self.columns(grid))
@@ -259,12 +268,16 @@ class Scheduler:
                 raise ValueError(f"{name}: {way}= excludes {ramps[0]}, which chooses the schedule itself.")
             if values.ndim != 1 or not len(values) or not (np.diff(values) < 0).all() or not np.isfinite(values).all():
                 raise ValueError(f"{name}: {way}={custom[way]} must be a descending list without duplicates.")
-            if way == "timesteps" and not (0 <= values[-1] and values[0] < self.num_train_timesteps):
-                raise ValueError(f"{name}: timesteps={custom[way]} must lie in [0, {self.num_train_timesteps}).")
-            n = len(values) - (way == "sigmas")
+            if way == "timesteps" and not (0 <= values[-1] and values[0] < self.time_limit()):
+                raise ValueError(f"{name}: timesteps={custom[way]} must lie in [0, {self.time_limit():g}).")
+            n = len(values) - (way in self.ends)
         if n != int(n) or n < 1:
             raise ValueError(f"{name}: num_inference_steps={n} must be a positive whole number.")
         return int(n)
+
+    def time_limit(self) -> float:
+        """Custom timesteps stay below this."""
+        return self.num_train_timesteps
 
     def _window(self, t: np.ndarray, n: int, strength: float | None, start: float | None, end: float | None) -> range:
         """The rows of the grid that a partial run makes."""
@@ -298,13 +311,24 @@ class Scheduler:
 
     def levels(self) -> tuple[np.ndarray, np.ndarray]:
         """alpha and sigma at each training time, float64 [num_train_timesteps], in this scheduler's scale."""
-        raise TypeError(f"{type(self).__name__} is a base class: use one of {', '.join(SCHEDULERS)}.")
+        raise self._no_levels()
 
-    def _at(self, values: np.ndarray, timesteps: jax.Array, like: jax.Array) -> jax.Array:
-        """A table over training times, read between them where a time is fractional, shaped to scale `like`."""
+    def level(self, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """alpha and sigma at any times, float32 in the shape of `timesteps`; read between the training times."""
         t = jnp.asarray(timesteps, jnp.float32)
-        at = jnp.interp(t, jnp.arange(len(values), dtype=jnp.float32), jnp.asarray(values, jnp.float32))
-        return at.astype(like.dtype).reshape(at.shape + (1,) * (like.ndim - at.ndim))
+        alpha, sigma = (jnp.asarray(v, jnp.float32) for v in self.levels())
+        times = jnp.arange(len(alpha), dtype=jnp.float32)
+        return jnp.interp(t, times, alpha), jnp.interp(t, times, sigma)
+
+    def snr(self, timesteps: jax.Array) -> jax.Array:
+        """The signal-to-noise ratio alpha(t)^2 / sigma(t)^2, float32 in the shape of `timesteps`.
+
+        >>> from flaxdiff.schedulers import DDPMScheduler
+        >>> DDPMScheduler().snr(0).round()
+        Array(9999., dtype=float32)
+        """
+        alpha, sigma = self.level(timesteps)
+        return (alpha / sigma) ** 2
 
     def add_noise(self, sample: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
         """alpha(t) sample + sigma(t) noise, in the sample's dtype.
@@ -313,15 +337,19 @@ class Scheduler:
           sample, noise: [B, ...].
           timesteps: [] or [B] training times; fractional ones are read between their neighbours.
         """
-        alpha, sigma = (self._at(v, timesteps, sample) for v in self.levels())
+        alpha, sigma = (_shaped(v, sample) for v in self.level(timesteps))
         return alpha * sample + sigma * jnp.asarray(noise, sample.dtype)
 
     def get_velocity(self, sample: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
         """The target of v-prediction, alpha(t) noise - sigma(t) sample with alpha^2 + sigma^2 = 1 (2202.00512)."""
-        alpha, sigma = self.levels()
-        norm = np.hypot(alpha, sigma)
-        alpha, sigma = (self._at(v / norm, timesteps, sample) for v in (alpha, sigma))
+        alpha, sigma = self.level(timesteps)
+        norm = jnp.hypot(alpha, sigma)
+        alpha, sigma = _shaped(alpha / norm, sample), _shaped(sigma / norm, sample)
         return alpha * jnp.asarray(noise, sample.dtype) - sigma * sample
+
+
+def _shaped(a: jax.Array, like: jax.Array) -> jax.Array:
+    return a.astype(like.dtype).reshape(a.shape + (1,) * (like.ndim - a.ndim))
 
 
 def read_config(folder: str | os.PathLike, subfolder: str = "") -> dict[str, Any]:

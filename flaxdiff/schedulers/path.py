@@ -83,21 +83,26 @@ BETAS: dict[str, Callable[[int, float, float], Array]] = {
 }
 
 
+def zero_terminal_snr(power: Array) -> Array:
+    """Shift and scale alpha so that the last step is pure noise (Lin et al., 2305.08891, algorithm 1)."""
+    alpha = np.sqrt(power)
+    return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+
+
 @functools.lru_cache(maxsize=64)
 def alphas_cumprod(
     n: int, start: float, end: float, schedule: str, trained: tuple[float, ...] | None = None, zero_snr: bool = False
 ) -> Array:
     """Signal power alpha(t)^2 for t = 0 … n - 1, read-only; `trained` betas win over a named schedule.
 
-    `zero_snr` shifts and scales alpha so that the last step is pure noise (Lin et al., 2305.08891, algorithm 1).
+    `zero_snr` makes the last step pure noise.
     """
     betas = BETAS[schedule](n, start, end) if trained is None else np.asarray(trained, float)
     if len(betas) != n:
         raise ValueError(f"trained_betas holds {len(betas)} values and num_train_timesteps is {n}: make them agree.")
     power = np.cumprod(1 - betas)
     if zero_snr:
-        alpha = np.sqrt(power)
-        power = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+        power = zero_terminal_snr(power)
     power.flags.writeable = False
     return power
 

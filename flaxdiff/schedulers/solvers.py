@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .path import Grid, prediction
+from .path import Grid, Prediction
 from .tables import Pred
 
 Vector = np.ndarray
@@ -49,69 +49,125 @@ def ddim(g: Grid, std: np.ndarray, noise_std: np.ndarray | None = None, from_x0:
     return step
 
 
-def euler(g: Grid, kind: str, churn: float = 0.0, low: float = 0.0, high: float = np.inf, s_noise: float = 1.0) -> Step:
-    """Euler's method in sigma, with Karras' churn (2206.00364, algorithm 2): noise up to sigma_hat, then step down.
+def churn(g: Grid, s_churn: float, s_tmin: float, s_tmax: float) -> np.ndarray:
+    """gamma, by which Karras' churn raises sigma before each step (2206.00364, algorithm 2)."""
+    return np.where((s_tmin <= g.sigma) & (g.sigma <= s_tmax), min(s_churn / len(g.t), 2**0.5 - 1), 0.0)
 
-    The network is asked before the noise is added, as the community's samplers do, not after as in the paper.
+
+def euler(g: Grid, gamma: np.ndarray, s_noise: float, predict: Prediction) -> Step:
+    """Euler's method in sigma, with Karras' churn: noise up to sigma_hat, then step down.
+
+    The network is asked before the noise is added, as the community's samplers do, not after as in the paper; `predict`
+    reads its output with the noisier sample.
     """
-    gamma = np.where((low <= g.sigma) & (g.sigma <= high), min(churn / len(g.t), 2**0.5 - 1), 0.0)
-    x0_sample = prediction(kind, g.alpha, g.sigma).x0_sample
 
     def step(i, k, slots, p, z):
-        x, sigma = slots[0], g.sigma[i]
-        sigma_hat = sigma * (1 + gamma[i])
-        x_hat = x + s_noise * np.sqrt(sigma_hat**2 - sigma**2) * z
-        d = p.eps if kind == "epsilon" else (x_hat - p.x0 - x0_sample[i] * (x_hat - x)) / sigma_hat
+        sigma_hat = g.sigma[i] * (1 + gamma[i])
+        x_hat = slots[0] + s_noise * np.sqrt(sigma_hat**2 - g.sigma[i] ** 2) * z
+        d = (x_hat - predict.x0_sample[i] * x_hat - predict.x0_output[i] * p.out) / sigma_hat
         return (x_hat + (g.sigma_to[i] - sigma_hat) * d,)
 
     return step
 
 
-def dpm_multistep(g: Grid, order: int, kind: str, heun: bool, orders: Sequence[int], from_x0: bool = False) -> Step:
-    """DPM-Solver (2206.00927) and DPM-Solver++ (2211.01095), multistep, their ODE and SDE forms.
+def two_stage(g: Grid, down: np.ndarray, up: np.ndarray, data: bool = True, brownian: bool = False) -> Step:
+    """Midpoint methods in sigma: DPM-2 and its ancestral form, DPM++ 2S ancestral, DPM++ SDE (samples x_0 + sigma eps).
 
-    With h the step in lambda = log(alpha / sigma), the exact solution integrates exp(u) against a polynomial through
-    the last predictions m (of x_0 for ++, else of eps), where u = h for eps, -h for x_0, doubled for the SDE of x_0.
-    `orders[i]` caps the order at row i, besides what the history allows; `from_x0` takes eps from the clipped x_0.
+    Even rows go from their level to `down[i]` by the prediction made there; odd rows repeat that step from its start
+    with the prediction made at the midpoint, all the way to `down[i]`. Then noise `up[i]` comes back. `data` keeps x_0
+    over the step (x_to = x_0 + sigma_to / sigma (x - x_0)), otherwise dx / dsigma. `brownian`: the noise of an odd row
+    is a Brownian motion's over the whole step, whose first half the even row has drawn.
     """
-    data, sde = kind.endswith("++"), kind.startswith("sde")
-    lam, lam_to = g.lam, g.lam_to
 
     def step(i, k, slots, p, z):
-        x, m1, m2 = slots[:3]
-        x0_eps = (x - g.alpha[i] * p.x0) / g.sigma[i] if from_x0 else p.eps
-        m0 = p.x0 if data else x0_eps
-        h = lam_to[i] - lam[i]
-        if h == 0:
-            return x, m0, m1
-        # history: differences of the predictions over steps in lambda
-        use = min(order, orders[i], k + 1)
-        h0 = lam[i] - lam[i - 1] if use > 1 else 0.0
-        h1 = lam[i - 1] - lam[i - 2] if use > 2 else 0.0
-        use = 1 if h0 == 0 else 2 if h1 == 0 else use
-        d0, d1, d2 = m0, 0 * m0, 0 * m0
-        if use > 1:
-            d1 = (m0 - m1) * h / h0
-        if use > 2:
-            d11 = (m1 - m2) * h / h1
-            d1, d2 = d1 + h0 / (h0 + h1) * (d1 - d11), h / (h0 + h1) * (d1 - d11)
-        # the integrals of exp against 1, and for use > 1 against the line and the parabola
-        u = (-2 * h if sde else -h) if data else h
-        phi0 = np.expm1(u)
-        phi1 = phi2 = 0.0
-        if use > 1:
-            phi1 = phi0 / u - 1 if heun or use > 2 else phi0 / 2
-            phi2 = (phi0 - u) / u**2 - 0.5
-        integral = phi0 * d0 + phi1 * d1 + phi2 * d2
-        # data prediction decays with sigma, noise prediction with alpha
+        x, origin, z_first = slots[:3]
+        if i % 2 == 0:
+            kept = z if brownian and i + 1 < len(g.t) else 0 * z
+            return down[i] / g.sigma[i] * (x - p.x0) + p.x0 + up[i] * z, x, kept
+        sigma, middle, end = g.sigma[i - 1], g.sigma[i], g.sigma_to[i]
+        if brownian:
+            z = (np.sqrt(sigma - middle) * z_first + np.sqrt(middle - end) * z) / np.sqrt(sigma - end)
         if data:
-            decay = g.sigma_to[i] / g.sigma[i] * (np.exp(-h) if sde else 1.0)
-            mean = decay * x - g.alpha_to[i] * integral
-            std = g.sigma_to[i] * np.sqrt(-np.expm1(-2 * h)) if sde else 0.0
+            mean = down[i] / sigma * (origin - p.x0) + p.x0
         else:
-            mean = g.alpha_to[i] / g.alpha[i] * x - (2 if sde else 1) * g.sigma_to[i] * integral
-            std = g.sigma_to[i] * np.sqrt(np.expm1(2 * h)) if sde else 0.0
-        return mean + std * z, m0, m1
+            mean = origin + (down[i] - sigma) * (x - p.x0) / middle
+        return mean + up[i] * z, origin
+
+    return step
+
+
+def heun(g: Grid, gamma: np.ndarray, s_noise: float = 1.0) -> Step:
+    """Heun's method in sigma (2206.00364, algorithms 1 and 2): Euler, then again with the mean slope.
+
+    d = (x - x_0) / sigma is dx / dsigma for samples x_0 + sigma eps and for flows (1 - sigma) x_0 + sigma eps alike.
+    """
+
+    def step(i, k, slots, p, z):
+        x = slots[0]
+        if i % 2 == 0:
+            sigma_hat = g.sigma[i] * (1 + gamma[i])
+            x_hat = x + s_noise * np.sqrt(sigma_hat**2 - g.sigma[i] ** 2) * z
+            d = (x - p.x0) / sigma_hat
+            return x_hat + (g.sigma_to[i] - sigma_hat) * d, x_hat, d
+        x_hat, d = slots[1:3]
+        sigma_hat = g.sigma[i - 1] * (1 + gamma[i - 1])
+        return x_hat + (g.sigma[i] - sigma_hat) * (d + (x - p.x0) / g.sigma[i]) / 2, x_hat, d
+
+    return step
+
+
+def lagrange_integrals(nodes: np.ndarray, low: float, high: float, weight: Callable = np.ones_like) -> np.ndarray:
+    """The integral from low to high of weight(s) times each Lagrange polynomial through the nodes (Gauss-Legendre)."""
+    points, masses = np.polynomial.legendre.leggauss(24)
+    s = low + (high - low) * (points + 1) / 2
+    basis = [np.prod([(s - b) / (a - b) for b in nodes if b != a], axis=0) for a in nodes]
+    return np.array([(high - low) / 2 * (masses * weight(s) * line).sum() for line in basis])
+
+
+def lms(g: Grid, order: int) -> Step:
+    """Adams-Bashforth in sigma on uneven steps: the last slopes' interpolation polynomial, integrated exactly."""
+
+    def step(i, k, slots, p, z):
+        slopes = (p.eps, *slots[1:4])[: min(k + 1, order)]
+        nodes = g.sigma[i - np.arange(len(slopes))]
+        weights = lagrange_integrals(nodes, g.sigma[i], g.sigma_to[i])
+        return slots[0] + sum(w * d for w, d in zip(weights, slopes)), p.eps, *slots[1:3]
+
+    return step
+
+
+def dpm_fast(g: Grid, stages: np.ndarray) -> Step:
+    """DPM-Solver-fast (2206.00927, appendix D.3): single steps of order 3, then 2 or 1, in the evaluations there are.
+
+    stages[i] is (order, stage) of row i; g.sigma_to[i] is where that whole step ends.
+    """
+
+    def step(i, k, slots, p, z):
+        x, origin, first = slots[:3]
+        order, stage = stages[i]
+        if stage == 0:
+            origin, first = x, p.eps
+        start, end = g.sigma[i - stage], g.sigma_to[i]
+        h = np.log(start / end)
+        if stage < order - 1:  # to the next point inside the step, a stage / order of it in log sigma
+            r = (stage + 1) / order
+            middle = start * np.exp(-r * h)
+            x = origin - middle * np.expm1(r * h) * first
+            if stage:
+                x = x - middle * r / (stage / order) * (np.expm1(r * h) / (r * h) - 1) * (p.eps - first)
+            return x, origin, first
+        x = origin - end * np.expm1(h) * first
+        phi = {1: 0.0, 2: np.expm1(h), 3: 1.5 * (np.expm1(h) / h - 1)}[int(order)]
+        return x - end * phi * (p.eps - first), origin, first
+
+    return step
+
+
+def consistency(g: Grid, skip: np.ndarray, out: np.ndarray) -> Step:
+    """x_to = alpha_to f + sigma_to z with the consistency function f = skip x + out x_0 (2303.01469)."""
+
+    def step(i, k, slots, p, z):
+        return (g.alpha_to[i] * (skip[i] * slots[0] + out[i] * p.x0) + g.sigma_to[i] * z,)
 
     return step
 
@@ -156,5 +212,17 @@ def pndm(transfer: Callable[[int, int], tuple[float, float]], t: np.ndarray, rat
 
     def step(i, k, slots, p, z):
         return (runge_kutta if k < len(warm_up) else multistep)(i, k, slots, p.out)
+
+    return step
+
+
+def ipndm(g: Grid) -> Step:
+    """Linear multistep on eps without a warm-up, of order up to 4 as history allows; it may start at sigma = 1."""
+
+    def step(i, k, slots, p, z):
+        history = (p.eps, *slots[1:4])
+        eps = sum(w * e for w, e in zip(ADAMS[min(k, 3)], history))
+        x0 = (slots[0] - g.sigma[i] * eps) / max(g.alpha[i], 1e-8)
+        return g.alpha_to[i] * x0 + g.sigma_to[i] * eps, *history[:3]
 
     return step

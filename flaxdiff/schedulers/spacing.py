@@ -50,6 +50,16 @@ def beta(low: float, high: float, n: int, a: float = 0.6, b: float = 0.6) -> Arr
     return low + betaincinv(a, b, 1 - np.linspace(0, 1, n)) * (high - low)
 
 
+def shifted(sigma: Array, shift: float) -> Array:
+    """Flow times moved towards noise: odds sigma / (1 - sigma) times `shift` (2403.03206, equation 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def stretched(sigma: Array, terminal: float | None) -> Array:
+    """Flow times stretched about 1 so that the last of them is `terminal`, if one is given; a lone 1 stays."""
+    return 1 - (1 - sigma) * (1 - terminal) / (1 - sigma[-1]) if terminal and sigma[-1] < 1 else sigma
+
+
 # The flag of a scheduler's config -> the ramp that it asks for.
 RAMPS: dict[str, Callable[[float, float, int], Array]] = {
     "use_karras_sigmas": karras,

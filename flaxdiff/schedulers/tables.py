@@ -178,6 +178,16 @@ def image_keys(key: jax.Array, batch: int) -> jax.Array:
     return key
 
 
+def draw(keys: jax.Array, i: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """The unit noise of draw i, as a function of the sample [B, ...] that it is for: image b's is its key's alone."""
+
+    def like(x: jax.Array) -> jax.Array:
+        one = lambda key: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:], x.dtype)
+        return jax.vmap(one)(keys)
+
+    return like
+
+
 def init(plan: Plan, latents: jax.Array, key: jax.Array) -> SchedulerState:
     """The state before the first evaluation.
 
@@ -238,12 +248,8 @@ def step(state: SchedulerState, model_output: jax.Array, noise: jax.Array | None
     plan, i, x = state.plan, state.index, state.slots[0]
     x0, out, spread = _predictions(state, model_output)
 
-    def draw():
-        keys = jax.vmap(jax.random.fold_in, (0, None))(state.key, i)
-        return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
-
     if noise is None:
-        noise = jax.lax.cond(plan.noisy[i], draw, lambda: jnp.zeros_like(x))
+        noise = jax.lax.cond(plan.noisy[i], draw(state.key, i), jnp.zeros_like, x)
     terms = jnp.concatenate([state.slots, jnp.stack([x0, out, spread * jnp.asarray(noise, x.dtype)])])
     slots = jnp.tensordot(plan.mix[i], terms, 1, precision=jax.lax.Precision.HIGHEST)
     return SchedulerState(plan, slots, i + 1, state.key)

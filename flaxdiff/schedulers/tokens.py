@@ -1,0 +1,209 @@
+"""Schedulers of discrete tokens: VQ-Diffusion's mask-and-replace chain and aMUSEd's parallel unmasking.
+
+Not tables: a step draws tokens from the network's class probabilities. Plans are still numbers made on the host and
+steps pure functions; classes are the last axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .base import Scheduler
+from .tables import image_keys
+
+
+class TokenState(NamedTuple):
+    """Where a run stands: a pytree that `step` maps to the next one."""
+
+    plan: Any
+    sample: jax.Array  # [B, N] int32
+    index: jax.Array
+    key: jax.Array  # [B]
+
+    @property
+    def model_input(self) -> jax.Array:
+        """The tokens that the network is to see, [B, N] int32."""
+        return self.sample
+
+    @property
+    def timestep(self) -> jax.Array:
+        """What the network is to be told, [] int32."""
+        return self.plan.timesteps[self.index]
+
+
+def _gumbel(state: TokenState, purpose: int, shape: tuple[int, ...]) -> jax.Array:
+    """Gumbel noise [B, *shape] of this evaluation."""
+    one = lambda key: jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, state.index), purpose), shape)
+    return jax.vmap(one)(state.key)
+
+
+class _Tokens(Scheduler):
+    """A scheduler whose samples are tokens."""
+
+    swaps: ClassVar[bool] = False
+
+    def init(self, plan: Any, latents: jax.Array, key: jax.Array) -> TokenState:
+        """The state before the first evaluation; `latents` are tokens [B, N], usually all masked."""
+        plan, keys = jax.tree.map(jnp.asarray, plan), image_keys(key, len(latents))
+        return TokenState(plan, jnp.asarray(latents, jnp.int32), jnp.zeros((), jnp.int32), keys)
+
+
+class VQDiffusionPlan(NamedTuple):
+    """Rows [n] of log probabilities: a token stays (a), becomes any one other (b), becomes the mask (c)."""
+
+    timesteps: Any
+    now: Any  # [n, 3] of one step of the chain, at t
+    upto: Any  # [n, 3] of all steps up to t
+    before: Any  # [n, 3] of all steps before t
+    steps: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQDiffusionScheduler(_Tokens):
+    """Discrete diffusion that masks or replaces tokens (Gu et al., 2111.14822); the last class is the mask.
+
+    >>> import jax
+    >>> from flaxdiff.schedulers import VQDiffusionScheduler
+    >>> s = VQDiffusionScheduler(num_vec_classes=5)
+    >>> state = s.init(s.plan(10), jax.numpy.full((1, 6), 4), jax.random.key(0))
+    >>> for _ in range(10):
+    ...     state = s.step(state, jax.nn.log_softmax(jax.numpy.eye(4)[jax.numpy.zeros((1, 6), int)] * 50))
+    >>> state.sample
+    Array([[0, 0, 0, 0, 0, 0]], dtype=int32)
+    """
+
+    num_vec_classes: int
+    num_train_timesteps: int = 100
+    alpha_cum_start: float = 0.99999
+    alpha_cum_end: float = 0.000009
+    gamma_cum_start: float = 0.000009
+    gamma_cum_end: float = 0.99999
+
+    def plan(self, num_inference_steps: int | None = None) -> VQDiffusionPlan:
+        """The chain's last n steps, from n - 1 to 0."""
+        n, T = self._steps(num_inference_steps, {}), self.num_train_timesteps
+        if n > T:
+            raise ValueError(f"VQDiffusionScheduler: num_inference_steps={n} exceeds num_train_timesteps={T}.")
+        stay = np.append(1.0, np.linspace(self.alpha_cum_start, self.alpha_cum_end, T))
+        unmasked = np.append(1.0, 1 - np.linspace(self.gamma_cum_start, self.gamma_cum_end, T))
+        t = np.arange(n)[::-1]
+
+        def logs(a, c):
+            return np.log(np.stack([a, (1 - a - c) / (self.num_vec_classes - 1), c], 1)).astype(np.float32)
+
+        now = logs(stay[t + 1] / stay[t], 1 - unmasked[t + 1] / unmasked[t])
+        upto = logs(stay[t + 1], 1 - unmasked[t + 1])
+        before = np.append(upto[1:], np.zeros((1, 3), np.float32), 0)  # not used at t = 0
+        return VQDiffusionPlan(t.astype(np.int32), now, upto, before, np.int32(n))
+
+    def posterior(self, state: TokenState, log_p_x0: jax.Array) -> jax.Array:
+        """log p(x_{t-1} | x_t), [B, N, K], of tokens and mask, given log p(x_0), [B, N, K - 1] (equation 11)."""
+        i, x, mask = state.index, state.sample, self.num_vec_classes - 1
+        log_onehot = jnp.log(jnp.maximum(jax.nn.one_hot(x, mask + 1, dtype=jnp.float32), 1e-30))
+
+        def to_x(logs):  # log q(x_t | from each class)
+            a, b, c = logs[i]
+            return jnp.where((x == mask)[..., None], c, jnp.logaddexp(log_onehot[..., :-1] + a, b))
+
+        q = log_p_x0 - to_x(state.plan.upto)
+        total = jax.nn.logsumexp(q, -1, keepdims=True)
+        a, b, c = state.plan.before[i]
+        q = jnp.logaddexp(q - total + a, b)
+        q = jnp.concatenate([q, jnp.full((*x.shape, 1), c)], -1)
+        return q + total + jnp.concatenate([to_x(state.plan.now), log_onehot[..., -1:]], -1)
+
+    def step(self, state: TokenState, model_output: jax.Array, noise: jax.Array | None = None) -> TokenState:
+        """Draw the next tokens.
+
+        Args:
+          state: from `init` or an earlier step.
+          model_output: [B, N, K - 1] log probabilities of x_0.
+          noise: [B, N, K] Gumbel noise to use.
+        """
+        out = jnp.asarray(model_output, jnp.float32)
+        g = _gumbel(state, 0, (out.shape[1], self.num_vec_classes)) if noise is None else noise
+        last = jnp.pad(out, ((0, 0), (0, 0), (0, 1)), constant_values=-jnp.inf)  # at t = 0 x_0 itself, never the mask
+        log_p = jnp.where(state.timestep == 0, last, self.posterior(state, out))
+        return state._replace(sample=(log_p + g).argmax(-1).astype(jnp.int32), index=state.index + 1)
+
+
+class AmusedPlan(NamedTuple):
+    """Rows [n]: time, the share of tokens that stays masked after it, and how much chance decides which."""
+
+    timesteps: Any
+    mask_ratio: Any
+    temperature: Any
+    steps: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmusedScheduler(_Tokens):
+    """Parallel decoding of masked tokens, the surest first (Chang et al., 2202.04200; aMUSEd, 2401.01808).
+
+    >>> import jax
+    >>> from flaxdiff.schedulers import AmusedScheduler
+    >>> s = AmusedScheduler(mask_token_id=9)
+    >>> state = s.init(s.plan(3), jax.numpy.full((1, 8), 9), jax.random.key(0))
+    >>> left = []
+    >>> for _ in range(3):
+    ...     state = s.step(state, jax.numpy.zeros((1, 8, 9)))
+    ...     left.append(int((state.sample == 9).sum()))
+    >>> left
+    [6, 4, 0]
+    """
+
+    mask_token_id: int
+    masking_schedule: str = "cosine"
+    lacks: ClassVar[frozenset[str]] = frozenset({"num_train_timesteps"})
+    choices: ClassVar[dict[str, tuple]] = {"masking_schedule": ("cosine", "linear")}
+
+    def plan(
+        self,
+        num_inference_steps: int | None = None,
+        *,
+        temperature: float | tuple[float, float] = (2.0, 0.0),
+        starting_mask_ratio: float = 1.0,
+    ) -> AmusedPlan:
+        """The rows of one run; `starting_mask_ratio` is the share of tokens masked when it starts from an image."""
+        n = self._steps(num_inference_steps, {})
+        high, low = temperature if isinstance(temperature, (tuple, list)) else (temperature, 0.01)
+        done = np.arange(1, n + 1) / n
+        ratio = np.cos(done * np.pi / 2) if self.masking_schedule == "cosine" else 1 - done
+        columns = (starting_mask_ratio * ratio, np.linspace(high, low, n))
+        return AmusedPlan(np.arange(n, dtype=np.int32)[::-1], *(c.astype(np.float32) for c in columns), np.int32(n))
+
+    def step(
+        self, state: TokenState, model_output: jax.Array, noise: tuple[jax.Array, jax.Array] | None = None
+    ) -> TokenState:
+        """Draw every masked token, then mask the least sure of them again.
+
+        Args:
+          state: from `init` or an earlier step.
+          model_output: [B, N, K] logits.
+          noise: Gumbel noise to use, [B, N, K] for the tokens and [B, N] for the choice among them.
+        """
+        p, i, x = state.plan, state.index, state.sample
+        log_p, masked = jax.nn.log_softmax(jnp.asarray(model_output, jnp.float32)), x == self.mask_token_id
+        shape = log_p.shape[1:]
+        g_token, g_mask = (_gumbel(state, 0, shape), _gumbel(state, 1, shape[:1])) if noise is None else noise
+        drawn = jnp.where(masked, (log_p + g_token).argmax(-1).astype(jnp.int32), x)
+
+        sure = jnp.take_along_axis(log_p, jnp.minimum(drawn, shape[1] - 1)[..., None], -1)[..., 0]
+        sure = jnp.where(masked, jnp.maximum(sure, jnp.log(1e-20)), jnp.inf) + p.temperature[i] * g_mask
+        count = jnp.floor(shape[0] * p.mask_ratio[i]).astype(jnp.int32)
+        count = jnp.maximum(jnp.minimum(masked.sum(-1, keepdims=True) - 1, count), 1)
+        again = sure < jnp.take_along_axis(jnp.sort(sure, -1), count, -1)
+        x = jnp.where(again & (p.timesteps[i] > 0), self.mask_token_id, drawn)
+        return state._replace(sample=x, index=i + 1)
+
+    def mask(self, plan: AmusedPlan, sample: jax.Array, index: int | jax.Array, key: jax.Array) -> jax.Array:
+        """Tokens [B, N] of an image, masked as after row `index` of the plan, for a run that starts from it."""
+        ratio = jnp.asarray(plan.mask_ratio)[index]
+        keys = image_keys(key, len(sample))
+        hidden = jax.vmap(lambda key: jax.random.uniform(key, sample.shape[1:]) < ratio)(keys)
+        return jnp.where(hidden, self.mask_token_id, sample)
