@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import flaxdiff
-from flaxdiff import cli
+from flaxdiff import cli, registry, schedulers
 
 
 def test_import_is_light():
@@ -29,6 +29,7 @@ def test_public_names():
     """Every name of the lazy face is there, and says what it is."""
     for name in dir(flaxdiff):
         assert getattr(flaxdiff, name) is not None
+    assert set(registry.names("scheduler")) == set(schedulers.SCHEDULERS)
     with pytest.raises(AttributeError, match="flaxdiff has no 'FluxPipelin'"):
         _ = flaxdiff.FluxPipelin
 

@@ -1,6 +1,7 @@
 """Prompts on the host: texts to token ids. Tokenizers are transformers', imported when a prompt first needs one."""
 
 import functools
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Tokenizer:
 
 @functools.cache
 def _load(folder: str, class_name: str) -> Any:
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is as it should be
     import transformers
 
     return getattr(transformers, class_name).from_pretrained(folder)
