@@ -85,12 +85,6 @@ class State(NamedTuple):
     guidance: Any
 
 
-def per_image_keys(key: jax.Array, index: jax.Array) -> jax.Array:
-    """A key for each image: those given [B], or one key folded with each index."""
-    key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
-    return key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-
-
 @dataclasses.dataclass(frozen=True)
 class Program:
     """What gets compiled, see the module's paragraph."""
@@ -123,7 +117,7 @@ class Program:
 
     def begin(self, params: Mapping[str, core.Params], key: jax.Array, inputs: Inputs) -> tuple[Conditions, State]:
         """What the network is told throughout, and the state before the first evaluation."""
-        keys = jax.vmap(jax.random.split)(per_image_keys(key, inputs["index"]))
+        keys = jax.vmap(jax.random.split)(tables.image_keys(key, len(inputs["index"]), inputs["index"]))
         networks, strengths = self.networks(params), inputs.get("guidance")
         x = self.start(networks, keys[:, 0], inputs)
         memory = None if strengths is None else self.guidance(strengths).init(x)

@@ -210,9 +210,6 @@ class DiffusionPipeline:
             raise ValueError(f"output_type={output_type!r} is not known; use 'pil', 'np' or 'latent'.")
         inputs, program = self.prepare_inputs(**options), self.program
         key = jnp.stack(list(key)) if isinstance(key, Sequence) else key
-        batch = len(inputs["index"])
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape not in ((), (batch,)):
-            raise ValueError(f"{key.size} keys for {batch} pictures; give one key, or one for each picture.")
         conditions, state = _begin(program, params, key, inputs)
         timesteps = np.asarray(inputs["plan"].timesteps)
         with tqdm(total=int(inputs["plan"].steps), disable=not self.progress) as bar:

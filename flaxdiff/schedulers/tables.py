@@ -164,15 +164,16 @@ def tabulate(
 # --- on the device ---------------------------------------------------------------------------------------------------
 
 
-def image_keys(key: jax.Array, batch: int) -> jax.Array:
-    """One PRNG key an image: [B] keys are taken as they are, a single key is folded with 0 … B - 1.
+def image_keys(key: jax.Array, batch: int, index: Array | None = None) -> jax.Array:
+    """One PRNG key an image: [B] keys are taken as they are, a single key is folded with 0 … B - 1, or with `index`.
 
-    The key of image b depends on (key, b) alone, so a picture does not depend on how many were asked for with it.
+    The key of image b depends on (key, b) alone, so a picture does not depend on how many were asked for with it, nor,
+    if its index goes with it, on the device that it is made on.
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch) if index is None else index)
     if key.shape != (batch,):
         raise ValueError(f"Got PRNG keys of shape {key.shape} for {batch} images: pass one key, or one an image.")
     return key
