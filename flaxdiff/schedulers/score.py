@@ -101,7 +101,7 @@ class ScoreSdeVeScheduler(Scheduler):
         score = jnp.asarray(model_output, jnp.float32)
         norm = lambda a: jnp.sqrt((a**2).sum(tuple(range(1, a.ndim)))).mean()
         size = jnp.where(p.correct[i], 2 * (p.snr * norm(z) / norm(score)) ** 2, p.diffusion[i] ** 2)
-        std = jnp.where(p.correct[i], jnp.sqrt(2 * size), p.diffusion[i] * (i + 1 < p.steps))
+        std = jnp.where(p.correct[i], jnp.sqrt(2 * size), jnp.where(i + 1 < p.steps, p.diffusion[i], 0.0))
         return state._replace(sample=x + size * score + std * z, index=i + 1)
 
     def level(self, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
