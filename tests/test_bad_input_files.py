@@ -511,7 +511,7 @@ def test_unknown_class_name():
 
 def test_every_public_name_is_there():
     for name in flaxdiff.__all__:
-        assert getattr(flaxdiff, name).__name__ == name
+        assert getattr(getattr(flaxdiff, name), "__name__", name) == name
 
 
 @pytest.mark.parametrize(
@@ -519,6 +519,7 @@ def test_every_public_name_is_there():
     [
         ({"_class_name": "NoSuchPipeline"}, ValueError, "no pipeline called 'NoSuchPipeline'"),
         ({"_class_name": None}, ValueError, "no pipeline called 'None'"),
+        ({"_defaults": [3]}, ValueError, "_defaults is no object"),
         ({"unet": ["os", "system"]}, ValueError, "no model or scheduler or tokenizer called 'system'"),
         ({"unet": ["diffusers", "DDPMPipeline"]}, ValueError, "called 'DDPMPipeline'"),
         ({"../unet": ["diffusers", "UNet2DModel"]}, ValueError, "'../unet', which cannot be a subfolder"),
