@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flaxdiff import registry
 from flaxdiff.checkpoint import files, hub, reading, writing
+from flaxdiff.checkpoint.tensors import damaged
 from flaxdiff.core import Model, Params, Spec, frozen
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ def read_index(folder: Path) -> tuple[str, dict[str, str], dict[str, Any]]:
     index = files.read_json(path)
     components, settings = {}, {}
     if DEFAULTS in index:
+        if not isinstance(index[DEFAULTS], dict):
+            raise damaged(path, f"its {DEFAULTS} is no object")
         settings["defaults"] = frozen(index[DEFAULTS])
     for name, value in index.items():
         if name.startswith("_") or name in SKIPPED:
