@@ -1,0 +1,61 @@
+"""A tokenizer in CLIP's file format, learned from captions.
+
+CLIP splits lower-cased text into words, digits and runs of punctuation, writes each as bytes, and merges pairs of
+symbols in the order in which they were learned; the last symbol of a word carries `</w>`. All 512 single bytes are in
+the vocabulary, so a word never seen still has tokens. The text begins with <|startoftext|>, ends with <|endoftext|>
+and is padded with that.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
+def train(captions: Iterable[str], vocab_size: int, max_length: int, folder: str | Path) -> None:
+    """Learn the merges and write `vocab.json`, `merges.txt` and `tokenizer_config.json`.
+
+    Args:
+      captions: the text to learn from; a frequent caption counts as often as it is given.
+      vocab_size: tokens in all: 512 bytes, merges, two special ones.
+      max_length: the length that texts are padded to.
+      folder: where the files go; made if it does not exist.
+    """
+    byte = pre_tokenizers.ByteLevel.alphabet()
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    # The learner's own vocabulary lacks word ends that it did not see; only its merges are kept.
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, end_of_word_suffix="</w>", show_progress=False)
+    learner.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+
+    symbols = [*sorted(byte), *(b + "</w>" for b in sorted(byte))]
+    merges = merges[: vocab_size - len(symbols) - 2]
+    words = list(dict.fromkeys([*symbols, *(a + b for a, b in merges)]))
+    vocab = {word: i for i, word in enumerate([*words, START, END])}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": max_length,
+        "bos_token": START,
+        "eos_token": END,
+        "unk_token": END,
+        "pad_token": END,
+        "do_lower_case": True,
+        "errors": "replace",
+        "add_prefix_space": False,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

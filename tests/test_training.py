@@ -1,0 +1,142 @@
+"""Training: what a step changes, what it leaves alone, and that a run stopped and resumed ends with the same bits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flaxdiff.core import apply, init
+from flaxdiff.models.autoencoder_kl import AutoencoderKL
+from flaxdiff.models.unet_2d_condition import UNet2DConditionModel
+from flaxdiff.schedulers import DDIMScheduler
+from flaxdiff.training import loop, losses, state
+
+UNET = UNet2DConditionModel.from_config(
+    {
+        "sample_size": 4,
+        "block_out_channels": [8],
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"],
+        "layers_per_block": 1,
+        "cross_attention_dim": 8,
+        "attention_head_dim": 1,
+        "norm_num_groups": 4,
+    }
+)
+
+
+@pytest.fixture(autouse=True)
+def optax_promotes():
+    """Adam of optax raises a number to an integer array, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+POWER = DDIMScheduler().alphas_cumprod()
+
+
+def batch_at(n: int) -> dict[str, np.ndarray]:
+    """Latents that the text determines."""
+    rng = np.random.default_rng(n)
+    text = rng.choice([-1.0, 1.0], (8, 3, 8)).astype(np.float32)
+    return {"latents": np.broadcast_to(text[:, :1, None, :4], (8, 4, 4, 4)).copy(), "text": text}
+
+
+def predict(params, x, t, batch):
+    return apply(UNET, params["unet"], x, t, encoder_hidden_states=batch["text"])
+
+
+@functools.cache
+def run():
+    """A compiled step and a fresh start: all but the embedding of time is trained."""
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+    loss = losses.denoising(predict, POWER, "sample")
+    params = {"unet": init(UNET, jax.random.key(0))}
+    start = lambda: state.create(jax.tree.map(jnp.copy, params), tx, trainable=r"unet\.(?!time_embedding).*")
+    return state.jitted(loss, tx, 0.9), start
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_loss_falls_and_frozen_parameters_stay():
+    step, start = run()
+    lines: list[str] = []
+    before, after = start(), loop.fit(step, start(), batch_at, jax.random.key(1), 200, log_every=50, log=lines.append)
+    seen = [float(line.split("loss_low ")[1].split()[0]) for line in lines]
+    assert len(seen) == 4 and seen[-1] < 0.5 * seen[0], lines
+    old, new = state.paths(before.params), state.paths(after.params)
+    moved = {path for path in old if not np.array_equal(old[path], new[path])}
+    assert moved == set(before.ema) and len(moved) < len(old)
+    assert step._cache_size() == 1, "a step was compiled twice"
+
+
+def test_resumed_run_ends_with_the_same_bits(tmp_path):
+    step, start = run()
+    key = jax.random.key(1)
+    straight = loop.fit(step, start(), batch_at, key, 7, log=lambda line: None)
+
+    fit = functools.partial(loop.fit, step, directory=tmp_path, save_every=2, log=lambda line: None)
+    killed = []
+
+    def dies(n: int):  # the process ends while batch 5 is prepared; the last checkpoint is that of step 4
+        if n == 5 and not killed:
+            killed.append(n)
+            raise KeyboardInterrupt
+        return batch_at(n)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(start(), dies, key, 7)
+    assert same(straight, fit(start(), dies, key, 7))
+
+
+def test_average_follows_the_parameters():
+    tx = optax.sgd(0.1)
+    now = state.create({"w": jnp.float32(1)}, tx)
+    loss = lambda params, batch, key: (params["w"] * batch, {})
+    seen = [1.0]
+    for n in range(3):
+        now, _ = state.train_step(loss, tx, now, jnp.float32(1), jax.random.key(0), decay=0.15)
+        d = min(0.15, (1 + n) / (10 + n))
+        seen.append(d * seen[-1] + (1 - d) * float(now.params["w"]))
+    np.testing.assert_allclose(float(state.averaged(now)["w"]), seen[-1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", sorted(losses.TARGETS))
+def test_perfect_prediction_has_no_loss(kind):
+    """x_t and the target come from the same noise: a predictor that solves for x_0 exactly is told so."""
+
+    def oracle(params, x, t, batch):
+        alpha, sigma = (jnp.asarray(np.sqrt(p), jnp.float32)[t][:, None, None, None] for p in (POWER, 1 - POWER))
+        noise = (x - alpha * batch["latents"]) / sigma
+        p, q = losses.TARGETS[kind](alpha, sigma)
+        return p * batch["latents"] + q * noise
+
+    value, metrics = losses.denoising(oracle, POWER, kind)({}, batch_at(0), jax.random.key(0))
+    assert float(value) < 1e-6 and set(metrics) == {"loss_low", "loss_high", "loss_faint"}
+
+
+def test_unknown_prediction_and_empty_selection_are_named():
+    with pytest.raises(ValueError, match="'speed' is not known"):
+        losses.denoising(predict, POWER, "speed")
+    with pytest.raises(ValueError, match="'vae' matches no parameter"):
+        state.select({"unet": {"w": 1}}, "vae")
+
+
+def test_autoencoder_learns():
+    spec = AutoencoderKL.from_config(
+        {"block_out_channels": [8], "norm_num_groups": 4, "mid_block_add_attention": False}
+    )
+    tx = optax.adam(1e-2)
+    step = state.jitted(losses.reconstruction(spec), tx)
+    now = state.create(init(spec, jax.random.key(0)), tx)
+    batch = {"image": np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)}
+    seen = []
+    for _ in range(12):
+        now, metrics = step(now, batch, jax.random.key(0))
+        seen.append(float(metrics["psnr"]))
+    assert seen[-1] > seen[0] + 1, seen

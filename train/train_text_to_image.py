@@ -1,0 +1,128 @@
+"""Train a text-to-image UNet on the emoji: the launch script of configs/emoji_text_to_image.json.
+
+The autoencoder and the text encoder come from the model's folder and stay as they are, so every picture's latent is
+computed once. Half of the captions put the emoji on a colour; a tenth are empty, for classifier-free guidance.
+"""
+
+import argparse
+import contextlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from transformers import CLIPTokenizer
+
+from flaxdiff.checkpoint import save_model
+from flaxdiff.core import apply, init
+from flaxdiff.models.autoencoder_kl import AutoencoderKL
+from flaxdiff.models.clip import CLIPTextModel
+from flaxdiff.models.unet_2d_condition import UNet2DConditionModel
+from flaxdiff.nn import attention
+from flaxdiff.schedulers import DDIMScheduler
+from flaxdiff.training import emoji, loop, losses, state
+
+
+def all_latents(folder: Path, rgba: np.ndarray) -> np.ndarray:
+    """The latent of every emoji on every background, [emoji, background, h, w, c]; kept in a file once computed."""
+    path = folder / "checkpoints/latents.npy"
+    if not path.exists():
+        spec, params = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+        encode = jax.jit(lambda image: apply(spec, params, image, method="encode").mean)
+        colours = list(emoji.BACKGROUNDS.values())
+        latents = np.stack([encode(emoji.over(np.repeat(picture[None], len(colours), 0), colours)) for picture in rgba])
+        np.save(path, latents)
+    return np.load(path)
+
+
+@contextlib.contextmanager
+def attention_seen(tokens: int):
+    """While a model is traced: a list of log softmax(QKᵀ/√d) of each attention to that many tokens, [B, h, N, M]."""
+    seen: list[jax.Array] = []
+    attend = attention.attention
+
+    def seeing(q, k, v, **options):
+        if k.shape[1] == tokens:
+            seen.append(jax.nn.log_softmax(jnp.einsum("bnhd,bmhd->bhnm", q, k) * q.shape[-1] ** -0.5))
+        return attend(q, k, v, **options)
+
+    attention.attention = seeing
+    try:
+        yield seen
+    finally:
+        attention.attention = attend
+
+
+def astray(log_weights: jax.Array, grid: int) -> jax.Array:
+    """The mean -log weight that positions of a square map [B, h, N, M] give to the token of the cell in which they lie.
+
+    The tokens of the cells are the last grid² of M.
+    """
+    n, m = log_weights.shape[-2:]
+    side = int(n**0.5)
+    y, x = np.divmod(np.arange(n), side)
+    cell = y * grid // side * grid + x * grid // side
+    return -log_weights[:, :, np.arange(n), m - grid**2 + cell].mean()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config")
+    parser.add_argument("--out", required=True, help="the model's folder: unet/ and checkpoints/ go there")
+    args = parser.parse_args()
+    config, out = json.load(open(args.config)), Path(args.out)
+
+    names, rgba = emoji.load()
+    tok = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    encode = lambda captions: np.asarray(tok(captions, padding="max_length", truncation=True)["input_ids"], np.int32)
+    latents = all_latents(out, rgba)
+    text_spec, text_params = CLIPTextModel.from_pretrained(out, subfolder="text_encoder")
+
+    spec = UNet2DConditionModel.from_config(config["unet"])
+    key = jax.random.key(config["seed"])
+    params = {"text_encoder": text_params, "unet": init(spec, key)}
+
+    def predict(params, x, t, batch):
+        text = apply(text_spec, params["text_encoder"], batch["ids"]).last_hidden_state
+        return apply(spec, params["unet"], x, t, encoder_hidden_states=text)
+
+    length, grid = text_spec.config.max_position_embeddings, config["grid"]
+
+    def data(n: int) -> dict[str, np.ndarray]:
+        seed, size = config["seed"], config["batch_size"]
+        chosen, background, captions = emoji.batch(names, size, seed, n, composed=config["composed"])
+        dropped = np.random.default_rng((seed, n, 1)).random(size) < config["uncaptioned"]
+        return {
+            "ids": encode(["" if d else c for c, d in zip(captions, dropped)]),
+            "latents": latents[chosen, background],
+        }
+
+    scheduler = DDIMScheduler(**config["scheduler"])
+    denoise = losses.denoising(
+        predict, scheduler.alphas_cumprod(), scheduler.prediction_type, config["bias"], config["faint"]
+    )
+
+    def loss(params, batch, key):
+        """Denoising; and attention is told where in the picture the text encoder put what."""
+        with attention_seen(length) as seen:
+            value, metrics = denoise(params, batch, key)
+        wrong = sum(astray(log_weights, grid) for log_weights in seen[-7:]) / 7
+        return value + config["routing"] * wrong, {"denoising": value, "astray": wrong, **metrics}
+
+    lengths = [cycle["steps"] for cycle in config["cycles"]]
+    rates = [
+        optax.warmup_cosine_decay_schedule(0, cycle["peak"], 50, cycle.get("decay_steps", cycle["steps"]))
+        for cycle in config["cycles"]
+    ]
+    rate, steps = optax.join_schedules(rates, np.cumsum(lengths[:-1]).tolist()), sum(lengths)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=0.01))
+    step = state.jitted(loss, tx, config["decay"])
+    start = state.create(params, tx, trainable=r"unet\..*")
+    final = loop.fit(step, start, data, key, steps, directory=out / "checkpoints/unet", save_every=250, log_every=50)
+    save_model(out / "unet", spec, state.averaged(final)["unet"])
+
+
+if __name__ == "__main__":
+    main()
