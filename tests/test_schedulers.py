@@ -25,7 +25,8 @@ from flaxdiff.schedulers import tables
 
 diffusers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning:diffusers.schedulers", "ignore::FutureWarning:diffusers.schedulers"
+    "ignore:__array_wrap__ must accept:DeprecationWarning",  # diffusers gives torch tensors to numpy's functions
+    "ignore:The given NumPy array is not writable:UserWarning",  # torch only reads what jax lends it here
 )
 
 STEPS = (1, 2, 4, 7, 10, 25, 50)
@@ -447,6 +448,8 @@ def reference(scheduler, plan, begin=0, channels=1, **options):
         scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas, 0)
     if hasattr(scheduler, "set_begin_index"):  # without it, diffusers skips a row when the first time occurs twice
         scheduler.set_begin_index(begin)
+    elif hasattr(scheduler, "_init_step_index"):  # the same
+        scheduler._step_index = begin
     step, original = their_steps(scheduler, **options), getattr(module, "randn_tensor", None)
     module.randn_tensor = lambda *args, **kwargs: next(Increments.draws)
     try:
@@ -492,6 +495,9 @@ def allowed(name, config):
     # where it stretches a lone sigma of 1, it divides by zero as well; EDM's lone step goes nowhere
     if config.get("shift_terminal") or (name == "EDMEulerScheduler" and "final_sigmas_type" in config):
         return STEPS[1:]
+    # the first step of two, from sigma = 55.7 down to 1.8e-5, is 1.5e-5 there: float32 cancels sigma_to^2 - up^2
+    if name == "KDPM2AncestralDiscreteScheduler" and "trained_betas" in config:
+        return tuple(n for n in STEPS if n != 2)
     if name == "UnCLIPScheduler" or config.get("sigma_schedule", default) == "exponential":
         return STEPS[1:]
     return STEPS
@@ -534,13 +540,18 @@ SIX = ["DDPM", "DDIM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "DPMSo
 MORE = ["HeunDiscrete", "KDPM2Discrete", "DPMSolverSDE", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep"]
 
 
-@pytest.mark.parametrize("window", PARTIAL, ids=str)
-@pytest.mark.parametrize("name", SIX + MORE)
+# where a step is two evaluations, SDXL's pipelines cut by half steps and ours by whole ones: only strength is compared
+TWO = {"HeunDiscrete", "KDPM2Discrete", "DPMSolverSDE"}
+
+
+@pytest.mark.parametrize(
+    "name, window",
+    [(name, w) for name in SIX + MORE for w in PARTIAL if "strength" in w[0] or name not in TWO],
+    ids=str,
+)
 def test_partial_runs_as_diffusers(name, window):
     # not LMS: begun in the middle, diffusers takes an order for which it has no history yet
     name += "Scheduler"
-    if ours(name, {}).order == 2 and "strength" not in window:
-        pytest.skip("SDXL's pipelines count half steps here; our cut keeps whole ones")
     config = {**SD, **({"skip_prk_steps": True} if name == "PNDMScheduler" else {})}
     if name == "DPMSolverMultistepScheduler":
         config |= {"solver_order": 3, "use_karras_sigmas": True}
@@ -774,6 +785,7 @@ def test_swap_keeps_what_was_chosen():
         for name in [name for name in CASES if getattr(schedulers, name).swaps and name not in SDE]:
             want = getattr(diffusers, name).from_config(ref.config).config
             got = getattr(schedulers, name).from_config(mine).option_values()
+            got = {k: list(v) if isinstance(v, tuple) else v for k, v in got.items()}
             assert all(want[k] == v for k, v in got.items()), name
             assert getattr(schedulers, name).from_config(mine.config) == getattr(schedulers, name).from_config(mine)
 
@@ -786,7 +798,8 @@ def test_survives_copies():
 
 def test_compatibles():
     for name in CASES:
-        theirs = {c.__name__ for c in peer(name)().compatibles} if hasattr(peer(name), "_compatibles") else {name}
+        # what diffusers does not export it does not list, not even for itself
+        theirs = {c.__name__ for c in getattr(peer(name)(), "compatibles", ())} | {name}
         got = {c.__name__ for c in getattr(schedulers, name)().compatibles}
         assert got - {"DPMSolverSDEScheduler"} == theirs - {"DPMSolverSDEScheduler"}  # theirs only beside torchsde
     assert schedulers.DPMSolverSDEScheduler in schedulers.PNDMScheduler().compatibles
@@ -846,6 +859,7 @@ DPM, DDIM, EULER = schedulers.DPMSolverMultistepScheduler, schedulers.DDIMSchedu
         (lambda: schedulers.LMSDiscreteScheduler().plan(4, order=5), "order=5 must be"),
         (lambda: schedulers.RePaintScheduler().plan(4, jump_length=0), "must be positive"),
         (lambda: schedulers.VQDiffusionScheduler(num_vec_classes=5).plan(101), "exceeds num_train_timesteps=100"),
+        (lambda: schedulers.VQDiffusionScheduler(num_vec_classes=5, alpha_cum_end=0.01).plan(4), "negative probability"),
         (lambda: schedulers.AmusedScheduler(mask_token_id=3).plan(0), "must be a positive"),
         (lambda: schedulers.scheduler("DPM adaptive").plan(4), "call solve"),
         (lambda: schedulers.scheduler("DPM++ 4M"), "no sampler 'DPM\\+\\+ 4M': did you mean"),

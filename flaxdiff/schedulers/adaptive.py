@@ -96,7 +96,7 @@ class DPMSolverAdaptiveScheduler(_VarianceExploding):
             factor = 1 + jnp.arctan((error + 1e-8) ** (-1 / 3) - 1)
             good = factor >= 0.81
             x, before, s = (jnp.where(good, a, b) for a, b in ((high, x), (low, before), (t, s)))
-            return x, before, s, h * factor, n + 1, accepted + good
+            return x, before, s, h * factor, n + 1, accepted + good.astype(jnp.int32)
 
         x = jnp.asarray(latents, jnp.float32) * jnp.float32(train[-1])
         zero = jnp.zeros((), jnp.int32)

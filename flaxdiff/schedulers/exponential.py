@@ -52,6 +52,11 @@ def capped(rows: int, order: int, lower_order_final: bool, euler_at_final: bool)
     return orders
 
 
+def distinct(levels: np.ndarray) -> int:
+    """How many values at the head differ each from the one before: long runs round neighbouring times to the same."""
+    return 1 + int(np.cumprod(np.diff(levels) != 0).sum())
+
+
 def dpm_multistep(
     g: Grid, order: int, kind: str, heun: bool, orders: Sequence[int], from_x0: bool = False, exact: bool = False
 ) -> Step:
@@ -142,7 +147,9 @@ def unipc(g: Grid, orders: Sequence[int], data: bool, bh1: bool, uncorrected: Se
         for j in range(1, use + 1):
             b.append(phi * factorial(j) / bh)
             phi = phi / u - 1 / factorial(j + 1)
-        r = np.array([(lam[i - j] - lam[i]) / h for j in range(1, use)])
+        # levels that coincide give no slope: the history ends there
+        levels = lam[i - np.arange(use)]
+        r = ((levels - lam[i]) / h)[1 : distinct(levels)]
         slopes = [(m - m0) / rj for m, rj in zip(older, r)]
         if newest is not None:
             r, slopes = np.append(r, 1.0), [*slopes, newest - m0]
@@ -178,7 +185,8 @@ def sa_solver(
     lam, lam_to = g.lam, g.lam_to
 
     def weights(i: int, nodes: np.ndarray, adams_moulton: bool) -> np.ndarray:
-        """Coefficients of the predictions made at lambda = nodes, for the step at row i."""
+        """Coefficients of the predictions made at lambda = nodes, for the step at row i; none beyond a repeated node."""
+        nodes = nodes[: distinct(nodes)]
         h, c = lam_to[i] - lam[i], 1 + tau(g.t[i]) ** 2
         rate, gain = (-c, c * g.alpha_to[i]) if data else (1.0, -c * g.sigma_to[i])
         w = gain * lagrange_integrals(lam_to[i] - nodes, 0.0, h, lambda u: np.exp(rate * u))

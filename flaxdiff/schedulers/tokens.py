@@ -85,7 +85,7 @@ class VQDiffusionScheduler(_Tokens):
     gamma_cum_end: float = 0.99999
 
     def plan(self, num_inference_steps: int | None = None) -> VQDiffusionPlan:
-        """The chain's last n steps, from n - 1 to 0."""
+        """The chain's last n steps, from n - 1 to 0. Raises ValueError where the chain's probabilities exceed 1."""
         n, T = self._steps(num_inference_steps, {}), self.num_train_timesteps
         if n > T:
             raise ValueError(f"VQDiffusionScheduler: num_inference_steps={n} exceeds num_train_timesteps={T}.")
@@ -94,6 +94,11 @@ class VQDiffusionScheduler(_Tokens):
         t = np.arange(n)[::-1]
 
         def logs(a, c):
+            if (a + c > 1).any():
+                raise ValueError(
+                    f"VQDiffusionScheduler: alpha_cum_end={self.alpha_cum_end} and gamma_cum_end={self.gamma_cum_end} "
+                    "leave a token a negative probability of becoming another: make one of them smaller."
+                )
             return np.log(np.stack([a, (1 - a - c) / (self.num_vec_classes - 1), c], 1)).astype(np.float32)
 
         now = logs(stay[t + 1] / stay[t], 1 - unmasked[t + 1] / unmasked[t])
