@@ -26,6 +26,7 @@ from flaxdiff.schedulers import tables
 diffusers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array_wrap__ must accept:DeprecationWarning",  # diffusers gives torch tensors to numpy's functions
+    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning",  # and makes arrays of them
     "ignore:The given NumPy array is not writable:UserWarning",  # torch only reads what jax lends it here
 )
 
@@ -322,6 +323,12 @@ CASES = {
 ALL = [(name, config) for name, configs in CASES.items() for config in configs]
 
 
+def quick(cases, n):
+    """The first n configurations of each class for the quick run, the others marked slow."""
+    slow = lambda name, config: config not in CASES[name][:n]
+    return [pytest.param(case, marks=pytest.mark.slow if slow(*case) else ()) for case in cases]
+
+
 def ids(case):
     name, config = case
     return f"{name}-{'-'.join(f'{k}={v}' for k, v in config.items() if k != 'trained_betas')}"
@@ -495,6 +502,9 @@ def allowed(name, config):
     # where it stretches a lone sigma of 1, it divides by zero as well; EDM's lone step goes nowhere
     if config.get("shift_terminal") or (name == "EDMEulerScheduler" and "final_sigmas_type" in config):
         return STEPS[1:]
+    # its last step goes nowhere, and from 15 steps on it is of order 2, where heun divides by the step: NaN
+    if "Inverse" in name and config.get("solver_type") == "heun":
+        return tuple(n for n in STEPS if n < 15)
     # the first step of two, from sigma = 55.7 down to 1.8e-5, is 1.5e-5 there: float32 cancels sigma_to^2 - up^2
     if name == "KDPM2AncestralDiscreteScheduler" and "trained_betas" in config:
         return tuple(n for n in STEPS if n != 2)
@@ -514,7 +524,7 @@ def schedule(name, config, n, scheduler=None):
     return scheduler, plan, options
 
 
-@pytest.mark.parametrize("case", ALL, ids=ids)
+@pytest.mark.parametrize("case", quick(ALL, 2), ids=ids)
 def test_samples_as_diffusers(case):
     name, config = case
     scheduler = theirs(name, config)
@@ -693,6 +703,7 @@ def test_padding_is_inert(name):
     assert not padded.noisy[rows:].any() and long.index == rows + 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_thousand_steps_and_one_are_finite(name):
     most = {
@@ -760,7 +771,7 @@ def test_config_has_diffusers_keys_and_defaults(name):
     assert {k: list(v) if isinstance(v, tuple) else v for k, v in got.items()} == want
 
 
-@pytest.mark.parametrize("case", [(name, config) for name, configs in CASES.items() for config in configs[:3]], ids=ids)
+@pytest.mark.parametrize("case", quick([case for case in ALL if case[1] in CASES[case[0]][:3]], 1), ids=ids)
 def test_config_travels_by_folder(case, tmp_path):
     name, config = case
     s = ours(name, config)
@@ -859,7 +870,10 @@ DPM, DDIM, EULER = schedulers.DPMSolverMultistepScheduler, schedulers.DDIMSchedu
         (lambda: schedulers.LMSDiscreteScheduler().plan(4, order=5), "order=5 must be"),
         (lambda: schedulers.RePaintScheduler().plan(4, jump_length=0), "must be positive"),
         (lambda: schedulers.VQDiffusionScheduler(num_vec_classes=5).plan(101), "exceeds num_train_timesteps=100"),
-        (lambda: schedulers.VQDiffusionScheduler(num_vec_classes=5, alpha_cum_end=0.01).plan(4), "negative probability"),
+        (
+            lambda: schedulers.VQDiffusionScheduler(num_vec_classes=5, alpha_cum_end=0.01).plan(4),
+            "negative probability",
+        ),
         (lambda: schedulers.AmusedScheduler(mask_token_id=3).plan(0), "must be a positive"),
         (lambda: schedulers.scheduler("DPM adaptive").plan(4), "call solve"),
         (lambda: schedulers.scheduler("DPM++ 4M"), "no sampler 'DPM\\+\\+ 4M': did you mean"),

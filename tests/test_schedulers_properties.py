@@ -144,8 +144,8 @@ UPWARD = {"DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"}
 def test_noise_then_exact_denoiser_is_the_identity(name):
     s = getattr(schedulers, name)(**parity.split(CASES.get(name, [{}])[0])[0])
     n = 2 if name == "ConsistencyDecoderScheduler" else 8
-    # PNDM counts evaluations from where it begins, as diffusers does: begun in the middle, where no time stands twice, its
-    # second evaluation redoes the first step all the same, and the run ends a step above the image
+    # PNDM counts evaluations from where it begins, as diffusers does: begun in the middle, where no time stands twice,
+    # its second evaluation redoes the first step all the same, and the run ends a step above the image
     for partial in ({},) if name == "PNDMScheduler" else ({}, {"strength": 0.5}):
         plan = s.plan(n, **partial)
         image = 0.5 * np.tanh(LATENTS)
@@ -264,11 +264,17 @@ def test_dpm_adaptive_finds_the_exact_solution():
 
     top, end = float(train[-1]), float(train[0])
     want = MEAN + math.sqrt(STD**2 + end**2) / math.sqrt(STD**2 + top**2) * (top * LATENTS - MEAN)
-    loose, tight = (s.solve(network, LATENTS, rtol=r, atol=r / 10) for r in (0.05, 0.001))
+    # the tolerance is for one step; over a run the errors add
+    loose, tight = (s.solve(network, LATENTS, rtol=r, atol=r / 10) for r in (0.05, 0.0003))
     errors = [np.abs(got.sample - want).max() for got in (loose, tight)]
     assert errors[1] < 2e-3 < 0.05 and errors[1] < errors[0] < 0.1
     assert 3 * loose.accepted <= loose.evaluations < tight.evaluations < 600
     assert s.solve(network, LATENTS, max_steps=2).evaluations == 6
+
+
+def quick(*counts):
+    """Step counts, of which the quick run leaves out those over 2."""
+    return [pytest.param(n, marks=pytest.mark.slow if n > 2 else ()) for n in counts]
 
 
 # --- not tables ------------------------------------------------------------------------------------------------------
@@ -276,6 +282,9 @@ def test_dpm_adaptive_finds_the_exact_solution():
 
 def toy(x, t):
     return np.tanh(np.asarray(x) @ MIX + math.sin(float(t) / 100)).astype(np.float32)
+
+
+LONG = [pytest.param(n, (10, 2), marks=pytest.mark.slow) for n in (25, 50)]
 
 
 class Draws:
@@ -288,7 +297,7 @@ class Draws:
 @pytest.mark.parametrize(
     "config", [{}, {"eta": 0.7}, {"clip_sample": False}, {"beta_schedule": "squaredcos_cap_v2"}], ids=str
 )
-@pytest.mark.parametrize("n, jumps", [(1, (10, 10)), (4, (1, 2)), (10, (2, 3)), (25, (10, 2)), (50, (10, 2))])
+@pytest.mark.parametrize("n, jumps", [(1, (10, 10)), (4, (1, 2)), (10, (2, 3)), *LONG])
 def test_repaint_as_diffusers(monkeypatch, config, n, jumps):
     theirs = diffusers.RePaintScheduler(**config)
     theirs.set_timesteps(n, *jumps)
@@ -320,7 +329,7 @@ def test_repaint_as_diffusers(monkeypatch, config, n, jumps):
     np.testing.assert_allclose(state.sample, want, atol=2e-4 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("n", [2, 4, 10, 25])
+@pytest.mark.parametrize("n", quick(2, 4, 10, 25))
 @pytest.mark.parametrize(
     "config", [{}, {"snr": 0.3}, {"correct_steps": 2}, {"sigma_max": 50.0}, {"correct_steps": 0}], ids=str
 )
@@ -344,7 +353,7 @@ def test_score_sde_ve_as_diffusers(monkeypatch, config, n):
     np.testing.assert_allclose(state.sample, want, atol=1e-4 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 10, 25, 50])
+@pytest.mark.parametrize("n", quick(1, 2, 4, 10, 25, 50))
 @pytest.mark.parametrize("config", [{}, {"beta_max": 10.0}, {"beta_min": 0.5}, {"sampling_eps": 0.01}], ids=str)
 def test_score_sde_vp_as_diffusers(monkeypatch, config, n):
     from diffusers.schedulers.deprecated import ScoreSdeVpScheduler
@@ -360,7 +369,7 @@ def test_score_sde_vp_as_diffusers(monkeypatch, config, n):
     np.testing.assert_allclose(loop(s, plan, toy), want, atol=1e-4 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("n", [2, 4, 10, 25])
+@pytest.mark.parametrize("n", quick(2, 4, 10, 25))
 @pytest.mark.parametrize(
     "config", [{}, {"s_churn": 0.0}, {"s_max": 200.0}, {"sigma_max": 20.0, "s_noise": 1.0}], ids=str
 )
@@ -387,7 +396,7 @@ def test_karras_ve_as_diffusers(monkeypatch, config, n):
     np.testing.assert_allclose(loop(s, plan, toy), want, atol=2e-4 * np.abs(want).max() + 1e-4)
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 10, 25, 50])
+@pytest.mark.parametrize("n", quick(1, 2, 4, 10, 25, 50))
 @pytest.mark.parametrize(
     "config",
     [{}, {"alpha_cum_end": 0.01, "gamma_cum_end": 0.9}, {"gamma_cum_end": 0.9}, {"num_train_timesteps": 50}],
@@ -415,7 +424,7 @@ def test_vq_diffusion_as_diffusers(monkeypatch, config, n):
     assert (np.asarray(state.sample) < K - 1).all()
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 10, 25])
+@pytest.mark.parametrize("n", quick(1, 2, 4, 10, 25))
 @pytest.mark.parametrize(
     "config, setting",
     [({}, {}), ({"masking_schedule": "linear"}, {}), ({}, {"temperature": 3.0}), ({}, {"temperature": (4, 1)})],

@@ -185,7 +185,7 @@ def sa_solver(
     lam, lam_to = g.lam, g.lam_to
 
     def weights(i: int, nodes: np.ndarray, adams_moulton: bool) -> np.ndarray:
-        """Coefficients of the predictions made at lambda = nodes, for the step at row i; none beyond a repeated node."""
+        """Coefficients of the predictions made at lambda = nodes, for the step at row i, up to a repeated one."""
         nodes = nodes[: distinct(nodes)]
         h, c = lam_to[i] - lam[i], 1 + tau(g.t[i]) ** 2
         rate, gain = (-c, c * g.alpha_to[i]) if data else (1.0, -c * g.sigma_to[i])
