@@ -27,6 +27,7 @@ diffusers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array_wrap__ must accept:DeprecationWarning",  # diffusers gives torch tensors to numpy's functions
     "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning",  # and makes arrays of them
+    "ignore:`algorithm_types.* deprecated:FutureWarning",  # still there
     "ignore:The given NumPy array is not writable:UserWarning",  # torch only reads what jax lends it here
 )
 
