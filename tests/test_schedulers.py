@@ -332,7 +332,8 @@ def quick(cases, n):
 
 def ids(case):
     name, config = case
-    return f"{name}-{'-'.join(f'{k}={v}' for k, v in config.items() if k != 'trained_betas')}"
+    shown = [f"{k}={getattr(v, '__name__', v)}" for k, v in config.items() if k != "trained_betas"]
+    return "-".join([name, *shown])
 
 
 def split(config):
