@@ -117,7 +117,7 @@ def test_perfect_prediction_has_no_loss(kind):
         return p * batch["latents"] + q * noise
 
     value, metrics = losses.denoising(oracle, POWER, kind)({}, batch_at(0), jax.random.key(0))
-    assert float(value) < 1e-6 and set(metrics) == {"loss_low", "loss_high", "loss_faint"}
+    assert float(value) < 1e-6 and set(metrics) == {"loss_low", "loss_high"}
 
 
 def test_unknown_prediction_and_empty_selection_are_named():

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 
 from flaxdiff.checkpoint import save_model
 from flaxdiff.models.autoencoder_kl import AutoencoderKL
@@ -34,8 +33,7 @@ def main() -> None:
         chosen, background, _ = emoji.batch(names, config["batch_size"], config["seed"], n)
         return {"latents": latents[chosen, background], "image": emoji.over(rgba[chosen], colours[background])}
 
-    rate = optax.warmup_cosine_decay_schedule(0, config["learning_rate"], 100, config["steps"])
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
+    tx = state.adam(config["learning_rate"], config["steps"])
     loss = losses.decoding(spec, squares=config["squares"], noise=config["noise"])
     start = state.create(params, tx, trainable=r"decoder\..*|post_quant_conv\..*")
     step, key = state.jitted(loss, tx, config["decay"]), jax.random.key(config["seed"])

@@ -5,14 +5,12 @@ computed once. Half of the captions put the emoji on a colour; a tenth are empty
 """
 
 import argparse
-import contextlib
 import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from transformers import CLIPTokenizer
 
 from flaxdiff.checkpoint import save_model
@@ -20,7 +18,7 @@ from flaxdiff.core import apply, init
 from flaxdiff.models.autoencoder_kl import AutoencoderKL
 from flaxdiff.models.clip import CLIPTextModel
 from flaxdiff.models.unet_2d_condition import UNet2DConditionModel
-from flaxdiff.nn import attention
+from flaxdiff.nn.attention import seen
 from flaxdiff.schedulers import DDIMScheduler
 from flaxdiff.training import emoji, loop, losses, state
 
@@ -37,33 +35,15 @@ def all_latents(folder: Path, rgba: np.ndarray) -> np.ndarray:
     return np.load(path)
 
 
-@contextlib.contextmanager
-def attention_seen(tokens: int):
-    """While a model is traced: a list of log softmax(QKᵀ/√d) of each attention to that many tokens, [B, h, N, M]."""
-    seen: list[jax.Array] = []
-    attend = attention.attention
+def astray(q: jax.Array, k: jax.Array, grid: int) -> jax.Array:
+    """The mean -log weight that positions of a square map give to the token of the cell in which they lie.
 
-    def seeing(q, k, v, **options):
-        if k.shape[1] == tokens:
-            seen.append(jax.nn.log_softmax(jnp.einsum("bnhd,bmhd->bhnm", q, k) * q.shape[-1] ** -0.5))
-        return attend(q, k, v, **options)
-
-    attention.attention = seeing
-    try:
-        yield seen
-    finally:
-        attention.attention = attend
-
-
-def astray(log_weights: jax.Array, grid: int) -> jax.Array:
-    """The mean -log weight that positions of a square map [B, h, N, M] give to the token of the cell in which they lie.
-
-    The tokens of the cells are the last grid² of M.
+    The tokens of the cells are the last grid² of the keys.
     """
-    n, m = log_weights.shape[-2:]
-    side = int(n**0.5)
-    y, x = np.divmod(np.arange(n), side)
-    cell = y * grid // side * grid + x * grid // side
+    n, m = q.shape[1], k.shape[1]
+    log_weights = jax.nn.log_softmax(jnp.einsum("bnhd,bmhd->bhnm", q, k))
+    y, x = np.divmod(np.arange(n), int(n**0.5))
+    cell = y * grid // int(n**0.5) * grid + x * grid // int(n**0.5)
     return -log_weights[:, :, np.arange(n), m - grid**2 + cell].mean()
 
 
@@ -100,27 +80,19 @@ def main() -> None:
         }
 
     scheduler = DDIMScheduler(**config["scheduler"])
-    denoise = losses.denoising(
-        predict, scheduler.alphas_cumprod(), scheduler.prediction_type, config["bias"], config["faint"]
-    )
+    denoise = losses.denoising(predict, scheduler.alphas_cumprod(), scheduler.prediction_type)
 
     def loss(params, batch, key):
         """Denoising; and attention is told where in the picture the text encoder put what."""
-        with attention_seen(length) as seen:
+        with seen() as pairs:
             value, metrics = denoise(params, batch, key)
-        wrong = sum(astray(log_weights, grid) for log_weights in seen[-7:]) / 7
+        wrong = jnp.stack([astray(q, k, grid) for q, k in pairs if q.shape[1] != k.shape[1] == length]).mean()
         return value + config["routing"] * wrong, {"denoising": value, "astray": wrong, **metrics}
 
-    lengths = [cycle["steps"] for cycle in config["cycles"]]
-    rates = [
-        optax.warmup_cosine_decay_schedule(0, cycle["peak"], 50, cycle.get("decay_steps", cycle["steps"]))
-        for cycle in config["cycles"]
-    ]
-    rate, steps = optax.join_schedules(rates, np.cumsum(lengths[:-1]).tolist()), sum(lengths)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=0.01))
-    step = state.jitted(loss, tx, config["decay"])
-    start = state.create(params, tx, trainable=r"unet\..*")
-    final = loop.fit(step, start, data, key, steps, directory=out / "checkpoints/unet", save_every=250, log_every=50)
+    tx = state.adam(config["learning_rate"], config["steps"], decay=0.01)
+    step, start = state.jitted(loss, tx, config["decay"]), state.create(params, tx, trainable=r"unet\..*")
+    folder = out / "checkpoints/unet"
+    final = loop.fit(step, start, data, key, config["steps"], directory=folder, save_every=250, log_every=50)
     save_model(out / "unet", spec, state.averaged(final)["unet"])
 
 

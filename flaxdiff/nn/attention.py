@@ -6,6 +6,10 @@ plain while the scores are small and sliced beyond. The choice is `spec.config.a
 by `apply`.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,6 +26,26 @@ RENAMES = tuple(
     (rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.")
     for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items()
 )
+
+_seen: contextvars.ContextVar[list[tuple[jax.Array, jax.Array]] | None] = contextvars.ContextVar("seen", default=None)
+
+
+@contextlib.contextmanager
+def seen() -> Iterator[list[tuple[jax.Array, jax.Array]]]:
+    """Within this context, the scaled queries [B, N, H, D] and the keys [B, M, H, D] of each attention, in order.
+
+    They are values of the trace at hand, so a loss may read them; the model must not be scanned over its layers.
+
+    >>> with seen() as pairs:
+    ...     _ = attention(*[jnp.ones((1, 5, 2, 4))] * 3)
+    >>> [k.shape for q, k in pairs]
+    [(1, 5, 2, 4)]
+    """
+    token = _seen.set([])
+    try:
+        yield _seen.get()
+    finally:
+        _seen.reset(token)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False) -> jax.Array:
@@ -49,6 +73,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False)
     if backend == "auto":
         backend = "sliced" if b * h * n * m > LARGE and not causal else "plain"
     q = q * jnp.asarray(d**-0.5, q.dtype)
+    if (pairs := _seen.get()) is not None:
+        pairs.append((q, k))
     if backend == "plain" or causal:
         return _plain(q, k, v, causal)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .discrete import _Discrete
-from .tables import draw, image_keys
+from .tables import Run, begin, draw
 
 
 class RePaintPlan(NamedTuple):
@@ -30,27 +30,6 @@ class RePaintPlan(NamedTuple):
     clip: Any  # [] bound on |x_0|
     init_noise_sigma: Any
     steps: Any
-
-
-class RePaintState(NamedTuple):
-    """Where a run stands: a pytree that `step` maps to the next one."""
-
-    plan: RePaintPlan
-    sample: jax.Array  # [B, ...] float32
-    image: jax.Array  # [B, ...] what is known
-    mask: jax.Array  # broadcasts against it; 1 where known
-    index: jax.Array
-    key: jax.Array  # [B]
-
-    @property
-    def model_input(self) -> jax.Array:
-        """What the network is to see at this evaluation, [B, ...] float32."""
-        return self.sample
-
-    @property
-    def timestep(self) -> jax.Array:
-        """What the network is to be told at this evaluation, [] float32."""
-        return self.plan.timesteps[self.index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,26 +80,21 @@ class RePaintScheduler(_Discrete):
         columns = (t, np.sqrt(at), np.sqrt(1 - at), np.sqrt(to), np.sqrt(1 - to), std, np.sqrt(before(up) / before(t)))
         return RePaintPlan(*(np.asarray(c, np.float32) for c in (*columns, clip, 1.0)), np.int32(len(t)))
 
-    def init(
-        self, plan: RePaintPlan, latents: jax.Array, key: jax.Array, image: jax.Array, mask: jax.Array
-    ) -> RePaintState:
+    def init(self, plan: RePaintPlan, latents: jax.Array, key: jax.Array, image: jax.Array, mask: jax.Array) -> Run:
         """The state before the first evaluation: unit noise, the image to complete and where (1) it is known."""
-        plan, latents = jax.tree.map(jnp.asarray, plan), jnp.asarray(latents, jnp.float32)
-        image, mask = jnp.asarray(image, jnp.float32), jnp.asarray(mask, jnp.float32)
-        return RePaintState(plan, latents, image, mask, jnp.zeros((), jnp.int32), image_keys(key, len(latents)))
+        latents, image, mask = (jnp.asarray(a, jnp.float32) for a in (latents, image, mask))
+        return begin(plan, latents, key, (image, mask))
 
-    def step(
-        self, state: RePaintState, model_output: jax.Array, noise: tuple[jax.Array, jax.Array] | None = None
-    ) -> RePaintState:
+    def step(self, state: Run, model_output: jax.Array, noise: tuple[jax.Array, jax.Array] | None = None) -> Run:
         """Advance by one evaluation and, where the plan says so, back up. `noise` injects the two unit noises used."""
-        p, i, x = state.plan, state.index, state.sample
+        p, i, x, (image, mask) = state.plan, state.index, state.sample, state.given
         z, z_up = (draw(state.key, 2 * i)(x), draw(state.key, 2 * i + 1)(x)) if noise is None else noise
         eps = jnp.asarray(model_output, jnp.float32)
         x0 = jnp.clip((x - p.sigma[i] * eps) / p.alpha[i], -p.clip, p.clip)
         direction = jnp.sqrt(jnp.maximum(p.sigma_to[i] ** 2 - p.std[i] ** 2, 0))
         unknown = p.alpha_to[i] * x0 + direction * eps + p.std[i] * z
-        known = p.alpha_to[i] * state.image + p.sigma_to[i] * z
-        x = state.mask * known + (1 - state.mask) * unknown
+        known = p.alpha_to[i] * image + p.sigma_to[i] * z
+        x = mask * known + (1 - mask) * unknown
         x = p.keep[i] * x + jnp.sqrt(1 - p.keep[i] ** 2) * z_up
         return state._replace(sample=x, index=i + 1)
 

@@ -18,7 +18,7 @@ import numpy as np
 from . import path, solvers
 from .base import Scheduler
 from .path import Grid, Prediction
-from .tables import draw, image_keys
+from .tables import Run, begin, draw
 
 
 class ScorePlan(NamedTuple):
@@ -30,25 +30,6 @@ class ScorePlan(NamedTuple):
     snr: Any  # [] size of a Langevin step
     init_noise_sigma: Any
     steps: Any
-
-
-class ScoreState(NamedTuple):
-    """Where a run stands: a pytree that `step` maps to the next one."""
-
-    plan: ScorePlan
-    sample: jax.Array  # [B, ...] float32
-    index: jax.Array
-    key: jax.Array  # [B]
-
-    @property
-    def model_input(self) -> jax.Array:
-        """What the network is to see at this evaluation, [B, ...] float32."""
-        return self.sample
-
-    @property
-    def timestep(self) -> jax.Array:
-        """What the network is to be told at this evaluation, [] float32."""
-        return self.plan.timesteps[self.index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,13 +69,11 @@ class ScoreSdeVeScheduler(Scheduler):
         kinds = (np.float32, bool, np.float32, np.float32, np.float32)
         return ScorePlan(*map(np.asarray, columns, kinds), np.int32(n * each))
 
-    def init(self, plan: ScorePlan, latents: jax.Array, key: jax.Array) -> ScoreState:
+    def init(self, plan: ScorePlan, latents: jax.Array, key: jax.Array) -> Run:
         """The state before the first evaluation; `latents` are unit noise times `plan.init_noise_sigma`."""
-        latents = jnp.asarray(latents, jnp.float32)
-        plan, keys = jax.tree.map(jnp.asarray, plan), image_keys(key, len(latents))
-        return ScoreState(plan, latents, jnp.zeros((), jnp.int32), keys)
+        return begin(plan, jnp.asarray(latents, jnp.float32), key)
 
-    def step(self, state: ScoreState, model_output: jax.Array, noise: jax.Array | None = None) -> ScoreState:
+    def step(self, state: Run, model_output: jax.Array, noise: jax.Array | None = None) -> Run:
         """Advance by one evaluation, a correction or a prediction; the last prediction adds no noise."""
         p, i, x = state.plan, state.index, state.sample
         z = draw(state.key, i)(x) if noise is None else jnp.asarray(noise, x.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -254,3 +254,31 @@ def step(state: SchedulerState, model_output: jax.Array, noise: jax.Array | None
     terms = jnp.concatenate([state.slots, jnp.stack([x0, out, spread * jnp.asarray(noise, x.dtype)])])
     slots = jnp.tensordot(plan.mix[i], terms, 1, precision=jax.lax.Precision.HIGHEST)
     return SchedulerState(plan, slots, i + 1, state.key)
+
+
+# --- for what is no table --------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """Where a run stands whose plan is no table: a pytree that the scheduler's own `step` maps to the next one."""
+
+    plan: Any
+    sample: jax.Array  # [B, ...] float32, or tokens [B, N] int32
+    index: jax.Array  # [] int32, evaluations made
+    key: jax.Array  # [B] one PRNG key an image
+    given: Any = ()  # what the run needs beside: the image that RePaint completes
+
+    @property
+    def model_input(self) -> jax.Array:
+        """What the network is to see at this evaluation."""
+        return self.sample
+
+    @property
+    def timestep(self) -> jax.Array:
+        """What the network is to be told at this evaluation, []."""
+        return self.plan.timesteps[self.index]
+
+
+def begin(plan: Any, sample: jax.Array, key: jax.Array, given: Any = ()) -> Run:
+    """The state before the first evaluation, with one PRNG key or [B] of them."""
+    return Run(jax.tree.map(jnp.asarray, plan), sample, jnp.zeros((), jnp.int32), image_keys(key, len(sample)), given)

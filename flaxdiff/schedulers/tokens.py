@@ -14,29 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .base import Scheduler
-from .tables import image_keys
+from .tables import Run, begin, image_keys
 
 
-class TokenState(NamedTuple):
-    """Where a run stands: a pytree that `step` maps to the next one."""
-
-    plan: Any
-    sample: jax.Array  # [B, N] int32
-    index: jax.Array
-    key: jax.Array  # [B]
-
-    @property
-    def model_input(self) -> jax.Array:
-        """The tokens that the network is to see, [B, N] int32."""
-        return self.sample
-
-    @property
-    def timestep(self) -> jax.Array:
-        """What the network is to be told, [] int32."""
-        return self.plan.timesteps[self.index]
-
-
-def _gumbel(state: TokenState, purpose: int, shape: tuple[int, ...]) -> jax.Array:
+def _gumbel(state: Run, purpose: int, shape: tuple[int, ...]) -> jax.Array:
     """Gumbel noise [B, *shape] of this evaluation."""
     one = lambda key: jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, state.index), purpose), shape)
     return jax.vmap(one)(state.key)
@@ -47,10 +28,9 @@ class _Tokens(Scheduler):
 
     swaps: ClassVar[bool] = False
 
-    def init(self, plan: Any, latents: jax.Array, key: jax.Array) -> TokenState:
+    def init(self, plan: Any, latents: jax.Array, key: jax.Array) -> Run:
         """The state before the first evaluation; `latents` are tokens [B, N], usually all masked."""
-        plan, keys = jax.tree.map(jnp.asarray, plan), image_keys(key, len(latents))
-        return TokenState(plan, jnp.asarray(latents, jnp.int32), jnp.zeros((), jnp.int32), keys)
+        return begin(plan, jnp.asarray(latents, jnp.int32), key)
 
 
 class VQDiffusionPlan(NamedTuple):
@@ -106,7 +86,7 @@ class VQDiffusionScheduler(_Tokens):
         before = np.append(upto[1:], np.zeros((1, 3), np.float32), 0)  # not used at t = 0
         return VQDiffusionPlan(t.astype(np.int32), now, upto, before, np.int32(n))
 
-    def posterior(self, state: TokenState, log_p_x0: jax.Array) -> jax.Array:
+    def posterior(self, state: Run, log_p_x0: jax.Array) -> jax.Array:
         """log p(x_{t-1} | x_t), [B, N, K], of tokens and mask, given log p(x_0), [B, N, K - 1] (equation 11)."""
         i, x, mask = state.index, state.sample, self.num_vec_classes - 1
         log_onehot = jnp.log(jnp.maximum(jax.nn.one_hot(x, mask + 1, dtype=jnp.float32), 1e-30))
@@ -122,7 +102,7 @@ class VQDiffusionScheduler(_Tokens):
         q = jnp.concatenate([q, jnp.full((*x.shape, 1), c)], -1)
         return q + total + jnp.concatenate([to_x(state.plan.now), log_onehot[..., -1:]], -1)
 
-    def step(self, state: TokenState, model_output: jax.Array, noise: jax.Array | None = None) -> TokenState:
+    def step(self, state: Run, model_output: jax.Array, noise: jax.Array | None = None) -> Run:
         """Draw the next tokens.
 
         Args:
@@ -182,9 +162,7 @@ class AmusedScheduler(_Tokens):
         columns = (starting_mask_ratio * ratio, np.linspace(high, low, n))
         return AmusedPlan(np.arange(n, dtype=np.int32)[::-1], *(c.astype(np.float32) for c in columns), np.int32(n))
 
-    def step(
-        self, state: TokenState, model_output: jax.Array, noise: tuple[jax.Array, jax.Array] | None = None
-    ) -> TokenState:
+    def step(self, state: Run, model_output: jax.Array, noise: tuple[jax.Array, jax.Array] | None = None) -> Run:
         """Draw every masked token, then mask the least sure of them again.
 
         Args:

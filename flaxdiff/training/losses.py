@@ -27,8 +27,6 @@ def denoising(
     predict: Callable[[Any, jax.Array, jax.Array, Any], jax.Array],
     alphas_cumprod: np.ndarray,
     prediction_type: str = "epsilon",
-    bias: float = 1.0,
-    faint: float = 0.0,
 ) -> Loss:
     """E ‖F(x_t, t) - target‖² over t and ε, with x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε.
 
@@ -38,13 +36,9 @@ def denoising(
       predict: `(params, x_t, t, batch) -> prediction`, the shape of x_t.
       alphas_cumprod: ᾱ [T], of the scheduler.
       prediction_type: "epsilon", "sample" or "v_prediction".
-      faint: the share of samples at the last time with their noise scaled down, to exp(-7 u). There x_t says nothing
-        of the picture, and with little noise in its way, attention soon learns where the text puts things.
-      bias: the power p in t = T (1 - (1 - u)^p): 1 is uniform, more leans towards noise, less towards the picture.
 
     The batch is a dictionary whose "latents" [B, ...] are x_0; the rest is for `predict`. `loss_low` and `loss_high`
-    among the metrics are the means over the less and the more noisy half of the schedule, `loss_faint` that of the
-    faint.
+    among the metrics are the means over the less and the more noisy half of the schedule.
 
     Reference: Ho et al., Denoising Diffusion Probabilistic Models, 2020; Salimans and Ho, 2022 (v).
     """
@@ -54,23 +48,20 @@ def denoising(
     table = jnp.asarray(np.sqrt(np.stack([alphas_cumprod, 1 - np.asarray(alphas_cumprod, np.float64)])), jnp.float32)
 
     def loss(params: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        k_time, k_noise, k_faint, k_scale = jax.random.split(key, 4)
+        k_time, k_noise = jax.random.split(key)
         x0 = batch["latents"].astype(jnp.float32)
         u = (jnp.arange(x0.shape[0], dtype=jnp.float32) + jax.random.uniform(k_time, x0.shape[:1])) / x0.shape[0]
-        t = jnp.minimum(steps * (1 - (1 - u) ** bias), steps - 1).astype(jnp.int32)
-        weak = jax.random.uniform(k_faint, t.shape) < faint
-        t = jnp.where(weak, steps - 1, t)
+        t = jnp.minimum(steps * u, steps - 1).astype(jnp.int32)
         alpha, sigma = (a.reshape(-1, *[1] * (x0.ndim - 1)) for a in table[:, t])
 
-        scale = jnp.where(weak, jnp.exp(-7 * jax.random.uniform(k_scale, t.shape)), 1)
-        noise = scale.reshape(alpha.shape) * jax.random.normal(k_noise, x0.shape)
+        noise = jax.random.normal(k_noise, x0.shape)
         p, q = TARGETS[prediction_type](alpha, sigma)
         prediction = predict(params, alpha * x0 + sigma * noise, t, batch).astype(jnp.float32)
         error = jnp.mean(jnp.square(prediction - (p * x0 + q * noise)), range(1, x0.ndim))
 
         of = lambda mask: jnp.sum(error, where=mask) / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1)
         low = t < steps // 2
-        return error.mean(), {"loss_low": of(low), "loss_high": of(~low & ~weak), "loss_faint": of(weak)}
+        return error.mean(), {"loss_low": of(low), "loss_high": of(~low)}
 
     return loss
 

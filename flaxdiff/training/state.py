@@ -69,6 +69,22 @@ def create(params: Any, tx: optax.GradientTransformation, trainable: str = ".*")
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(hot), jax.tree.map(jnp.copy, hot))
 
 
+def adam(
+    peak: float, steps: int, *, warmup: int = 100, b2: float = 0.99, decay: float = 0.0
+) -> optax.GradientTransformation:
+    """AdamW on gradients clipped to norm 1, its rate up to `peak` in `warmup` steps and down to 0 along a cosine.
+
+    Args:
+      peak: the highest learning rate.
+      steps: how long the run is.
+      warmup: how many of them are spent going up.
+      b2: the decay of the second moment.
+      decay: of the weights.
+    """
+    rate = optax.warmup_cosine_decay_schedule(0, peak, warmup, steps)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=b2, weight_decay=decay))
+
+
 def train_step(
     loss: Loss, tx: optax.GradientTransformation, state: TrainState, batch: Any, key: jax.Array, *, decay: float = 0.999
 ) -> tuple[TrainState, dict[str, jax.Array]]:
