@@ -38,7 +38,7 @@ def test_coverage_table_is_the_registry_s():
 def test_the_solver_of_the_page_works():
     known = dict(schedulers.SCHEDULERS)
     space = {}
-    exec(parts()[0].split("```python")[2].split("```")[0], space)
+    exec(parts()[0].split("```python")[3].split("```")[0], space)
     schedulers.SCHEDULERS.pop("AdamsScheduler")
     assert schedulers.SCHEDULERS == known
     errors = []

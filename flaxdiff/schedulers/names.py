@@ -27,6 +27,7 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "LMS": ("LMSDiscreteScheduler", {}),
     "PLMS": ("PNDMScheduler", {"skip_prk_steps": True}),
     "DDIM": ("DDIMScheduler", {}),
+    "DDPM": ("DDPMScheduler", {}),
     "DEIS": ("DEISMultistepScheduler", {}),
     "UniPC": ("UniPCMultistepScheduler", {}),
     "LCM": ("LCMScheduler", {}),
