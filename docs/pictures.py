@@ -11,10 +11,10 @@ import flaxdiff
 
 HERE = Path(__file__).parent
 
-PROMPTS = """dog face, red apple, slice of pizza, owl, heavy black heart, rocket, grinning face, cactus, dog face on blue,
-cat face on pink, slice of pizza on green, an owl on a purple background, rocket on black, cactus on orange,
-a picture of a snowman on brown, ghost on gray, maple leaf, hot beverage, octopus, sailboat, guitar, pineapple,
-clown face on yellow, unicorn face on red"""
+PROMPTS = """dog face, red apple, slice of pizza, owl, heavy black heart, rocket, grinning face, cactus,
+dog face on blue, cat face on pink, slice of pizza on green, an owl on a purple background, rocket on black,
+cactus on orange, a picture of a snowman on brown, ghost on gray, maple leaf, hot beverage, octopus, sailboat,
+guitar, pineapple, clown face on yellow, unicorn face on red"""
 
 SAMPLERS = """DDIM, DDPM, PLMS, Euler, Euler a, LMS, Heun, DPM2, DPM2 a, DPM++ 2S a, DPM++ 2M, DPM++ 2M SDE,
 DPM++ 3M SDE, DEIS, UniPC, DPM fast"""

@@ -4,10 +4,6 @@ The encoder stays as it is, so latents keep their meaning: those that train_text
 little noise on the latents stands for what the UNet gets wrong. No picture of a held-out pair is among the data.
 """
 
-import argparse
-import json
-from pathlib import Path
-
 import jax
 import numpy as np
 
@@ -17,13 +13,7 @@ from flaxdiff.training import emoji, loop, losses, state
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config")
-    parser.add_argument(
-        "--out", required=True, help="the model's folder: vae/ is read and written, checkpoints/ go there"
-    )
-    args = parser.parse_args()
-    config, out = json.load(open(args.config)), Path(args.out)
+    config, out = loop.arguments(__doc__)
 
     names, rgba = emoji.load()
     spec, params = AutoencoderKL.from_pretrained(out, subfolder="vae")

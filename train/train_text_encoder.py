@@ -7,18 +7,14 @@ attends to these positions finds the layout already there: without the warm-up, 
 hundred times more slowly.
 """
 
-import argparse
-import json
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import CLIPTokenizer
 
 from flaxdiff.checkpoint import save_model
 from flaxdiff.core import apply, init
 from flaxdiff.models.clip import CLIPTextModel
+from flaxdiff.pipelines.text import Tokenizer
 from flaxdiff.training import emoji, loop, state, tokenizer
 
 
@@ -73,19 +69,12 @@ def report(predict, cells: Cells, names: tuple[str, ...], encode) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config")
-    parser.add_argument(
-        "--out", required=True, help="the model's folder: tokenizer/, text_encoder/ and checkpoints/ go there"
-    )
-    args = parser.parse_args()
-    config, out = json.load(open(args.config)), Path(args.out)
+    config, out = loop.arguments(__doc__)
 
     names, rgba = emoji.load()
     settings = config["text_encoder"]
     tokenizer.train(emoji.corpus(names), settings["vocab_size"], settings["max_position_embeddings"], out / "tokenizer")
-    tok = CLIPTokenizer.from_pretrained(out / "tokenizer")
-    encode = lambda captions: np.asarray(tok(captions, padding="max_length", truncation=True)["input_ids"], np.int32)
+    encode = Tokenizer(str(out / "tokenizer"), "CLIPTokenizer")
     cells = Cells(rgba, config["grid"], config["components"])
     positions = config["grid"] ** 2
 

@@ -4,14 +4,11 @@ The autoencoder and the text encoder come from the model's folder and stay as th
 computed once. Half of the captions put the emoji on a colour; a tenth are empty, for classifier-free guidance.
 """
 
-import argparse
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import CLIPTokenizer
 
 from flaxdiff.checkpoint import save_model
 from flaxdiff.core import apply, init
@@ -19,6 +16,7 @@ from flaxdiff.models.autoencoder_kl import AutoencoderKL
 from flaxdiff.models.clip import CLIPTextModel
 from flaxdiff.models.unet_2d_condition import UNet2DConditionModel
 from flaxdiff.nn.attention import seen
+from flaxdiff.pipelines.text import Tokenizer
 from flaxdiff.schedulers import DDIMScheduler
 from flaxdiff.training import emoji, loop, losses, state
 
@@ -48,15 +46,10 @@ def astray(q: jax.Array, k: jax.Array, grid: int) -> jax.Array:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config")
-    parser.add_argument("--out", required=True, help="the model's folder: unet/ and checkpoints/ go there")
-    args = parser.parse_args()
-    config, out = json.load(open(args.config)), Path(args.out)
+    config, out = loop.arguments(__doc__)
 
     names, rgba = emoji.load()
-    tok = CLIPTokenizer.from_pretrained(out / "tokenizer")
-    encode = lambda captions: np.asarray(tok(captions, padding="max_length", truncation=True)["input_ids"], np.int32)
+    encode = Tokenizer(str(out / "tokenizer"), "CLIPTokenizer")
     latents = all_latents(out, rgba)
     text_spec, text_params = CLIPTextModel.from_pretrained(out, subfolder="text_encoder")
 

@@ -4,10 +4,7 @@ Pictures lie over white, over the ten colours or over any colour, mirrored and s
 space knows more than the few pictures that the diffusion model will see.
 """
 
-import argparse
-import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -51,12 +48,7 @@ def standardised(spec: Spec, params: Params, images: Iterable[np.ndarray]) -> Pa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config")
-    parser.add_argument("--out", required=True, help="the model's folder: vae/ and checkpoints/ go there")
-    args = parser.parse_args()
-    out = Path(args.out)
-    config = json.load(open(args.config))
+    config, out = loop.arguments(__doc__)
 
     spec = AutoencoderKL.from_config(config["vae"])
     cycles = [

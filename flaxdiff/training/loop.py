@@ -5,7 +5,9 @@ with n, and a checkpoint is written beside the old one and then renamed. So a ru
 the same command goes on from its last checkpoint and ends with the same bits.
 """
 
+import argparse
 import concurrent.futures
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,15 @@ import jax
 import orbax.checkpoint as ocp
 
 from flaxdiff.training.state import TrainState
+
+
+def arguments(description: str | None) -> tuple[dict[str, Any], Path]:
+    """The configuration and the model's folder that a launch script is given: `script.py CONFIG --out FOLDER`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a file of configs/")
+    parser.add_argument("--out", required=True, type=Path, help="the model's folder; earlier parts are read from it")
+    given = parser.parse_args()
+    return json.loads(Path(given.config).read_text()), given.out
 
 
 def fit(
