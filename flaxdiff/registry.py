@@ -20,6 +20,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "other": {
         "flaxdiff.checkpoint.pipelines": ("EMOJI",),
         "flaxdiff.core": ("Spec",),
+        "flaxdiff.schedulers": ("AysSchedules", "KarrasDiffusionSchedulers", "SchedulerMixin"),
         "flaxdiff.weights": ("Int8", "LoRA"),
     },
     "model": {

@@ -12,6 +12,7 @@ import test_schedulers as parity
 import torch
 from test_schedulers import CASES, LATENTS, MIX, NOISE, SHAPE, swap
 
+import flaxdiff
 from flaxdiff import schedulers
 from flaxdiff.schedulers import exponential, path, solvers, tables
 
@@ -552,3 +553,4 @@ def test_every_documented_scheduler_is_here():
     later = {name for name in theirs if name not in schedulers.SCHEDULERS}
     assert "UniPCMultistepScheduler" not in later and not later & set(CASES)
     assert {"LMSDiscreteScheduler", "VQDiffusionScheduler", "KarrasVeScheduler"} <= set(schedulers.SCHEDULERS)
+    assert flaxdiff.SchedulerMixin is schedulers.Scheduler and len(flaxdiff.KarrasDiffusionSchedulers) == 15

@@ -12,6 +12,7 @@ from .adaptive import DPMSolverAdaptiveScheduler as DPMSolverAdaptiveScheduler
 from .base import SCHEDULERS as SCHEDULERS
 from .base import KarrasDiffusionSchedulers as KarrasDiffusionSchedulers
 from .base import Scheduler as Scheduler
+from .base import Scheduler as SchedulerMixin  # noqa: F401 - diffusers' name
 from .base import from_config as from_config
 from .base import read_config as read_config
 from .consistency import CMStochasticIterativeScheduler as CMStochasticIterativeScheduler
