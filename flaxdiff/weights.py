@@ -7,6 +7,7 @@ pytrees, so `jit`, `grad` and `scan` over stacked layers see through them.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -111,6 +112,32 @@ def conv(x: jax.Array, weight: Weight, **options: Any) -> jax.Array:
             return conv(x, base, **options) + dot(low, up[0, 0].astype(x.dtype)) * scale.astype(x.dtype)
         case Int8(q, scale):
             return conv(x, q.astype(x.dtype), **options) * scale
+        case _ if weight.shape[:2] == (1, 1) and options == {"window_strides": (1, 1), "padding": ((0, 0), (0, 0))}:
+            return dot(x, weight[0, 0])
         case _:
-            dims = ("NHWC", "HWIO", "NHWC")
-            return jax.lax.conv_general_dilated(x, weight, dimension_numbers=dims, **options)
+            return _convolve(x, weight, **options)
+
+
+ON_CHIP = 2**26  # bytes of float32 that a TPU keeps beside its matrix unit
+
+
+def _convolve(x: jax.Array, weight: jax.Array, **options: Any) -> jax.Array:
+    """XLA's convolution; or, on a TPU, where it would first cut so small a batch into pieces, nine matrix products."""
+    dims = ("NHWC", "HWIO", "NHWC")
+    plain = lambda x, weight: jax.lax.conv_general_dilated(x, weight, dimension_numbers=dims, **options)
+    wide = weight.shape[:2] == (3, 3) and min(weight.shape[2:]) >= 128
+    same = options == {"window_strides": (1, 1), "padding": ((1, 1), (1, 1))}
+    small = x.shape[0] < 8 and math.prod(x.shape[:3]) * weight.shape[-1] * 4 <= ON_CHIP
+    if wide and same and small:
+        return jax.lax.platform_dependent(x, weight, tpu=_shifted, default=plain)
+    return plain(x, weight)
+
+
+def _shifted(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """A 3 x 3 convolution as the sum over its taps of a shifted image times a matrix, accumulated in float32."""
+    h, w = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    tap = lambda i, j: jnp.einsum(
+        "bhwc,co->bhwo", x[:, i : i + h, j : j + w], weight[i, j], preferred_element_type=jnp.float32
+    )
+    return sum(tap(i, j) for i in range(3) for j in range(3)).astype(x.dtype)
