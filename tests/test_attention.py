@@ -120,18 +120,33 @@ def test_the_kernel_refuses_what_it_cannot_do(by):
         by("slow")(q, k, v)
 
 
-def test_convolution_by_nine_products():
+def torch_conv(x, w):
+    x, w = torch.tensor(np.asarray(x)).permute(0, 3, 1, 2), torch.tensor(np.asarray(w)).permute(3, 2, 0, 1)
+    return torch.nn.functional.conv2d(x, w, padding=1).permute(0, 2, 3, 1)
+
+
+def test_convolutions_as_pytorch():
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 9, 7, 130), (3, 3, 130, 128)))
-    options = {"window_strides": (1, 1), "padding": ((1, 1), (1, 1))}
-    want = torch.nn.functional.conv2d(
-        torch.tensor(np.asarray(x)).permute(0, 3, 1, 2), torch.tensor(np.asarray(w)).permute(3, 2, 0, 1), padding=1
-    ).permute(0, 2, 3, 1)
-    for convolve in (weights._shifted, functools.partial(weights.conv, **options)):
-        np.testing.assert_allclose(convolve(x, w), want, atol=2e-3, rtol=1e-4)
-    # where a TPU is meant, there are nine products and no convolution; elsewhere, one
-    lowered = lambda platform: (
-        jax.jit(functools.partial(weights.conv, **options)).trace(x, w).lower(lowering_platforms=(platform,))
+    same = functools.partial(weights.conv, padding=((1, 1), (1, 1)))
+    close = functools.partial(np.testing.assert_allclose, atol=2e-3, rtol=1e-4)
+    close(weights._shifted(x, w, ((1, 1), (1, 1))), torch_conv(x, w))
+    close(same(x, w), torch_conv(x, w))
+    close(same(x, w, doubled=True), torch_conv(x.repeat(2, 1).repeat(2, 2), w))
+    close(weights.conv(x, w[1:2, 1:2]), x @ w[1, 1])
+    # where a TPU is meant, there is a product for each tap and no convolution; elsewhere, one convolution
+    lowered = lambda f, platform: jax.jit(f).trace(x, w).lower(lowering_platforms=(platform,)).as_text()
+    assert lowered(same, "tpu").count("dot_general") == 9 and "convolution" not in lowered(same, "tpu")
+    assert lowered(functools.partial(same, doubled=True), "tpu").count("dot_general") == 16
+    assert "dot_general" not in lowered(same, "cpu") and lowered(same, "cpu").count("stablehlo.convolution") == 1
+
+
+def test_doubled_convolutions_by_every_kind_of_weight():
+    rng = np.random.default_rng(1)
+    x, w, down, up = (
+        jnp.asarray(rng.standard_normal(s), jnp.float32)
+        for s in ((1, 5, 4, 6), (3, 3, 6, 8), (3, 3, 6, 2), (1, 1, 2, 8))
     )
-    assert lowered("tpu").as_text().count("dot_general") == 9 and "convolution" not in lowered("tpu").as_text()
-    assert "dot_general" not in lowered("cpu").as_text()
+    lora = weights.LoRA(w, down, up, jnp.float32(0.5))
+    want = torch_conv(x.repeat(2, 1).repeat(2, 2), w + 0.5 * jnp.einsum("hwir,ro->hwio", down, up[0, 0]))
+    np.testing.assert_allclose(weights.conv(x, lora, padding=((1, 1), (1, 1)), doubled=True), want, atol=1e-4)

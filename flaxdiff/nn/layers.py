@@ -72,8 +72,10 @@ class Conv(nnx.Module):
         self.bias = param((fan_out,), "raw", uniform(fan_in * kernel**2))
         self.stride, self.padding = stride, ((padding, padding),) * 2 if isinstance(padding, int) else padding
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = weights.conv(x, value(self.weight), window_strides=(self.stride,) * 2, padding=self.padding)
+    def __call__(self, x: jax.Array, doubled: bool = False) -> jax.Array:
+        """`doubled`: see `weights.conv`."""
+        strides = (self.stride, self.stride)
+        y = weights.conv(x, value(self.weight), strides=strides, padding=self.padding, doubled=doubled)
         return y + value(self.bias)
 
 

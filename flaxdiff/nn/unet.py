@@ -80,13 +80,11 @@ class Upsample2D(nnx.Module):
         self.conv = Conv(channels, channels)
 
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
-        b, h, w, c = x.shape
+        h, w = x.shape[1:3]
         if size in (None, (2 * h, 2 * w)):
-            x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-        else:  # the nearest source of each row and column, as PyTorch finds it
-            x = x[:, jnp.arange(size[0]) * h // size[0]][:, :, jnp.arange(size[1]) * w // size[1]]
-        # Fused into the convolution, the repetition makes XLA's CPU code several times slower.
-        return self.conv(jax.lax.optimization_barrier(x))
+            return self.conv(x, doubled=True)
+        # the nearest source of each row and column, as PyTorch finds it
+        return self.conv(x[:, jnp.arange(size[0]) * h // size[0]][:, :, jnp.arange(size[1]) * w // size[1]])
 
 
 class Stage(nnx.Module):
