@@ -24,6 +24,7 @@ ROWS, KEYS = 512, 1024  # of a block of scores, which so stays in cache
 LARGE = 2**22  # scores (batch x heads x queries x keys) beyond which "auto" does not materialise them
 FEW = 256  # keys up to which a row of scores is short: attention to a text is best done plainly on a TPU
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # a score that no other comes near, and no infinity to subtract
+KeysValues = tuple[jax.Array, jax.Array]
 BACKENDS = ("auto", "plain", "sliced", "flash", "cudnn")
 
 # Files older than diffusers 0.12 name the attention between convolutions after its parts.
@@ -196,11 +197,15 @@ class Attention(nnx.Module):
         self.to_out = nnx.List([Linear(inner, width)])
         self.heads = heads
 
-    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
-        """[B, N, C], or [B, H, W, C] when normalised in groups, and [B, M, D] -> the shape of x."""
+    def keys_values(self, context: jax.Array) -> KeysValues:
+        """What queries meet, [B, M, C] each: of a context that stays the same, enough to work out once."""
+        return self.to_k(context), self.to_v(context)
+
+    def __call__(self, x: jax.Array, context: KeysValues | None = None) -> jax.Array:
+        """[B, N, C], or [B, H, W, C] when normalised in groups, to itself or to `keys_values` -> the shape of x."""
         h = x if self.group_norm is None else self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
-        c = h if context is None else context
+        k, v = self.keys_values(h) if context is None else context
         split = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
-        h = attention(split(self.to_q(h)), split(self.to_k(c)), split(self.to_v(c)))
+        h = attention(split(self.to_q(h)), split(k), split(v))
         h = self.to_out[0](h.reshape(*h.shape[:2], -1))
         return h if self.group_norm is None else x + h.reshape(x.shape)

@@ -6,7 +6,8 @@ embedding comes in, which attention (if any) follows each residual block, and wh
 the up stages. Names are diffusers': `resnets.0.conv1`, `attentions.0`, `downsamplers.0.conv`.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from flax import nnx
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.layers import Conv, GroupNorm, Linear
 
+Contexts = Iterator[Any]  # what each attention in turn is to read beside its input
+NONE: Contexts = itertools.repeat(None)
 MakeAttention = Callable[[int], nnx.Module] | None  # channels -> a module called with (x, context)
 
 
@@ -112,11 +115,11 @@ class Stage(nnx.Module):
         self.downsamplers = None if down is None else nnx.List([Downsample2D(width, down)])
         self.upsamplers = nnx.List([Upsample2D(width)]) if up else None
 
-    def down(self, x: jax.Array, temb: jax.Array | None = None, context: jax.Array | None = None) -> list[jax.Array]:
+    def down(self, x: jax.Array, temb: jax.Array | None = None, contexts: Contexts = NONE) -> list[jax.Array]:
         """The outputs of every block in turn; the last is the stage's own."""
         outputs = []
         for i in range(len(self.resnets)):
-            x = self._block(i, x, temb, context)
+            x = self._block(i, x, temb, contexts)
             outputs.append(x)
         return outputs if self.downsamplers is None else [*outputs, self.downsamplers[0](x)]
 
@@ -125,17 +128,17 @@ class Stage(nnx.Module):
         x: jax.Array,
         skips: list[jax.Array] | None = None,
         temb: jax.Array | None = None,
-        context: jax.Array | None = None,
+        contexts: Contexts = NONE,
         size: tuple[int, int] | None = None,
     ) -> jax.Array:
         """x joined with the last skip before each block; the skips used are taken off the list."""
         for i in range(len(self.resnets)):
-            x = self._block(i, x if skips is None else jnp.concatenate([x, skips.pop()], -1), temb, context)
+            x = self._block(i, x if skips is None else jnp.concatenate([x, skips.pop()], -1), temb, contexts)
         return x if self.upsamplers is None else self.upsamplers[0](x, size)
 
-    def _block(self, i: int, x: jax.Array, temb: jax.Array | None, context: jax.Array | None) -> jax.Array:
+    def _block(self, i: int, x: jax.Array, temb: jax.Array | None, contexts: Contexts) -> jax.Array:
         x = self.resnets[i](x, temb)
-        return x if self.attentions is None else self.attentions[i](x, context)
+        return x if self.attentions is None else self.attentions[i](x, next(contexts))
 
 
 class MidBlock(nnx.Module):
@@ -145,9 +148,9 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([resnet(width, width) for _ in range(2)])
         self.attentions = nnx.List([attention(width)]) if attention else None
 
-    def __call__(self, x: jax.Array, temb: jax.Array | None = None, context: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, temb: jax.Array | None = None, contexts: Contexts = NONE) -> jax.Array:
         x = self.resnets[0](x, temb)
-        x = x if self.attentions is None else self.attentions[0](x, context)
+        x = x if self.attentions is None else self.attentions[0](x, next(contexts))
         return self.resnets[1](x, temb)
 
 
