@@ -166,7 +166,8 @@ def _doubled(x: jax.Array, weight: jax.Array) -> jax.Array:
     """A 3 x 3 convolution of x with each pixel repeated, without repeating any.
 
     An even row of the result sees the pixel above by the window's first row and its own by the sum of the other two; an
-    odd row its own by the first two and the one below by the last. Likewise columns: four windows of 2 x 2.
+    odd row its own by the first two and the one below by the last. Likewise columns: even and odd ones are outputs side
+    by side of one window of 2 x 3.
     """
     b, h, w, _ = x.shape
 
@@ -174,12 +175,10 @@ def _doubled(x: jax.Array, weight: jax.Array) -> jax.Array:
         first, second, third = jnp.split(window, 3, axis)
         return jnp.concatenate([first, second + third], axis), jnp.concatenate([first + second, third], axis)
 
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    part = lambda i, j, window: _convolve(
-        x[:, i : i + h + 1, j : j + w + 1], window.astype(x.dtype), (1, 1), ((0, 0), (0, 0))
-    )
-    rows = [
-        jnp.stack([part(i, j, window) for j, window in enumerate(phases(row, 1))], 3)
-        for i, row in enumerate(phases(weight.astype(jnp.float32), 0))
-    ]
+    x, rows = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), []
+    for i, row in enumerate(phases(weight.astype(jnp.float32), 0)):
+        columns = [jnp.pad(c, ((0, 0), (j, 1 - j), (0, 0), (0, 0))) for j, c in enumerate(phases(row, 1))]
+        window = jnp.concatenate(columns, -1).astype(x.dtype)
+        out = _convolve(x[:, i : i + h + 1], window, (1, 1), ((0, 0), (0, 0)))
+        rows.append(out.reshape(b, h, 2 * w, -1))
     return jnp.stack(rows, 2).reshape(b, 2 * h, 2 * w, -1)
