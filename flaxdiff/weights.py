@@ -175,10 +175,10 @@ def _doubled(x: jax.Array, weight: jax.Array) -> jax.Array:
         first, second, third = jnp.split(window, 3, axis)
         return jnp.concatenate([first, second + third], axis), jnp.concatenate([first + second, third], axis)
 
-    x, rows = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), []
+    rows = []
     for i, row in enumerate(phases(weight.astype(jnp.float32), 0)):
         columns = [jnp.pad(c, ((0, 0), (j, 1 - j), (0, 0), (0, 0))) for j, c in enumerate(phases(row, 1))]
         window = jnp.concatenate(columns, -1).astype(x.dtype)
-        out = _convolve(x[:, i : i + h + 1], window, (1, 1), ((0, 0), (0, 0)))
+        out = _convolve(x, window, (1, 1), ((1 - i, i), (1, 1)))
         rows.append(out.reshape(b, h, 2 * w, -1))
     return jnp.stack(rows, 2).reshape(b, 2 * h, 2 * w, -1)
