@@ -7,10 +7,14 @@ pytrees, so `jit`, `grad` and `scan` over stacked layers see through them.
 """
 
 import dataclasses
+import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
@@ -103,14 +107,78 @@ def dot(x: jax.Array, weight: Weight) -> jax.Array:
             return x @ weight
 
 
-def conv(x: jax.Array, weight: Weight, **options: Any) -> jax.Array:
-    """Convolve channels-last x with an HWIO weight of any kind; options as in `jax.lax.conv_general_dilated`."""
+def conv(
+    x: jax.Array,
+    weight: Weight,
+    *,
+    strides: tuple[int, int] = (1, 1),
+    padding: Sequence[tuple[int, int]] = ((0, 0), (0, 0)),
+    doubled: bool = False,
+) -> jax.Array:
+    """Convolve channels-last x with an HWIO weight of any kind.
+
+    Args:
+      x: [B, H, W, in].
+      weight: [kh, kw, in, out].
+      strides, padding: of the window, rows and columns.
+      doubled: whether x counts as twice as high and wide, each pixel repeated; for a 3 x 3 window that keeps the size.
+    """
+    options = {"strides": strides, "padding": padding, "doubled": doubled}
     match weight:
         case LoRA(base, down, up, scale):
             low = conv(x, down.astype(x.dtype), **options)
             return conv(x, base, **options) + dot(low, up[0, 0].astype(x.dtype)) * scale.astype(x.dtype)
         case Int8(q, scale):
             return conv(x, q.astype(x.dtype), **options) * scale
+        case _ if doubled:
+            return _doubled(x, weight)
+        case _ if weight.shape[:2] == strides == (1, 1) and not np.any(padding):
+            return dot(x, weight[0, 0])
         case _:
-            dims = ("NHWC", "HWIO", "NHWC")
-            return jax.lax.conv_general_dilated(x, weight, dimension_numbers=dims, **options)
+            return _convolve(x, weight, strides, padding)
+
+
+ON_CHIP = 2**26  # bytes of float32 that a TPU keeps beside its matrix unit
+
+
+def _convolve(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding: Sequence) -> jax.Array:
+    """XLA's convolution; or, on a TPU, which would first cut so small a batch into pieces, a product for each tap."""
+    dims = ("NHWC", "HWIO", "NHWC")
+    plain = lambda x, weight: jax.lax.conv_general_dilated(x, weight, strides, padding, dimension_numbers=dims)
+    small = x.shape[0] < 8 and math.prod(x.shape[:3]) * weight.shape[-1] * 4 <= ON_CHIP
+    if strides == (1, 1) and min(weight.shape[2:]) >= 128 and small:
+        return jax.lax.platform_dependent(x, weight, tpu=functools.partial(_shifted, padding=padding), default=plain)
+    return plain(x, weight)
+
+
+def _shifted(x: jax.Array, weight: jax.Array, padding: Sequence) -> jax.Array:
+    """A convolution as the sum over the window's taps of a shifted image times a matrix, accumulated in float32."""
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    kh, kw = weight.shape[:2]
+    h, w = x.shape[1] - kh + 1, x.shape[2] - kw + 1
+    tap = lambda i, j: jnp.einsum(
+        "bhwc,co->bhwo", x[:, i : i + h, j : j + w], weight[i, j], preferred_element_type=jnp.float32
+    )
+    return sum(tap(i, j) for i in range(kh) for j in range(kw)).astype(x.dtype)
+
+
+def _doubled(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """A 3 x 3 convolution of x with each pixel repeated, without repeating any.
+
+    An even row of the result sees the pixel above by the window's first row and its own by the sum of the other two; an
+    odd row its own by the first two and the one below by the last. Likewise columns: even and odd ones are outputs side
+    by side of one window of 2 x 3.
+    """
+    b, h, w, _ = x.shape
+
+    def phases(window: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+        first, second, third = jnp.split(window, 3, axis)
+        return jnp.concatenate([first, second + third], axis), jnp.concatenate([first + second, third], axis)
+
+    rows = []
+    for i, row in enumerate(phases(weight.astype(jnp.float32), 0)):
+        columns = [jnp.pad(c, ((0, 0), (j, 1 - j), (0, 0), (0, 0))) for j, c in enumerate(phases(row, 1))]
+        window = jnp.concatenate(columns, -1).astype(x.dtype)
+        out = _convolve(x, window, (1, 1), ((1 - i, i), (1, 1)))
+        rows.append(out.reshape(b, h, 2 * w, -1))
+    return jnp.stack(rows, 2).reshape(b, 2 * h, 2 * w, -1)

@@ -34,7 +34,7 @@ def test_quantised_is_near():
 
 def test_conv():
     w = LoRA(normal(3, 3, 4, 6), normal(3, 3, 4, 2), normal(1, 1, 2, 6), jnp.float32(0.5))
-    options = {"window_strides": (1, 1), "padding": ((1, 1), (1, 1))}
+    options = {"padding": ((1, 1), (1, 1))}
     x = normal(1, 5, 5, 4)
     assert peers.relative(weights.conv(x, w, **options), weights.conv(x, weights.dense(w), **options)) < 1e-5
     q = normal(3, 3, 4, 6)

@@ -18,10 +18,10 @@ from flax import nnx
 from flaxdiff import weights
 from flaxdiff.core import Config, Model, only
 from flaxdiff.nn.activations import ACTIVATIONS
-from flaxdiff.nn.attention import Attention
+from flaxdiff.nn.attention import Attention, KeysValues
 from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
 from flaxdiff.nn.layers import Conv, GroupNorm, LayerNorm, Linear, value
-from flaxdiff.nn.stack import run, stack
+from flaxdiff.nn.stack import over, run, stack
 from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, check_stages, down_fans, up_fans
 
 
@@ -121,7 +121,7 @@ class BasicTransformerBlock(nnx.Module):
         self.norm2, self.attn2 = LayerNorm(width), Attention(width, heads, width // heads, context)
         self.norm3, self.ff = LayerNorm(width), FeedForward(width)
 
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, context: KeysValues) -> jax.Array:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -138,10 +138,15 @@ class Transformer2DModel(nnx.Module):
         self.transformer_blocks = stack(block, depth, c.scan_layers)
         self.proj_out = project(width, width)
 
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        """[B, H, W, C], [B, M, D] -> [B, H, W, C]."""
-        h = self.proj_in(self.norm(x))
-        h = run(self.transformer_blocks, h.reshape(h.shape[0], -1, h.shape[-1]), context)
+    def keys_values(self, context: jax.Array) -> KeysValues:
+        """What the blocks make of a context [B, M, D]: [B, depth, M, C] each."""
+        pairs = over(self.transformer_blocks, lambda block: block.attn2.keys_values(context))
+        return jax.tree.map(lambda a: a.swapaxes(0, 1), pairs)
+
+    def __call__(self, x: jax.Array, context: KeysValues) -> jax.Array:
+        """[B, H, W, C] and `keys_values` -> [B, H, W, C]."""
+        h = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
+        h = run(self.transformer_blocks, h, jax.tree.map(lambda a: a.swapaxes(0, 1), context))
         return x + self.proj_out(h.reshape(x.shape))
 
 
@@ -201,7 +206,7 @@ class UNet2DConditionModel(Model):
         self,
         sample: jax.Array,
         timestep: jax.Array | float,
-        encoder_hidden_states: jax.Array,
+        encoder_hidden_states: jax.Array | tuple[KeysValues, ...],
         added_cond_kwargs: Mapping[str, jax.Array] | None = None,
     ) -> jax.Array:
         """Run the network.
@@ -209,7 +214,7 @@ class UNet2DConditionModel(Model):
         Args:
           sample: noisy latents [B, H, W, C].
           timestep: a number, or one for each sample [B].
-          encoder_hidden_states: the text [B, M, D].
+          encoder_hidden_states: the text [B, M, D]; or, for many steps with the same text, its `keys_values`.
           added_cond_kwargs: SDXL's `text_embeds` [B, P] (pooled text) and `time_ids` [B, 6] (sizes and crops in
             pixels).
 
@@ -220,18 +225,26 @@ class UNet2DConditionModel(Model):
           ValueError: SDXL's conditions are missing.
         """
         dtype = weights.dtype(value(self.conv_in.weight))
-        x, context = sample.astype(dtype), encoder_hidden_states.astype(dtype)
+        text = encoder_hidden_states
+        contexts = iter(text if isinstance(text, tuple) else self.keys_values(text))
+        x = sample.astype(dtype)
         temb = self.embed(jnp.broadcast_to(timestep, sample.shape[:1]), added_cond_kwargs, dtype)
 
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
-            skips += block.down(skips[-1], temb, context)
-        x = self.mid_block(skips[-1], temb, context)
+            skips += block.down(skips[-1], temb, contexts)
+        x = self.mid_block(skips[-1], temb, contexts)
         for i, block in enumerate(self.up_blocks):
             below = skips[: -len(block.resnets)]  # what the next stage joins has the size to reach
-            x = block.up(x, skips, temb, context, below[-1].shape[1:3] if i < len(self.up_blocks) - 1 else None)
+            x = block.up(x, skips, temb, contexts, below[-1].shape[1:3] if i < len(self.up_blocks) - 1 else None)
         return self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(x)))
+
+    def keys_values(self, encoder_hidden_states: jax.Array) -> tuple[KeysValues, ...]:
+        """What the attentions make of a text [B, M, D], in the order of their use."""
+        text = encoder_hidden_states.astype(weights.dtype(value(self.conv_in.weight)))
+        stages = (*self.down_blocks, self.mid_block, *self.up_blocks)
+        return tuple(attention.keys_values(text) for stage in stages for attention in stage.attentions or ())
 
     def embed(self, t: jax.Array, added: Mapping[str, jax.Array] | None, dtype: jnp.dtype) -> jax.Array:
         """The embedding of time, and of SDXL's conditions: [B] -> [B, T]."""

@@ -1,13 +1,15 @@
 """Scaled dot-product attention, and the multi-head layer of the Stable Diffusion families.
 
-`attention` is the one place that decides how softmax(QKᵀ/√d)V is computed. "plain" materialises the scores; "sliced"
-walks over heads and blocks of query rows, so that the scores never take more than one block of memory; "auto" is
-plain while the scores are small and sliced beyond. The choice is `spec.config.attention`, set for every layer at once
-by `apply`.
+`attention` is the one place that decides how softmax(QKᵀ/√d + bias)V is computed. "plain" materialises the scores.
+"sliced" walks over heads, blocks of queries and blocks of keys with an online softmax, so that the scores never take
+more than one block of memory. "flash" is the TPU's Pallas kernel, "cudnn" the GPU's. "auto" is plain while the scores
+are small, and beyond that what suits the platform that the program is lowered for. The choice is
+`spec.config.attention`, set for every layer at once by `apply`.
 """
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -15,11 +17,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxdiff.core import attention_backend
+from flaxdiff.nn import flash
 from flaxdiff.nn.layers import GroupNorm, Linear
 
-ROWS = 512  # query rows in a slice: the block of scores stays in cache
-LARGE = 2**22  # scores (batch x heads x queries x keys) beyond which "auto" slices
-BACKENDS = ("auto", "plain", "sliced")
+ROWS, KEYS = 512, 1024  # of a block of scores, which so stays in cache
+LARGE = 2**22  # scores (batch x heads x queries x keys) beyond which "auto" does not materialise them
+FEW = 256  # keys up to which a row of scores is short: attention to a text is best done plainly on a TPU
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # a score that no other comes near, and no infinity to subtract
+KeysValues = tuple[jax.Array, jax.Array]
+BACKENDS = ("auto", "plain", "sliced", "flash", "cudnn")
 
 # Files older than diffusers 0.12 name the attention between convolutions after its parts.
 RENAMES = tuple(
@@ -48,53 +54,118 @@ def seen() -> Iterator[list[tuple[jax.Array, jax.Array]]]:
         _seen.reset(token)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False) -> jax.Array:
-    """softmax(QKᵀ/√d)V, softmax in float32.
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> jax.Array:
+    """softmax(scale QKᵀ + bias)V over the keys that may be seen, softmax in float32.
 
     Args:
       q: queries [B, N, H, D].
       k, v: keys and values [B, M, H, D].
+      mask: bool, broadcasts against the scores [B, H, N, M]: where a key may be seen. A query that sees none gets the
+        mean of all values.
+      bias: broadcasts against the scores, added to them.
       causal: whether position n sees only positions up to n.
+      scale: of the scores; 1/√D if None.
 
     Raises:
-      ValueError: an unknown backend.
+      ValueError: an unknown backend, or one that cannot do what is asked.
 
     >>> x = jnp.ones((1, 5, 2, 4))
-    >>> attention(x, x, x).shape
+    >>> attention(x, x, x, mask=jnp.arange(5) < 3).shape
     (1, 5, 2, 4)
 
-    Reference: Vaswani et al., Attention Is All You Need, 2017; in slices: Rabe and Staats, Self-attention Does Not Need
-    O(n²) Memory, 2021.
+    Reference: Vaswani et al., Attention Is All You Need, 2017; in blocks: Rabe and Staats, Self-attention Does Not Need
+    O(n²) Memory, 2021; Dao et al., FlashAttention, 2022.
     """
     backend = attention_backend.get()
     if backend not in BACKENDS:
         raise ValueError(f"attention={backend!r} is not known; use one of {BACKENDS}.")
-    (b, n, h, d), m = q.shape, k.shape[1]
-    if backend == "auto":
-        backend = "sliced" if b * h * n * m > LARGE and not causal else "plain"
-    q = q * jnp.asarray(d**-0.5, q.dtype)
+    q = q * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
     if (pairs := _seen.get()) is not None:
         pairs.append((q, k))
-    if backend == "plain" or causal:
-        return _plain(q, k, v, causal)
+    if mask is not None:
+        bias = jnp.where(mask, 0 if bias is None else bias.astype(jnp.float32), MASKED)
+    if bias is not None:
+        bias = bias.astype(jnp.float32).reshape((1,) * (4 - bias.ndim) + bias.shape)
 
-    rows = next(r for r in range(min(ROWS, n), 0, -1) if n % r == 0)
-    one_head = lambda q, k, v: _plain(q[None, :, None], k[None, :, None], v[None, :, None], False)[0, :, 0]
+    (b, n, h, d), m = q.shape, k.shape[1]
+    kernel = functools.partial(flash.attention, causal=causal)
+    if backend == "flash":
+        if bias is not None:
+            raise ValueError("attention='flash' knows neither masks nor biases; use 'auto', 'plain' or 'sliced'.")
+        return kernel(q, k, v)
+    if backend == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, bias, is_causal=causal, scale=1.0, implementation="cudnn")
+    plain, sliced = functools.partial(_plain, causal=causal), functools.partial(_sliced, causal=causal)
+    if backend == "plain" or backend == "auto" and b * h * n * m <= LARGE:
+        return plain(q, k, v, bias)
+    if backend == "sliced":
+        return sliced(q, k, v, bias)
+    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and d <= 128 and d % 8 == 0:
+        return jax.nn.dot_product_attention(q, k, v, bias, is_causal=causal, scale=1.0, implementation="cudnn")
+    on_tpu = plain if m <= FEW else sliced if bias is not None else lambda q, k, v, _: kernel(q, k, v)
+    return jax.lax.platform_dependent(q, k, v, bias, tpu=on_tpu, default=sliced)
 
-    def head(qkv):  # one head of one picture: [N, D], [M, D], [M, D]
-        q, k, v = qkv
-        return jax.lax.map(lambda q: one_head(q, k, v), q.reshape(n // rows, rows, d)).reshape(n, d)
 
-    heads = tuple(a.swapaxes(1, 2).reshape(b * h, -1, d) for a in (q, k, v))
-    return jax.lax.map(head, heads).reshape(b, h, n, d).swapaxes(1, 2)
-
-
-def _plain(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
+def _plain(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, causal: bool) -> jax.Array:
     scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
+    scores = scores if bias is None else scores + bias
     if causal:
-        n, m = scores.shape[-2:]
-        scores = jnp.where(jnp.tri(n, m, dtype=bool), scores, -jnp.inf)
+        scores = jnp.where(jnp.tri(*scores.shape[-2:], dtype=bool), scores, MASKED)
     return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores).astype(v.dtype), v)
+
+
+def _sliced(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, causal: bool) -> jax.Array:
+    (b, n, h, d), m = q.shape, k.shape[1]
+    rows, keys = min(ROWS, n), min(KEYS, m)
+    over_n, over_m = -n % rows, -m % keys
+
+    # one head of one picture at a time, in whole blocks; what fills up the last block of keys is masked
+    blocks = lambda a, size: jnp.pad(
+        a.swapaxes(1, 2).reshape(b * h, -1, d), ((0, 0), (0, -a.shape[1] % size), (0, 0))
+    ).reshape(b * h, -1, size, d)
+    if bias is not None:
+        bias = jnp.broadcast_to(bias, (b, h, *bias.shape[2:])).reshape(b * h, *bias.shape[2:])
+        bias = jnp.broadcast_to(bias, (b * h, bias.shape[1], m))
+        bias = jnp.pad(bias, ((0, 0), (0, over_n if bias.shape[1] > 1 else 0), (0, over_m)))
+
+    def head(args):
+        q, k, v, bias = args  # [I, rows, D], [J, keys, D] twice, and [N or 1, M]
+
+        def block(i):
+            @jax.checkpoint  # scores are computed again on the way back, not kept
+            def add(carry, j):
+                top, total, mean = carry
+                scores = jnp.einsum("nd,md->nm", q[i], k[j], preferred_element_type=jnp.float32)
+                row, key = i * rows + jnp.arange(rows)[:, None], j * keys + jnp.arange(keys)
+                if bias is not None:
+                    start = (i * rows if bias.shape[0] > 1 else 0, j * keys)
+                    scores += jax.lax.dynamic_slice(bias, start, (min(bias.shape[0], rows), keys))
+                if causal:
+                    scores = jnp.where(key <= row, scores, MASKED)
+                if over_m:
+                    scores = jnp.where(key < m, scores, -jnp.inf)
+                higher = jnp.maximum(top, scores.max(-1))
+                weight, fade = jnp.exp(scores - higher[:, None]), jnp.exp(top - higher)
+                more = jnp.einsum("nm,md->nd", weight.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
+                return (higher, total * fade + weight.sum(-1), mean * fade[:, None] + more), None
+
+            nothing = jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((rows, d))
+            (_, total, mean), _ = jax.lax.scan(add, nothing, jnp.arange(len(k)))
+            return (mean / total[:, None]).astype(v.dtype)
+
+        return jax.lax.map(block, jnp.arange(len(q)))
+
+    out = jax.lax.map(head, (blocks(q, rows), blocks(k, keys), blocks(v, keys), bias))
+    return out.reshape(b, h, -1, d)[:, :, :n].swapaxes(1, 2)
 
 
 class Attention(nnx.Module):
@@ -126,11 +197,15 @@ class Attention(nnx.Module):
         self.to_out = nnx.List([Linear(inner, width)])
         self.heads = heads
 
-    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
-        """[B, N, C], or [B, H, W, C] when normalised in groups, and [B, M, D] -> the shape of x."""
+    def keys_values(self, context: jax.Array) -> KeysValues:
+        """What queries meet, [B, M, C] each: of a context that stays the same, enough to work out once."""
+        return self.to_k(context), self.to_v(context)
+
+    def __call__(self, x: jax.Array, context: KeysValues | None = None) -> jax.Array:
+        """[B, N, C], or [B, H, W, C] when normalised in groups, to itself or to `keys_values` -> the shape of x."""
         h = x if self.group_norm is None else self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
-        c = h if context is None else context
+        k, v = self.keys_values(h) if context is None else context
         split = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
-        h = attention(split(self.to_q(h)), split(self.to_k(c)), split(self.to_v(c)))
+        h = attention(split(self.to_q(h)), split(k), split(v))
         h = self.to_out[0](h.reshape(*h.shape[:2], -1))
         return h if self.group_norm is None else x + h.reshape(x.shape)

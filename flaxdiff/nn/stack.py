@@ -21,13 +21,20 @@ def stack(make: Callable[[], nnx.Module], depth: int, scan: bool) -> Blocks:
     return stacked(make(), depth) if scan and depth > 1 else nnx.List([make() for _ in range(depth)])
 
 
-def run(blocks: Blocks, x: jax.Array, *args: Any) -> jax.Array:
-    """x through every block: x ← block(x, *args)."""
+def run(blocks: Blocks, x: jax.Array, each: Any) -> jax.Array:
+    """x through every block: x ← block(x, each[i]), where the arrays of `each` have an entry a block."""
     if isinstance(blocks, nnx.List):
-        for block in blocks:
-            x = block(x, *args)
+        for i, block in enumerate(blocks):
+            x = block(x, jax.tree.map(lambda a, i=i: a[i], each))
         return x
-    return jax.lax.scan(lambda x, block: (block(x, *args), None), x, blocks)[0]
+    return jax.lax.scan(lambda x, step: (step[0](x, step[1]), None), x, (blocks, each))[0]
+
+
+def over(blocks: Blocks, function: Callable[[nnx.Module], Any]) -> Any:
+    """What a function makes of every block, stacked: [depth, ...]."""
+    if isinstance(blocks, nnx.List):
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *map(function, blocks))
+    return jax.vmap(function)(blocks)
 
 
 def states(blocks: Blocks, x: jax.Array, *args: Any) -> jax.Array:

@@ -6,7 +6,8 @@ embedding comes in, which attention (if any) follows each residual block, and wh
 the up stages. Names are diffusers': `resnets.0.conv1`, `attentions.0`, `downsamplers.0.conv`.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from flax import nnx
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.layers import Conv, GroupNorm, Linear
 
+Contexts = Iterator[Any]  # what each attention in turn is to read beside its input
+NONE: Contexts = itertools.repeat(None)
 MakeAttention = Callable[[int], nnx.Module] | None  # channels -> a module called with (x, context)
 
 
@@ -80,13 +83,11 @@ class Upsample2D(nnx.Module):
         self.conv = Conv(channels, channels)
 
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
-        b, h, w, c = x.shape
+        h, w = x.shape[1:3]
         if size in (None, (2 * h, 2 * w)):
-            x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-        else:  # the nearest source of each row and column, as PyTorch finds it
-            x = x[:, jnp.arange(size[0]) * h // size[0]][:, :, jnp.arange(size[1]) * w // size[1]]
-        # Fused into the convolution, the repetition makes XLA's CPU code several times slower.
-        return self.conv(jax.lax.optimization_barrier(x))
+            return self.conv(x, doubled=True)
+        # the nearest source of each row and column, as PyTorch finds it
+        return self.conv(x[:, jnp.arange(size[0]) * h // size[0]][:, :, jnp.arange(size[1]) * w // size[1]])
 
 
 class Stage(nnx.Module):
@@ -114,11 +115,11 @@ class Stage(nnx.Module):
         self.downsamplers = None if down is None else nnx.List([Downsample2D(width, down)])
         self.upsamplers = nnx.List([Upsample2D(width)]) if up else None
 
-    def down(self, x: jax.Array, temb: jax.Array | None = None, context: jax.Array | None = None) -> list[jax.Array]:
+    def down(self, x: jax.Array, temb: jax.Array | None = None, contexts: Contexts = NONE) -> list[jax.Array]:
         """The outputs of every block in turn; the last is the stage's own."""
         outputs = []
         for i in range(len(self.resnets)):
-            x = self._block(i, x, temb, context)
+            x = self._block(i, x, temb, contexts)
             outputs.append(x)
         return outputs if self.downsamplers is None else [*outputs, self.downsamplers[0](x)]
 
@@ -127,17 +128,17 @@ class Stage(nnx.Module):
         x: jax.Array,
         skips: list[jax.Array] | None = None,
         temb: jax.Array | None = None,
-        context: jax.Array | None = None,
+        contexts: Contexts = NONE,
         size: tuple[int, int] | None = None,
     ) -> jax.Array:
         """x joined with the last skip before each block; the skips used are taken off the list."""
         for i in range(len(self.resnets)):
-            x = self._block(i, x if skips is None else jnp.concatenate([x, skips.pop()], -1), temb, context)
+            x = self._block(i, x if skips is None else jnp.concatenate([x, skips.pop()], -1), temb, contexts)
         return x if self.upsamplers is None else self.upsamplers[0](x, size)
 
-    def _block(self, i: int, x: jax.Array, temb: jax.Array | None, context: jax.Array | None) -> jax.Array:
+    def _block(self, i: int, x: jax.Array, temb: jax.Array | None, contexts: Contexts) -> jax.Array:
         x = self.resnets[i](x, temb)
-        return x if self.attentions is None else self.attentions[i](x, context)
+        return x if self.attentions is None else self.attentions[i](x, next(contexts))
 
 
 class MidBlock(nnx.Module):
@@ -147,9 +148,9 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([resnet(width, width) for _ in range(2)])
         self.attentions = nnx.List([attention(width)]) if attention else None
 
-    def __call__(self, x: jax.Array, temb: jax.Array | None = None, context: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, temb: jax.Array | None = None, contexts: Contexts = NONE) -> jax.Array:
         x = self.resnets[0](x, temb)
-        x = x if self.attentions is None else self.attentions[0](x, context)
+        x = x if self.attentions is None else self.attentions[0](x, next(contexts))
         return self.resnets[1](x, temb)
 
 

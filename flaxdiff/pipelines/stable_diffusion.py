@@ -45,14 +45,17 @@ def prepare(
 
 
 def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
-    """The text of each branch: hidden states [B, N, D], the positive one's `clip_skip` layers before the last."""
+    """The text of each branch, as the U-Net reads it; the positive one's `clip_skip` layers before the last."""
     cond = {}
     for branch, prefix in (("positive", ""), ("negative", "negative_")):
         if f"{prefix}prompt_embeds" in inputs:
-            cond[branch] = {"text": inputs[f"{prefix}prompt_embeds"]}
+            text = inputs[f"{prefix}prompt_embeds"]
         elif f"{prefix}prompt_ids" in inputs:
             skip = 0 if prefix else inputs["clip_skip"]
-            cond[branch] = {"text": networks("text_encoder", inputs[f"{prefix}prompt_ids"], skip, method="skip")}
+            text = networks("text_encoder", inputs[f"{prefix}prompt_ids"], skip, method="skip")
+        else:
+            continue
+        cond[branch] = {"text": networks("unet", text, method="keys_values")}
     return cond
 
 

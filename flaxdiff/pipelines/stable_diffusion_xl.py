@@ -103,6 +103,7 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
             if prefix:
                 keep = jnp.asarray(inputs["negative_keep"]).astype(text.dtype)
                 text, pooled = text * keep, pooled * keep
+        text = networks("unet", text, method="keys_values")
         cond[branch] = {"text": text, "pooled": pooled, "time_ids": inputs[f"{prefix}time_ids"]}
     return cond
 

@@ -1,0 +1,152 @@
+"""Every way to compute attention is the same attention, in values and gradients; and convolutions by nine products."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flaxdiff import weights
+from flaxdiff.core import attention_backend
+from flaxdiff.nn import attention as module
+from flaxdiff.nn import flash
+from flaxdiff.nn.attention import attention
+from flaxdiff.parallel import make_mesh
+
+# batch, queries, keys, heads, head size, causal: a text of 77, lengths that no block divides, the heads of SD 1 and 2
+SHAPES = [
+    (2, 200, 200, 2, 40, False),
+    (1, 130, 77, 3, 64, False),
+    (1, 300, 300, 1, 160, True),
+    (1, 33, 257, 2, 80, False),
+]
+
+
+def draw(b, n, m, h, d, causal=False):
+    rng = np.random.default_rng(n)
+    return [jnp.asarray(rng.standard_normal((b, length, h, d)), jnp.float32) for length in (n, m, m)]
+
+
+@pytest.fixture
+def by():
+    """Attention by a given backend, in blocks smaller than the tests' sequences."""
+    rows, keys, token = module.ROWS, module.KEYS, attention_backend.set("auto")
+    module.ROWS, module.KEYS = 64, 32
+
+    def run(backend, *arrays, **options):
+        attention_backend.set(backend)
+        return attention(*arrays, **options)
+
+    yield lambda backend, **options: functools.partial(run, backend, **options)
+    module.ROWS, module.KEYS = rows, keys
+    attention_backend.reset(token)
+
+
+@pytest.mark.parametrize("backend", ["plain", "sliced", "flash"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_pytorch_in_values_and_gradients(by, backend, shape):
+    arrays, causal = draw(*shape), shape[-1]
+    theirs = [torch.tensor(np.asarray(a)).transpose(1, 2).requires_grad_() for a in arrays]
+    want = torch.nn.functional.scaled_dot_product_attention(*theirs, is_causal=causal)
+    (want**2).sum().backward()
+    run = by(backend, causal=causal)
+    np.testing.assert_allclose(run(*arrays), want.transpose(1, 2).detach(), atol=2e-6)
+    grads = jax.grad(lambda *arrays: (run(*arrays) ** 2).sum(), (0, 1, 2))(*arrays)
+    for ours, their in zip(grads, theirs):
+        np.testing.assert_allclose(ours, their.grad.transpose(1, 2), atol=2e-4)
+
+
+@pytest.mark.parametrize("backend", ["plain", "sliced"])
+def test_masks_and_biases_as_pytorch(by, backend):
+    rng, (q, k, v) = np.random.default_rng(0), draw(2, 100, 70, 3, 16)
+    seen, bias = rng.random((2, 1, 100, 70)) < 0.7, rng.standard_normal((1, 3, 100, 70)).astype(np.float32)
+    padding = np.arange(70) < np.array([[[[50]]], [[[70]]]])
+    for mask, extra in ((seen, None), (None, bias), (padding, None), (seen, bias), (padding, bias)):
+        total = np.zeros((2, 3, 100, 70), np.float32) + (0 if extra is None else extra)
+        total = total if mask is None else np.where(mask, total, -np.inf).astype(np.float32)
+        turned = [torch.tensor(np.asarray(a)).transpose(1, 2) for a in (q, k, v)]
+        want = torch.nn.functional.scaled_dot_product_attention(*turned, attn_mask=torch.tensor(total), scale=0.3)
+        given = {"mask": None if mask is None else jnp.asarray(mask), "bias": extra}
+        np.testing.assert_allclose(by(backend, scale=0.3, **given)(q, k, v), want.transpose(1, 2), atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["plain", "sliced"])
+def test_who_sees_nothing_gets_a_finite_mean(by, backend):
+    q, k, v = draw(1, 40, 40, 1, 8)
+    out = by(backend, mask=jnp.zeros((1, 1, 1, 40), bool))(q, k, v)
+    np.testing.assert_allclose(out, jnp.broadcast_to(v.mean(1, keepdims=True), v.shape), atol=1e-5)
+
+
+def test_long_sequences_never_materialise_their_scores(by, monkeypatch):
+    q, k, v = draw(1, 512, 512, 2, 8)
+    monkeypatch.setattr(module, "LARGE", 2**10)
+    forward = by("auto")
+    for run in (forward, jax.grad(lambda *arrays: forward(*arrays).sum())):
+        compiled = jax.jit(run).lower(q, k, v).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 2 * 512 * 512 * 4
+
+
+def test_the_kernel_on_many_devices(by):
+    arrays = draw(4, 150, 150, 2, 40)
+    want, run = by("plain")(*arrays), jax.jit(by("flash"))
+    grads = jax.jit(jax.grad(lambda *a: (by("flash")(*a) ** 2).sum(), (0, 1, 2)))
+    wanted = jax.grad(lambda *a: (by("plain")(*a) ** 2).sum(), (0, 1, 2))(*arrays)
+    mesh = make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])
+    for spec in (PartitionSpec("data", None, "tensor"), PartitionSpec("data", "tensor"), PartitionSpec()):
+        placed = jax.device_put(arrays, NamedSharding(mesh, spec))
+        np.testing.assert_allclose(run(*placed), want, atol=2e-6)
+        for ours, theirs in zip(grads(*placed), wanted):
+            np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+def test_the_kernel_under_vmap(by):
+    q, k, v = draw(2, 130, 130, 2, 16)
+    both = jax.vmap(by("flash"), (0, None, 0))(jnp.stack([q, 2 * q]), k, jnp.stack([v, v + 1]))
+    np.testing.assert_allclose(both[1], by("plain")(2 * q, k, v + 1), atol=5e-6)
+
+
+def test_blocks_waste_little():
+    assert [flash._block(n) for n in (77, 128, 1000, 1024, 1100, 4096, 4608)] == [128, 128, 1024, 1024, 384, 1024, 768]
+
+
+def test_the_kernel_refuses_what_it_cannot_do(by):
+    q, k, v = draw(1, 8, 8, 1, 8)
+    with pytest.raises(ValueError, match="'flash' knows neither masks nor biases; use 'auto'"):
+        by("flash", mask=jnp.ones((8, 8), bool))(q, k, v)
+    with pytest.raises(ValueError, match="attention='slow' is not known; use one of"):
+        by("slow")(q, k, v)
+
+
+def torch_conv(x, w):
+    x, w = torch.tensor(np.asarray(x)).permute(0, 3, 1, 2), torch.tensor(np.asarray(w)).permute(3, 2, 0, 1)
+    return torch.nn.functional.conv2d(x, w, padding=1).permute(0, 2, 3, 1)
+
+
+def test_convolutions_as_pytorch():
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 9, 7, 130), (3, 3, 130, 128)))
+    same = functools.partial(weights.conv, padding=((1, 1), (1, 1)))
+    close = functools.partial(np.testing.assert_allclose, atol=2e-3, rtol=1e-4)
+    close(weights._shifted(x, w, ((1, 1), (1, 1))), torch_conv(x, w))
+    close(same(x, w), torch_conv(x, w))
+    close(same(x, w, doubled=True), torch_conv(x.repeat(2, 1).repeat(2, 2), w))
+    close(weights.conv(x, w[1:2, 1:2]), x @ w[1, 1])
+    # where a TPU is meant, there is a product for each tap and no convolution; elsewhere, one convolution
+    lowered = lambda f, platform: jax.jit(f).trace(x, w).lower(lowering_platforms=(platform,)).as_text()
+    assert lowered(same, "tpu").count("dot_general") == 9 and "convolution" not in lowered(same, "tpu")
+    assert lowered(functools.partial(same, doubled=True), "tpu").count("dot_general") == 12
+    assert "dot_general" not in lowered(same, "cpu") and lowered(same, "cpu").count("stablehlo.convolution") == 1
+
+
+def test_doubled_convolutions_by_every_kind_of_weight():
+    rng = np.random.default_rng(1)
+    x, w, down, up = (
+        jnp.asarray(rng.standard_normal(s), jnp.float32)
+        for s in ((1, 5, 4, 6), (3, 3, 6, 8), (3, 3, 6, 2), (1, 1, 2, 8))
+    )
+    lora = weights.LoRA(w, down, up, jnp.float32(0.5))
+    want = torch_conv(x.repeat(2, 1).repeat(2, 2), w + 0.5 * jnp.einsum("hwir,ro->hwio", down, up[0, 0]))
+    np.testing.assert_allclose(weights.conv(x, lora, padding=((1, 1), (1, 1)), doubled=True), want, atol=1e-4)
