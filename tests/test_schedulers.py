@@ -779,6 +779,8 @@ def test_config_travels_by_folder(case, tmp_path):
     s = ours(name, config)
     s.save_config(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["scheduler_config.json"]
+    (tmp_path / "plain").touch()  # others may read the one as they may read the other
+    assert (tmp_path / "plain").stat().st_mode == (tmp_path / "scheduler_config.json").stat().st_mode
     assert (
         getattr(schedulers, name).from_pretrained(tmp_path)
         == s

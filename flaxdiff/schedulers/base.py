@@ -11,7 +11,7 @@ import difflib
 import enum
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -163,14 +163,12 @@ class Scheduler:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {k: v for k, v in self.config.items() if k != "_use_default_values"}
-        handle, name = tempfile.mkstemp(dir=folder, prefix=CONFIG_NAME, suffix=".tmp")
+        beside = folder / f".{CONFIG_NAME}.{secrets.token_hex(4)}.partial"
         try:
-            with os.fdopen(handle, "w") as file:
-                file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            os.replace(name, folder / CONFIG_NAME)
-        except BaseException:
-            os.unlink(name)
-            raise
+            beside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            os.replace(beside, folder / CONFIG_NAME)
+        finally:
+            beside.unlink(missing_ok=True)
 
     @property
     def compatibles(self) -> tuple[type[Scheduler], ...]:
