@@ -22,6 +22,7 @@ from PIL import Image
 from flaxdiff import images as pictures
 from flaxdiff import schedulers
 from flaxdiff.checkpoint import hub, load_pipeline
+from flaxdiff.checkpoint.pipelines import SCHEDULER
 from flaxdiff.pipelines.generate import Inputs, Program
 from flaxdiff.pipelines.stable_diffusion import StableDiffusionPipeline
 
@@ -50,7 +51,7 @@ class FlaxScheduler(NamedTuple):
     ) -> tuple[schedulers.Scheduler, FlaxSchedulerState]:
         """The scheduler with the options in a folder or Hub repository, whichever scheduler wrote them, but for
         `changes`; and its state for `params["scheduler"]`."""
-        folder = hub.fetch(repo, [f"{subfolder}/*.json" if subfolder else "*.json"], revision=revision)
+        folder = hub.fetch(repo, [f"{subfolder}/{SCHEDULER}".lstrip("/")], revision=revision)
         scheduler = self.scheduler_class.from_pretrained(folder, subfolder=subfolder, **changes)
         return scheduler, FlaxSchedulerState(scheduler)
 
