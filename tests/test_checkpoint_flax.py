@@ -298,10 +298,11 @@ def test_changed_bytes(path):
                 assert numbers.shape == tensor.shape and numbers.nbytes == tensor.nbytes
 
 
-def array(shape=(2,), dtype="float32", numbers=bytes(8), code=1) -> bytes:
+def array(shape=(2,), dtype="float32", numbers=bytes(8), code=1, after=b"") -> bytes:
     """An entry for an array, as Flax packs one."""
     sizes = b"".join(b"\xcf" + n.to_bytes(8, "big") for n in shape)
     packed = b"\x93" + bytes([0x90 + len(shape)]) + sizes + text(dtype) + b"\xc4" + bytes([len(numbers)]) + numbers
+    packed += after
     return b"\xc7" + bytes([len(packed), code]) + packed
 
 
@@ -318,6 +319,7 @@ def text(value: str) -> bytes:
         (b"\x81" + text("a") + array(), None),
         (b"\x81" + text("a") + array(shape=(3,)), r"shape \(3,\) and dtype float32 has 8 bytes"),
         (b"\x81" + text("a") + array(shape=(1 << 63, 1 << 63)), "has 8 bytes"),
+        (b"\x81" + text("a") + array(after=b"\xc0"), "has 8 bytes in an entry of 30"),
         (b"\x81" + text("a") + array(dtype="object"), "a is of dtype 'object'"),
         (b"\x81" + text("a") + array(dtype="V8"), "a is of dtype 'V8'"),
         (b"\x81" + text("a") + array(code=3), "a is neither an array nor a map"),
