@@ -83,6 +83,17 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.pipelines.stable_diffusion_xl": ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLPipeline"),
         "flaxdiff.pipelines.unconditional": ("DDIMPipeline", "DDPMPipeline"),
     },
+    "flax": {
+        "flaxdiff.flax_api": (
+            "FlaxDDIMScheduler",
+            "FlaxDDPMScheduler",
+            "FlaxDPMSolverMultistepScheduler",
+            "FlaxEulerDiscreteScheduler",
+            "FlaxLMSDiscreteScheduler",
+            "FlaxPNDMScheduler",
+            "FlaxStableDiffusionPipeline",
+        ),
+    },
     "tokenizer": {
         "transformers": ("CLIPTokenizer", "CLIPTokenizerFast"),
     },

@@ -1,8 +1,8 @@
 """Checkpoints: models and pipelines in the layout of diffusers and transformers, read and written without PyTorch.
 
 `reading` and `writing` handle one model, `pipelines` a whole folder of them. Beneath: `hub` (a name -> a folder),
-`files` (which file holds the weights), `safetensors` and `pickles` (a file -> tensors, not read yet), `convert`
-(tensors <-> our parameters).
+`files` (which file holds the weights), `safetensors`, `pickles` and `msgpack` (a file -> tensors, not read yet),
+`convert` (tensors <-> our parameters).
 """
 
 from flaxdiff.checkpoint.pipelines import load as load

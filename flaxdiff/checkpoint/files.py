@@ -1,8 +1,8 @@
 """The files of a checkpoint folder: which of them hold the weights, and how new ones get there.
 
-Weights lie in one file or in shards with an index, as safetensors or as older pickles, perhaps in a variant such as
-fp16. `weight_file` picks what to read by name alone; `open_weights` reads it. `staged` writes a folder beside its place
-and moves it there when it is complete.
+Weights lie in one file or in shards with an index, as safetensors, as older pickles or as Flax wrote them, perhaps in a
+variant such as fp16. `weight_file` picks what to read by name alone; `open_weights` reads it. `staged` writes a folder
+beside its place and moves it there when it is complete.
 """
 
 import contextlib
@@ -15,19 +15,24 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flaxdiff.checkpoint import pickles, safetensors
+from flaxdiff.checkpoint import msgpack, pickles, safetensors
 from flaxdiff.checkpoint.tensors import Tensor, damaged
 
 CONFIG, PIPELINE = "config.json", "model_index.json"
-STEMS = {  # library -> format -> what the files are called
-    "diffusers": {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"},
-    "transformers": {"safetensors": "model", "bin": "pytorch_model"},
+STEMS = {  # library -> format, the first that is there being read -> what the files are called
+    "diffusers": {
+        "safetensors": "diffusion_pytorch_model",
+        "bin": "diffusion_pytorch_model",
+        "msgpack": "diffusion_flax_model",
+    },
+    "transformers": {"safetensors": "model", "bin": "pytorch_model", "msgpack": "flax_model"},
 }
-READERS = {"safetensors": safetensors.read, "bin": pickles.read}
+READERS = {"safetensors": safetensors.read, "bin": pickles.read, "msgpack": msgpack.read}
 # Libraries of different age put the variant at different places, and the index of a variant at three.
 _NAME = re.compile(
-    r"(?P<stem>diffusion_pytorch_model|model|pytorch_model)(\.(?P<v1>[A-Za-z]\w*))??(-(?P<part>\d{5}-of-\d{5})(\.(?P<v2>[A-Za-z]\w*))?)?"
-    r"\.(?P<format>safetensors|bin)(?P<index>\.index(\.(?P<v3>[A-Za-z]\w*))?\.json)?"
+    r"(?P<stem>diffusion_pytorch_model|model|pytorch_model|diffusion_flax_model|flax_model)(\.(?P<v1>[A-Za-z]\w*))??"
+    r"(-(?P<part>\d{5}-of-\d{5})(\.(?P<v2>[A-Za-z]\w*))?)?"
+    r"\.(?P<format>safetensors|bin|msgpack)(?P<index>\.index(\.(?P<v3>[A-Za-z]\w*))?\.json)?"
 )
 
 
@@ -55,7 +60,7 @@ def parse(name: str) -> Weights | None:
 
 
 def weight_file(folder: Path, library: str, variant: str | None = None) -> Path:
-    """The file to open: the weights or their index, safetensors before pickles.
+    """The file to open: the weights or their index, safetensors before pickles before Flax's.
 
     Args:
       folder: where to look.
@@ -74,7 +79,9 @@ def weight_file(folder: Path, library: str, variant: str | None = None) -> Path:
     variants = {w.variant for w in there.values() if w and w.role != "shard" and w.stem in STEMS[library].values()}
     choices = " or ".join(f"variant={v!r}" for v in sorted(variants, key=str)) or "a folder with weights"
     wanted = f"{STEMS[library]['safetensors']}{'.' + variant if variant else ''}.safetensors"
-    raise FileNotFoundError(f"{folder} has no {wanted} (nor shards or a .bin); it has {sorted(there)}. Use {choices}.")
+    raise FileNotFoundError(
+        f"{folder} has no {wanted} (nor shards, a .bin or a .msgpack); it has {sorted(there)}. Use {choices}."
+    )
 
 
 def patterns(library: str, format: str, variant: str | None = None) -> list[str]:

@@ -23,6 +23,7 @@ SCHEDULER = "scheduler_config.json"
 DEFAULTS = "_defaults"  # how the checkpoint likes to be sampled; PyTorch's diffusers skips what begins so
 SORTS = ("model", "scheduler", "tokenizer")
 TOKENIZER = ("*.json", "*.txt", "*.model")  # files of a tokenizer
+FLAX = "Flax"  # diffusers' Flax classes, and transformers', had the names of PyTorch's after this
 
 
 def load_pipeline(
@@ -125,10 +126,10 @@ def read_index(folder: Path) -> tuple[str, dict[str, str], dict[str, Any]]:
             )
         if isinstance(value, list) and len(value) == 2 and all(isinstance(v, str | None) for v in value):
             if value[1] is not None:  # [null, null]: the pipeline can do without
-                components[name] = value[1]
+                components[name] = value[1].removeprefix(FLAX)
         else:
             settings[name] = frozen(value)
-    return str(index.get("_class_name")), components, settings
+    return str(index.get("_class_name")).removeprefix(FLAX), components, settings
 
 
 def _variants(
