@@ -172,7 +172,7 @@ def test_order_of_convergence(name, make, order):
 LEFT = {"DEISMultistepScheduler": 0.05, "SASolverScheduler": 0.05, "PNDMScheduler": 0.05, "TCDScheduler": 0.15}
 LEFT |= {"DDPMWuerstchenScheduler": 0.05, "CMStochasticIterativeScheduler": 0.01, "DPMSolverFastScheduler": 0.1}
 UPWARD = {"DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"}  # they end in noise
-# IPNDM starts where alpha = 0 and takes x_0 = 0 / alpha for 0 there, as diffusers does: no prediction of x_0 can be heard.
+# IPNDM starts where alpha = 0 and takes 0 / alpha for 0 there, as diffusers does: no prediction of x_0 can be heard.
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - UPWARD - {"IPNDMScheduler"}) + ["DPMSolverFastScheduler"])
