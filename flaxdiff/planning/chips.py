@@ -79,8 +79,7 @@ def describe(topology: str) -> Slice:
       ValueError: an unknown chip, or a shape that no slice of it has.
       ImportError: libtpu is not installed.
 
-    >>> import importlib.util
-    >>> len(describe("v5e:2x4").devices) if importlib.util.find_spec("libtpu") else 8
+    >>> len(describe("v5e:2x4").devices)
     8
     """
     kind, _, shape = topology.partition(":")
@@ -89,7 +88,7 @@ def describe(topology: str) -> Slice:
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"Topology {topology!r}: no chip is called {kind!r}; {hint}There are {', '.join(CHIPS)}.")
     chip = CHIPS[kind]
-    example = f"{kind}:{'x'.join('24'[: chip.sides]) if chip.sides == 2 else '2x2x1'}"
+    example = f"{kind}:{'2x4' if chip.sides == 2 else '2x2x1'}"
     if not re.fullmatch("x".join([r"[1-9]\d{0,4}"] * chip.sides), shape):
         raise ValueError(f"Topology {topology!r}: a slice of {kind} has {chip.sides} sides; write it as {example}.")
     sides = [int(side) for side in shape.split("x")]

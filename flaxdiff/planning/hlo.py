@@ -237,6 +237,7 @@ PLUMBING = {
     "Program",
     "predict",
     "stateless",
+    "training",
     "<module>",
     "<lambda>",
     "apply",

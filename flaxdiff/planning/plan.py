@@ -1,10 +1,11 @@
 """The plan itself: which programs a run consists of, compiled for a described slice from configurations alone.
 
 A sampling run is three programs, the parts of `pipelines/generate.py`: encode the prompts once, evaluate the network
-and the scheduler's row at each step (all branches of the guidance), decode once. A training run is `training/state.py`'s
-step. Nothing is allocated: parameters and inputs are shapes that say where they lie.
+and the scheduler's row at each step (all branches of the guidance), decode once. A training run is the step of
+`training/state.py`. Nothing is allocated: parameters and inputs are shapes that say where they lie.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -96,19 +97,18 @@ def plan(
     state = programs[0].arguments[0]
     split = parallel.unmet(run.params(), mesh)
     notes = tuple(
-        f"{len(names)} parameters have no side that {mesh.shape[axis]} divides and are not split over {axis}, e.g. "
-        f"{names[0]}."
+        f"Not split over {axis}, because {mesh.shape[axis]} does not divide them: {files.listed(names)}."
         for axis, names in split.items()
     )
     loops = sum(part.cost.unknown_loops for part in parts if part.cost)
-    notes += (f"{loops} loops do not say how often they run; they count once.",) if loops else ()
+    notes += (f"Loops that do not say how often they run, and count once: {loops}.",) if loops else ()
     size = run.inputs()["size"]
     what = f"{model}, {'a training step on' if train else 'sampling'} {batch} pictures of {size.height} × {size.width}"
     what += f" in {dtype} on {topology}, {preset}"
     report = Report(
         what, place.chip, place.chips, len(place.devices), dict(mesh.shape), batch, weight(state, mesh), parts, notes
     )
-    return report if report.fits else _advised(report, state, shards)
+    return report if report.fits else advised(report, state, shards)
 
 
 # --- what there is to run --------------------------------------------------------------------------------------------
@@ -268,7 +268,8 @@ def compiled(program: Program) -> Part:
     )
     lowered = function.lower(*program.arguments)
     try:
-        made = lowered.compile()
+        with _unkept():
+            made = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
         if needed is None:
@@ -284,6 +285,18 @@ def compiled(program: Program) -> Part:
         said.generated_code_size_in_bytes,
     )
     return Part(program.name, program.times, memory, hlo.Program(made.as_text()).cost(), seconds)
+
+
+@contextlib.contextmanager
+def _unkept() -> Iterator[None]:
+    """Nothing goes to the persistent compilation cache: programs for chips that are not there cannot be read back."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def weight(tree: Any, mesh: Mesh, rules: parallel.Rules = parallel.RULES) -> int:
@@ -304,7 +317,7 @@ def weight(tree: Any, mesh: Mesh, rules: parallel.Rules = parallel.RULES) -> int
 # --- advice ----------------------------------------------------------------------------------------------------------
 
 
-def _advised(report: Report, state: Any, shards: int) -> Report:
+def advised(report: Report, state: Any, shards: int) -> Report:
     """The report with what to change: what would fit by weights computed anew and working memory in proportion."""
     worst = max(report.parts, key=lambda part: part.peak or 0)
     working = max(worst.peak - report.weights, 0)
@@ -331,6 +344,4 @@ def _advised(report: Report, state: Any, shards: int) -> Report:
             if room_left > 0
             else f"Smaller pictures, or a chip with more memory: one picture works in {quantity(each, 'B')}."
         )
-    import dataclasses
-
     return dataclasses.replace(report, advice=tuple(advice))

@@ -170,7 +170,7 @@ def quantity(value: float | None, unit: str) -> str:
     """
     if value is None:
         return "-"
-    steps = {1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1: "", 1e-3: "m", 1e-6: "µ"}
+    steps = {1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1: "", 1e-3: "m", 1e-6: "µ", 1e-9: "n"}
     size = next((size for size in steps if abs(value) >= size), 1)
     return f"{value / size:.3g} {steps[size]}{unit}"
 
@@ -180,6 +180,8 @@ def _rows(report: Report) -> list[list[str]]:
     chip, parts = report.chip, report.parts
     memory = lambda name: [quantity(part.memory and getattr(part.memory, name), "B") for part in parts]
     costs = lambda figure: ["-" if part.cost is None else figure(part.cost) for part in parts]
+    intense = lambda cost: cost.flops / max(cost.bytes, 1)
+    kind = lambda cost: "arithmetic" if intense(cost) >= chip.flops / chip.bandwidth else "memory"
     limits = lambda figure: costs(lambda cost: figure(bound(cost, chip)))
     return [
         ["", *(part.name + (f" × {part.times}" if part.times > 1 else "") for part in parts)],
@@ -190,7 +192,8 @@ def _rows(report: Report) -> list[list[str]]:
         [f"in all, of {quantity(report.hbm, 'B')}", *(quantity(part.peak, "B") for part in parts)],
         ["arithmetic", *costs(lambda cost: quantity(cost.flops, "FLOP"))],
         ["memory traffic", *costs(lambda cost: quantity(cost.bytes, "B"))],
-        ["FLOP per byte", *costs(lambda cost: f"{cost.flops / max(cost.bytes, 1):.3g}")],
+        ["FLOP per byte", *costs(lambda cost: f"{intense(cost):,.0f}")],
+        ["so it waits for", *costs(kind)],
         ["compiler's cycles", *costs(lambda cost: quantity(cost.cycles, ""))],
         ["compiler's time", *limits(lambda limit: quantity(limit.compiler, "s"))],
         ["roofline", *limits(lambda limit: quantity(limit.seconds, "s"))],
@@ -231,11 +234,10 @@ def _verdict(report: Report) -> list[str]:
         image = quantity(whole / report.batch, "s")
         beside = "" if compiler is None else f"; by the compiler's cycles {quantity(compiler / report.batch, 's')}"
         lines.append(f"At best {quantity(whole, 's')} in all, {image} an image{beside}.")
-        ridge = chip.flops / chip.bandwidth
-        for part in report.parts:
-            intensity = part.cost.flops / max(part.cost.bytes, 1)
-            side = "arithmetic-bound" if intensity >= ridge else "memory-bound"
-            lines.append(f"{part.name}: {intensity:.3g} FLOP per byte, {side} (the chip's balance is {ridge:.0f}).")
+        lines.append(
+            f"The chip does {chip.flops / chip.bandwidth:.0f} FLOP in the time of a byte: a program with fewer waits for "
+            "its memory."
+        )
     lines += report.notes
     worst = max(report.parts, key=lambda part: part.peak or 0)
     lines.append(
