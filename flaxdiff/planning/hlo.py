@@ -55,7 +55,8 @@ class Cost:
     """What a program costs one device.
 
     Attributes:
-      flops: of matrix products, convolutions and Pallas kernels that say what they do.
+      flops: of matrix products, convolutions and Pallas kernels that say what they do, as compiled: with what the
+        compiler computes twice to cut a picture into tiles, without products with padding.
       kernel_flops: the part of them in Pallas kernels, for which the compiler estimates no cycles.
       bytes: read from and written to HBM.
       cycles: the compiler's estimate.
@@ -197,16 +198,36 @@ class Program:
         written = hbm(i.arrays)
         read = [hbm(known[name].arrays) if name in known else 0 for name in i.operands]
         if i.op == "fusion":
-            rows = self.computations[i.called[0]]
-            parameters = [row for row in rows if row.op == "parameter"]
-            parameters.sort(key=lambda row: int(re.match(r"(\d+)\)", row.line)[1]))
-            read = [min(whole, used(row, rows)) for whole, row in zip(read, parameters)]
-            root = next(row for row in rows if row.root)
+            inside = i.called[0]
+            read = [min(whole, self._used(name, inside)) for whole, name in zip(read, self._parameters(inside))]
+            root = next(row for row in self.computations[inside] if row.root)
             if root.op == "dynamic-update-slice":  # in place
-                written = min(written, self.defined[i.called[0]][root.operands[1]].arrays[0].bytes)
+                written = min(written, self.defined[inside][root.operands[1]].arrays[0].bytes)
         elif i.op == "dynamic-update-slice":
             written, read = read[1], read[1:]
         return written + sum(read)
+
+    def _used(self, name: str, computation: str) -> float:
+        """Bytes that a fused computation reads of a value: all, unless it only takes slices, or writes into it."""
+        total = 0.0
+        for row in self.computations[computation]:
+            if name not in row.operands:
+                continue
+            if row.op in ("dynamic-slice", "slice"):
+                total += row.arrays[0].bytes
+            elif row.op == "bitcast":
+                total += self._used(row.name, computation)
+            elif row.op == "fusion":
+                inside = row.called[0]
+                total += self._used(self._parameters(inside)[row.operands.index(name)], inside)
+            elif row.op != "dynamic-update-slice" or row.operands[0] != name:
+                return math.inf
+        return total
+
+    def _parameters(self, computation: str) -> list[str]:
+        """The names of a computation's parameters, in order."""
+        rows = [row for row in self.computations[computation] if row.op == "parameter"]
+        return [row.name for row in sorted(rows, key=lambda row: int(row.line.split(")")[0]))]
 
     def layer(self, i: Instruction) -> str:
         """Whose arithmetic an instruction is: the two innermost classes or functions, e.g. "Attention › Linear"."""
@@ -251,18 +272,6 @@ PLUMBING = {
     "Stage",
     "MidBlock",
 }
-
-
-def used(parameter: Instruction, rows: list[Instruction]) -> float:
-    """Bytes that a fused computation reads of a parameter: all, unless it only takes slices, or writes into it."""
-    users = [row for row in rows if parameter.name in row.operands]
-    total = 0.0
-    for row in users:
-        if row.op in ("dynamic-slice", "slice"):
-            total += row.arrays[0].bytes
-        elif not (row.op == "dynamic-update-slice" and row.operands[0] == parameter.name):
-            return math.inf
-    return total
 
 
 def convolution(line: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> float:

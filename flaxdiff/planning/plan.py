@@ -95,20 +95,20 @@ def plan(
     parts = tuple(compiled(program) for program in programs)
 
     state = programs[0].arguments[0]
-    split = parallel.unmet(run.params(), mesh)
-    notes = tuple(
-        f"Not split over {axis}, because {mesh.shape[axis]} does not divide them: {files.listed(names)}."
-        for axis, names in split.items()
-    )
-    loops = sum(part.cost.unknown_loops for part in parts if part.cost)
-    notes += (f"Loops that do not say how often they run, and count once: {loops}.",) if loops else ()
     size = run.inputs()["size"]
     what = f"{model}, {'a training step on' if train else 'sampling'} {batch} pictures of {size.height} × {size.width}"
     what += f" in {dtype} on {topology}, {preset}"
-    report = Report(
-        what, place.chip, place.chips, len(place.devices), dict(mesh.shape), batch, weight(state, mesh), parts, notes
-    )
+    where = (place.chip, place.chips, len(place.devices), dict(mesh.shape))
+    report = Report(what, *where, batch, weight(state, mesh), parts, tuple(_notes(run, parts)))
     return report if report.fits else advised(report, state, shards)
+
+
+def _notes(run: "_Run", parts: tuple[Part, ...]) -> Iterator[str]:
+    """What was not done as the rules wish, and what could not be read."""
+    for axis, names in parallel.unmet(run.params(), run.mesh).items():
+        yield f"Not split over {axis}, because {run.mesh.shape[axis]} does not divide them: {files.listed(names)}."
+    if loops := sum(part.cost.unknown_loops for part in parts if part.cost):
+        yield f"Loops that do not say how often they run, and count once: {loops}."
 
 
 # --- what there is to run --------------------------------------------------------------------------------------------
@@ -268,14 +268,14 @@ def compiled(program: Program) -> Part:
     )
     lowered = function.lower(*program.arguments)
     try:
-        with _unkept():
+        with unkept():
             made = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
-        if needed is None:
+        sizes = re.findall(r"([\d.]+)([KMGT])\b", str(error).split("\n")[0])  # what is needed and what there is
+        if "RESOURCE_EXHAUSTED" not in str(error) or not sizes:
             raise
-        size = round(float(needed[1]) * _UNITS[needed[2]])
-        return Part(program.name, program.times, None, None, time.perf_counter() - clock, size)
+        needed = max(round(float(size) * _UNITS[unit]) for size, unit in sizes)
+        return Part(program.name, program.times, None, None, time.perf_counter() - clock, needed)
     seconds = time.perf_counter() - clock
     said = made.memory_analysis()
     memory = Memory(
@@ -288,7 +288,7 @@ def compiled(program: Program) -> Part:
 
 
 @contextlib.contextmanager
-def _unkept() -> Iterator[None]:
+def unkept() -> Iterator[None]:
     """Nothing goes to the persistent compilation cache: programs for chips that are not there cannot be read back."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)

@@ -193,11 +193,11 @@ def _rows(report: Report) -> list[list[str]]:
         ["arithmetic", *costs(lambda cost: quantity(cost.flops, "FLOP"))],
         ["memory traffic", *costs(lambda cost: quantity(cost.bytes, "B"))],
         ["FLOP per byte", *costs(lambda cost: f"{intense(cost):,.0f}")],
-        ["so it waits for", *costs(kind)],
+        ["bound in the chip", *costs(kind)],
         ["compiler's cycles", *costs(lambda cost: quantity(cost.cycles, ""))],
         ["compiler's time", *limits(lambda limit: quantity(limit.compiler, "s"))],
         ["roofline", *limits(lambda limit: quantity(limit.seconds, "s"))],
-        ["bound by", *limits(lambda limit: limit.by)],
+        ["bound in all", *limits(lambda limit: limit.by)],
         ["MFU at most", *limits(lambda limit: f"{limit.mfu:.0%}")],
         ["compiled in", *(f"{part.seconds:.0f} s" for part in parts)],
     ]
@@ -235,7 +235,7 @@ def _verdict(report: Report) -> list[str]:
         beside = "" if compiler is None else f"; by the compiler's cycles {quantity(compiler / report.batch, 's')}"
         lines.append(f"At best {quantity(whole, 's')} in all, {image} an image{beside}.")
         lines.append(
-            f"The chip does {chip.flops / chip.bandwidth:.0f} FLOP in the time of a byte: a program with fewer waits for "
+            f"The chip does {chip.flops / chip.bandwidth:.0f} FLOP in the time of a byte; what does fewer is bound by "
             "its memory."
         )
     lines += report.notes
