@@ -123,13 +123,13 @@ def test_training_by_command(folder, capsys):
 # --- reading a program -----------------------------------------------------------------------------------------------
 
 
-def costs(function, *shapes, split=()):
-    """What a function costs one chip of two; `split` says how its arguments lie on the axis "x"."""
+def costs(function, *shapes, split=(), out=()):
+    """What a function costs one chip of two, its arguments along the axis "x" as `split` says, its result as `out`."""
     mesh = parallel.make_mesh({"x": 2}, chips.describe("v5e:1x2").devices)
     places = [NamedSharding(mesh, spec) for spec in [*split, *[PartitionSpec()] * (len(shapes) - len(split))]]
     args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape, place in zip(shapes, places)]
     with unkept():
-        made = jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec())).lower(*args).compile()
+        made = jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec(*out))).lower(*args).compile()
     return hlo.Program(made.as_text()).cost(), made.cost_analysis()
 
 
@@ -153,11 +153,13 @@ def test_arithmetic_and_loops():
 
 
 def test_collectives():
-    """A product summed over a split dimension is one reduction of its result; a split weight is gathered once."""
+    """A product summed over a split side is one reduction of its result, split or not; a split weight is gathered."""
     product = lambda a, b: jax.lax.dot(a, b, preferred_element_type=jnp.float32)
     ours, _ = costs(product, (256, 512), (512, 384), split=[PartitionSpec(None, "x"), PartitionSpec("x")])
     assert ours.collectives == {"all-reduce": [1, 256 * 384 * 4]}
     assert ours.flops == 2 * 256 * 512 * 384 / 2
+    ours, _ = costs(product, (256, 512), (512, 384), split=[PartitionSpec(None, "x"), PartitionSpec("x")], out=["x"])
+    assert ours.collectives == {"reduce-scatter": [1, 256 * 384 * 4]}
     ours, _ = costs(lambda w: w + 1, (512, 384), split=[PartitionSpec("x")])
     assert ours.collectives == {"all-gather": [1, 512 * 384 * 2]}
 

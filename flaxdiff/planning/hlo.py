@@ -181,10 +181,10 @@ class Program:
         # The compiler writes the reduction of which each device keeps a part as two instructions.
         if kind == "all-reduce" and any(row.op == "dynamic-slice" and row.root for row in known.values()):
             kind = "reduce-scatter"
-        moved = sum(array.bytes for name in i.operands for array in known[name].arrays) if "reduce" in kind else 0
+        ends = [array for name in i.operands for array in known[name].arrays] if "reduce" in kind else i.arrays
         row = total.collectives.setdefault(kind, [0, 0])
         row[0] += times
-        row[1] += times * (moved or max(array.bytes for array in i.arrays))
+        row[1] += times * (max if i.op.endswith("-start") else sum)(array.bytes for array in ends)
 
     def _traffic(self, i: Instruction, known: dict) -> float:
         """Bytes between HBM and the core: operands read and results written, of a slice only what it takes."""
