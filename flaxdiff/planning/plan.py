@@ -106,7 +106,7 @@ def plan(
 def _notes(run: "_Run", parts: tuple[Part, ...]) -> Iterator[str]:
     """What was not done as the rules wish, and what could not be read."""
     for axis, names in parallel.unmet(run.params(), run.mesh).items():
-        yield f"Not split over {axis}, because {run.mesh.shape[axis]} does not divide them: {files.listed(names)}."
+        yield f"{run.mesh.shape[axis]} divides no side of these, not split over {axis}: {len(names)}, e.g. {names[0]}."
     if loops := sum(part.cost.unknown_loops for part in parts if part.cost):
         yield f"Loops that do not say how often they run, and count once: {loops}."
 
