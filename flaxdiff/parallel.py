@@ -78,8 +78,8 @@ class Split:
 
     An axis that the mesh lacks is passed over, and so is one that does not divide the dimension or finds it taken.
 
-    >>> Split({"tensor": -1, "fsdp": None})((320, 640), make_mesh({"fsdp": 1}, jax.devices()[:1]))
-    PartitionSpec(None, 'fsdp')
+    >>> tuple(Split({"tensor": -1, "fsdp": None})((320, 640), make_mesh({"fsdp": 1}, jax.devices()[:1])))
+    (None, 'fsdp')
     """
 
     wishes: Mapping[str, int | None]

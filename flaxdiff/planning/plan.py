@@ -40,7 +40,7 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def plan(
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] | DiffusionPipeline,
     topology: str,
     *,
     preset: str = "fsdp",
@@ -54,8 +54,8 @@ def plan(
     """Compile a run ahead of time for TPUs that need not exist, and say whether it fits and what bounds its speed.
 
     Args:
-      model: "emoji", "sd15", "sd21", "sdxl", "sdxl-refiner", or a folder in diffusers' layout; only configurations are
-        read, there need be no weights.
+      model: "emoji", "sd15", "sd21", "sdxl", "sdxl-refiner", a folder in diffusers' layout, of which only
+        configurations are read, or a pipeline.
       topology: the slice, e.g. "v5e:2x4".
       preset: how weights and batch are split, see `parallel.preset`.
       batch: pictures in all; by default one for each part that the batch is split into.
@@ -66,7 +66,7 @@ def plan(
 
     Raises:
       ValueError: an unknown model, topology, preset or dtype, a mesh that the slice does not hold, a batch or a size
-        that does not divide.
+        that does not divide, a program that the compiler refuses.
       ImportError: libtpu is not installed.
 
     >>> plan("sdxl", "v5e:2x4", batch=12)
@@ -77,7 +77,7 @@ def plan(
         raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}.")
     if train and steps is not None:
         raise ValueError(f"steps={steps} is for sampling; leave it out to plan a training step.")
-    pipe = pipeline(model)
+    pipe = model if isinstance(model, DiffusionPipeline) else pipeline(model)
     place = chips.describe(topology)
     mesh = parallel.make_mesh(parallel.preset(preset, len(place.devices)), place.devices)
     axes = parallel.batch_axes(mesh)
@@ -96,7 +96,8 @@ def plan(
 
     state = programs[0].arguments[0]
     size = run.inputs()["size"]
-    what = f"{model}, {'a training step on' if train else 'sampling'} {batch} pictures of {size.height} × {size.width}"
+    name = type(pipe).__name__ if pipe is model else model
+    what = f"{name}, {'a training step on' if train else 'sampling'} {batch} pictures of {size.height} × {size.width}"
     what += f" in {dtype} on {topology}, {preset}"
     where = (place.chip, place.chips, len(place.devices), dict(mesh.shape))
     report = Report(what, *where, batch, weight(state, mesh), parts, tuple(_notes(run, parts)))
@@ -273,7 +274,8 @@ def compiled(program: Program) -> Part:
     except jax.errors.JaxRuntimeError as error:
         sizes = re.findall(r"([\d.]+)([KMGT])\b", str(error).split("\n")[0])  # what is needed and what there is
         if "RESOURCE_EXHAUSTED" not in str(error) or not sizes:
-            raise
+            told = str(error).split("\n")[0]
+            raise ValueError(f"The TPU compiler refuses the program {program.name!r}: {told}") from error
         needed = max(round(float(size) * _UNITS[unit]) for size, unit in sizes)
         return Part(program.name, program.times, None, None, time.perf_counter() - clock, needed)
     seconds = time.perf_counter() - clock
