@@ -1,9 +1,11 @@
-"""The command: `flaxdiff sample "dog face on blue" -o dog.png`.
+"""The command: `flaxdiff sample "dog face on blue" -o dog.png`, `flaxdiff plan --model sdxl --topology v5e:2x4`.
 
-On the shipped model by default, or on any folder or Hub repository. Compiled programs are kept between runs.
+The first draws, with the shipped model by default, or any folder or Hub repository. The second says what a run would
+cost on TPUs that need not exist. Programs that draw are kept between runs.
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -24,6 +26,19 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="same seed, same picture")
     add("--scheduler", help="e.g. EulerDiscreteScheduler; the checkpoint's own if left out")
     add("--num", type=int, default=1, help="how many pictures")
+
+    plan = commands.add_parser("plan", help="memory, time and transfers of a run on TPUs that need not exist")
+    add = plan.add_argument
+    add("--model", default="emoji", help="emoji, sd15, sd21, sdxl, sdxl-refiner, or a folder with configurations")
+    add("--topology", required=True, help="kind of chip and shape of the slice, e.g. v5e:2x4")
+    add("--preset", default="fsdp", help="dp, fsdp, tp, or a product such as dp+fsdp or fsdp+tp=4 (default: fsdp)")
+    add("--batch", type=int, help="pictures in all; one for each part that a batch is split into if left out")
+    add("--height", type=int, help="in pixels; what the model was trained on if left out")
+    add("--width", type=int, help="in pixels; what the model was trained on if left out")
+    add("--steps", type=int, help="steps of the scheduler; the model's own number if left out")
+    add("--train", action="store_true", help="plan a training step, optimiser included")
+    add("--dtype", default="bfloat16", help="what networks compute in: bfloat16 (default) or float32")
+    add("--json", action="store_true", help="print JSON")
     return top
 
 
@@ -62,6 +77,18 @@ def sample(args: argparse.Namespace) -> None:
     print(args.output)
 
 
+def plan(args: argparse.Namespace) -> None:
+    """Print what the run that `args` describe would cost."""
+    import jax
+
+    import flaxdiff
+
+    jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine is left to others
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "json")}
+    report = flaxdiff.plan(**options)
+    print(json.dumps(report.to_json(), indent=1) if args.json else report)
+
+
 def keep_compiled(jax) -> None:
     """Keep compiled programs in the user's cache folder, unless JAX was told where to."""
     if jax.config.jax_compilation_cache_dir is None:
@@ -74,8 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     """The entry point: 0 if all went well, 1 after an error of the user's, which is printed in one line."""
     args = parser().parse_args(argv)
     try:
-        {"sample": sample}[args.command](args)
-    except (ValueError, TypeError, OSError) as error:
+        {"sample": sample, "plan": plan}[args.command](args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"flaxdiff: {error}", file=sys.stderr)
         return 1
     return 0

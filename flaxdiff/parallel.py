@@ -4,8 +4,14 @@ A rule is a pair (regex, choice), and the first that matches a parameter's name 
 serves sharding, freezing, learning rates and every other choice by name. With parameters and inputs in place, the same
 `jax.jit(pipe.generate)` runs on one device or on all: XLA inserts the communication. For `jax.pmap`, `replicate` and
 `shard` add the leading axis of devices.
+
+A mesh has up to three axes. The batch is split over "data" and "fsdp", weights over "fsdp" (gathered where they are
+used) and "tensor" (each device computes a part of a layer's channels). `RULES` knows all three and passes over axes
+that a mesh does not have, so a `preset` is no more than the sizes of the axes.
 """
 
+import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -66,25 +72,45 @@ def whole(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec()
 
 
-def largest(axis: str) -> Choice:
-    """Split the longest dimension that the mesh axis divides; a copy where there is none."""
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Split dimensions over axes of the mesh: axis -> dimension counted from the end, or None for the longest.
 
-    def choose(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-        divisible = [d for d in range(len(shape)) if axis in mesh.shape and shape[d] % mesh.shape[axis] == 0]
-        if not divisible:
-            return PartitionSpec()
-        best = max(divisible, key=lambda d: shape[d])
-        return PartitionSpec(*(axis if d == best else None for d in range(len(shape))))
+    An axis that the mesh lacks is passed over, and so is one that does not divide the dimension or finds it taken.
 
-    return choose
+    >>> tuple(Split({"tensor": -1, "fsdp": None})((320, 640), make_mesh({"fsdp": 1}, jax.devices()[:1])))
+    (None, 'fsdp')
+    """
+
+    wishes: Mapping[str, int | None]
+
+    def __call__(self, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+        axes: list[str | None] = [None] * len(shape)
+        for axis, wish in self.wishes.items():
+            dims = range(len(shape)) if wish is None else [len(shape) + wish] if len(shape) + wish >= 0 else []
+            free = [d for d in dims if axis in mesh.shape and axes[d] is None and shape[d] % mesh.shape[axis] == 0]
+            if free:
+                axes[max(free, key=lambda d: shape[d])] = axis
+        return PartitionSpec(*axes)
 
 
-# Weights split over "fsdp", gathered by XLA where they are used; small vectors copied.
-FSDP: Rules = ((r"bias$|norm", whole), (r"", largest("fsdp")))
-REPLICATED: Rules = ((r"", whole),)
+# What an autoencoder is made of: its attention has one head, which is not worth splitting.
+_VAE = r"(^|\.)(en|de)coder\.(?!layers\.)"
+# The first layer of a pair computes a part of the channels on each device, the second adds the parts up.
+_FIRST = r"(to_[qkv]|[qkv]_proj|ff\.net\.0\.proj|mlp\.fc1|token_embedding|resnets\.\d+\.(conv1|time_emb_proj))\."
+_SECOND = r"(to_out\.0|out_proj|ff\.net\.2|mlp\.fc2|resnets\.\d+\.conv2)\.weight"
+RULES: Rules = (
+    (rf"norm|{_VAE}.*bias$", whole),
+    (_VAE, Split({"fsdp": None})),
+    (rf"{_FIRST}bias$", Split({"tensor": -1})),
+    (r"bias$", whole),
+    (_FIRST, Split({"tensor": -1, "fsdp": None})),
+    (_SECOND, Split({"tensor": -2, "fsdp": None})),
+    (r"", Split({"fsdp": None})),
+)
 
 
-def shardings(params: Mapping[str, Any], mesh: Mesh, rules: Rules = FSDP) -> dict[str, Any]:
+def shardings(params: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> dict[str, Any]:
     """Where each parameter lies, for `jax.device_put`, `jax.jit(init, out_shardings=…)` or a loader.
 
     Args:
@@ -102,15 +128,81 @@ def shardings(params: Mapping[str, Any], mesh: Mesh, rules: Rules = FSDP) -> dic
     return {name: jax.tree.map(place(name), weight) for name, weight in params.items()}
 
 
-def distribute(params: Params, mesh: Mesh, rules: Rules = FSDP) -> Params:
+def distribute(params: Params, mesh: Mesh, rules: Rules = RULES) -> Params:
     """Parameters put where the rules say."""
     return jax.device_put(params, shardings(params, mesh, rules))
+
+
+def unmet(params: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> dict[str, list[str]]:
+    """Which parameters a rule would split over an axis of the mesh that does not divide them: axis -> paths.
+
+    >>> mesh = make_mesh({"tensor": 1}, jax.devices()[:1])
+    >>> unmet({"attn1.to_q.weight": jnp.zeros((5, 5))}, mesh)
+    {}
+    """
+    found: dict[str, list[str]] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        choice = first_match(rules, name)
+        for axis in getattr(choice, "wishes", ()):
+            if mesh.shape.get(axis, 1) > 1 and axis not in choice(leaf.shape, mesh):
+                found.setdefault(axis, []).append(name)
+    return found
+
+
+# --- presets ---------------------------------------------------------------------------------------------------------
+
+AXES = {"dp": "data", "fsdp": "fsdp", "tp": "tensor"}
+
+
+def preset(text: str, devices: int) -> dict[str, int]:
+    """The shape of the mesh that a short name stands for.
+
+    Args:
+      text: "dp" (copies of the weights), "fsdp" or "tp", or a product such as "dp+fsdp" or "fsdp+tp=4". Axes without a
+        size share what is left, the later ones taking the larger part.
+      devices: how many there are.
+
+    Raises:
+      ValueError: an unknown name, or sizes that do not multiply to the number of devices.
+
+    >>> preset("dp+fsdp", 8), preset("fsdp+tp=2", 8)
+    ({'data': 2, 'fsdp': 4}, {'fsdp': 4, 'tensor': 2})
+    """
+    known = f"Join {', '.join(AXES)} by +, each once, with a size where wanted, e.g. fsdp+tp=4"
+    sizes: dict[str, int | None] = {}
+    for part in text.split("+"):
+        name, _, size = part.partition("=")
+        if name not in AXES or AXES[name] in sizes or (size and not re.fullmatch(r"[1-9]\d*", size)):
+            raise ValueError(f"Preset {text!r}: {part!r} is not known. {known}.")
+        sizes[AXES[name]] = int(size) if size else None
+
+    given = math.prod(size for size in sizes.values() if size)
+    left = devices // given
+    open_axes = [axis for axis, size in sizes.items() if size is None]
+    if devices % given or (left > 1 and not open_axes):
+        hint = f"use sizes whose product {'divides' if open_axes else 'is'} {devices}"
+        raise ValueError(f"Preset {text!r} needs {given} devices or a multiple, of {devices} that there are; {hint}.")
+    for i, axis in enumerate(reversed(open_axes)):
+        root = left ** (1 / (len(open_axes) - i))
+        sizes[axis] = min(d for d in range(1, left + 1) if left % d == 0 and d > root - 1e-9)
+        left //= sizes[axis]
+    return {axis: size or 1 for axis, size in sizes.items()}
+
+
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes that a batch is split over: all but those that split the layers themselves.
+
+    >>> batch_axes(make_mesh({"fsdp": 1, "tensor": 1}, jax.devices()[:1]))
+    ('fsdp',)
+    """
+    return tuple(axis for axis in mesh.axis_names if axis != "tensor")
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def _by_kind(shared: Callable, batched: Callable, tree: Any) -> Any:
+def by_kind(shared: Callable, batched: Callable, tree: Any) -> Any:
     """Map numbers and a scheduler's tables, the same for all images, by one function, and all else by another."""
     is_plan = lambda node: isinstance(node, Plan)
     leaf = lambda a: (batched if np.ndim(a) else shared)(a)
@@ -140,8 +232,8 @@ def shard(inputs: Any, over: Mesh | int | None = None) -> Any:
     Args:
       inputs: from `prepare_inputs`, or any tree of arrays whose first axis is the batch. Numbers and a scheduler's
         plan are the same for all.
-      over: a mesh, for `jax.jit`: arrays are placed, split along all its axes; or a number of devices (by default the
-        local ones), for `jax.pmap`: arrays get a leading axis of devices.
+      over: a mesh, for `jax.jit`: arrays are placed, split along its `batch_axes`; or a number of devices (by default
+        the local ones), for `jax.pmap`: arrays get a leading axis of devices.
 
     Raises:
       ValueError: the batch does not divide.
@@ -149,7 +241,8 @@ def shard(inputs: Any, over: Mesh | int | None = None) -> Any:
     >>> shard({"ids": np.zeros((4, 7)), "scale": np.float32(5)}, 2)["ids"].shape
     (2, 2, 7)
     """
-    n = over.size if isinstance(over, Mesh) else over or jax.local_device_count()
+    axes = batch_axes(over) if isinstance(over, Mesh) else ()
+    n = math.prod(over.shape[a] for a in axes) if isinstance(over, Mesh) else over or jax.local_device_count()
 
     def check(a: Any) -> Any:
         if len(a) % n:
@@ -157,8 +250,8 @@ def shard(inputs: Any, over: Mesh | int | None = None) -> Any:
         return a
 
     if isinstance(over, Mesh):
-        everywhere, split = NamedSharding(over, PartitionSpec()), NamedSharding(over, PartitionSpec(over.axis_names))
+        everywhere, split = NamedSharding(over, PartitionSpec()), NamedSharding(over, PartitionSpec(axes))
         put = lambda a, where: jax.device_put(a, where)
-        return _by_kind(lambda a: put(a, everywhere), lambda a: put(check(a), split), inputs)
+        return by_kind(lambda a: put(a, everywhere), lambda a: put(check(a), split), inputs)
     copies = lambda a: np.broadcast_to(a, (n, *np.shape(a)))
-    return _by_kind(copies, lambda a: check(a).reshape(n, len(a) // n, *a.shape[1:]), inputs)
+    return by_kind(copies, lambda a: check(a).reshape(n, len(a) // n, *a.shape[1:]), inputs)

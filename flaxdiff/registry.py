@@ -16,6 +16,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.images": ("make_image_grid",),
         "flaxdiff.schedulers": ("scheduler",),
         "flaxdiff.parallel": ("distribute", "make_mesh", "replicate", "shard", "shardings"),
+        "flaxdiff.planning.plan": ("plan",),
     },
     "other": {
         "flaxdiff.checkpoint.pipelines": ("EMOJI",),

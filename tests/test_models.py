@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import flaxdiff
+from flaxdiff.published import COMPONENTS
 
 rng = np.random.default_rng(0)
 normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
@@ -98,101 +99,14 @@ def test_clip_of_the_first_configurations():
 
 # --- full size -------------------------------------------------------------------------------------------------------
 
-XL = dict(
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    use_linear_projection=True,
-    sample_size=128,
-)
-FULL = {  # the numbers that the published config.json files set
-    "SD 1.5 UNet": ("UNet2DConditionModel", dict(cross_attention_dim=768, attention_head_dim=8, sample_size=64)),
-    "SD 1.5 inpainting UNet": (
-        "UNet2DConditionModel",
-        dict(cross_attention_dim=768, attention_head_dim=8, in_channels=9),
-    ),
-    "SD 2.1 UNet": (
-        "UNet2DConditionModel",
-        dict(cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True, sample_size=96),
-    ),
-    "SDXL base UNet": (
-        "UNet2DConditionModel",
-        dict(
-            XL,
-            block_out_channels=[320, 640, 1280],
-            down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-            up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-            attention_head_dim=[5, 10, 20],
-            transformer_layers_per_block=[1, 2, 10],
-            cross_attention_dim=2048,
-            projection_class_embeddings_input_dim=2816,
-        ),
-    ),
-    "SDXL refiner UNet": (
-        "UNet2DConditionModel",
-        dict(
-            XL,
-            block_out_channels=[384, 768, 1536, 1536],
-            down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-            up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-            attention_head_dim=[6, 12, 24, 24],
-            transformer_layers_per_block=4,
-            cross_attention_dim=1280,
-            projection_class_embeddings_input_dim=2560,
-        ),
-    ),
-    "SD VAE": (
-        "AutoencoderKL",
-        dict(
-            block_out_channels=[128, 256, 512, 512],
-            down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4,
-            layers_per_block=2,
-            sample_size=512,
-        ),
-    ),
-    "SD 1.5 text encoder": (
-        "CLIPTextModel",
-        dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
-    ),
-    "SD 2.1 text encoder": (
-        "CLIPTextModel",
-        dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=23, hidden_act="gelu"),
-    ),
-    "SDXL text encoder 2": (
-        "CLIPTextModelWithProjection",
-        dict(
-            hidden_size=1280,
-            intermediate_size=5120,
-            num_attention_heads=20,
-            num_hidden_layers=32,
-            hidden_act="gelu",
-            projection_dim=1280,
-        ),
-    ),
-    "google/ddpm-celebahq-256 UNet": (
-        "UNet2DModel",
-        dict(
-            sample_size=256,
-            block_out_channels=[128, 128, 256, 256, 512, 512],
-            down_block_types=["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
-            up_block_types=["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
-            attention_head_dim=None,
-            downsample_padding=0,
-            flip_sin_to_cos=False,
-            freq_shift=1,
-            norm_eps=1e-6,
-        ),
-    ),
-}
-
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", COMPONENTS)
 def test_full_size(name, scan):
     """Names and shapes are those of PyTorch's class, and one call computes, all without memory."""
     from flaxdiff.checkpoint import convert
 
-    class_name, config = FULL[name]
+    class_name, config = COMPONENTS[name]
     spec = getattr(flaxdiff, class_name).from_config({**config, "scan_layers": scan})
     with torch.device("meta"):
         if hasattr(diffusers, class_name):
@@ -225,9 +139,9 @@ def call(spec):
     return (jax.ShapeDtypeStruct((2, 77), jnp.int32),), (2, 77, c.hidden_size)
 
 
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", COMPONENTS)
 def test_full_size_call(name):
-    class_name, config = FULL[name]
+    class_name, config = COMPONENTS[name]
     spec = getattr(flaxdiff, class_name).from_config(config)
     args, shape = call(spec)
     out = jax.eval_shape(lambda params, args: flaxdiff.apply(spec, params, *args), flaxdiff.abstract(spec), args)

@@ -355,7 +355,13 @@ def test_pmap(tiny):
 
 
 @pytest.mark.parametrize(
-    "axes", [{"data": 2}, pytest.param({"data": 8}, marks=pytest.mark.slow), {"data": 2, "fsdp": 4}]
+    "axes",
+    [
+        {"data": 2},
+        pytest.param({"data": 8}, marks=pytest.mark.slow),
+        {"data": 2, "fsdp": 4},
+        {"fsdp": 2, "tensor": 4},
+    ],
 )
 def test_one_key_one_picture_on_any_number_of_devices(tiny, axes):
     """Batch and parameters sharded over fake devices, noise of the solver included."""
@@ -364,8 +370,7 @@ def test_one_key_one_picture_on_any_number_of_devices(tiny, axes):
     inputs = pipe.prepare_inputs(prompt=[*"abcdefgh"], num_inference_steps=3)
     one = jax.jit(pipe.generate)(params, KEY, inputs)
     mesh = flaxdiff.make_mesh(axes, jax.devices()[: int(np.prod(list(axes.values())))])
-    rules = flaxdiff.parallel.FSDP if "fsdp" in axes else flaxdiff.parallel.REPLICATED
-    spread = flaxdiff.distribute(params, mesh, rules)
+    spread = flaxdiff.distribute(params, mesh)
     if "fsdp" in axes:
         assert not spread["unet"]["conv_in.weight"].sharding.is_fully_replicated
     many = jax.jit(pipe.generate)(spread, KEY, flaxdiff.shard(inputs, mesh))

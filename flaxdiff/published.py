@@ -1,0 +1,123 @@
+"""The published configurations of well-known checkpoints: what there is to know of a model without its weights.
+
+The planner compiles from them, and the tests hold every network here against PyTorch's class at full size by shapes
+alone. The networks' settings are those that their config.json files set and that differ from the defaults.
+"""
+
+from typing import Any
+
+_XL = dict(
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    use_linear_projection=True,
+    sample_size=128,
+)
+_VAE = dict(
+    block_out_channels=[128, 256, 512, 512],
+    down_block_types=["DownEncoderBlock2D"] * 4,
+    up_block_types=["UpDecoderBlock2D"] * 4,
+    layers_per_block=2,
+)
+
+# name -> (class, the settings of its config.json that differ from the defaults)
+COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SD 1.5 UNet": ("UNet2DConditionModel", dict(cross_attention_dim=768, attention_head_dim=8, sample_size=64)),
+    "SD 1.5 inpainting UNet": (
+        "UNet2DConditionModel",
+        dict(cross_attention_dim=768, attention_head_dim=8, in_channels=9),
+    ),
+    "SD 2.1 UNet": (
+        "UNet2DConditionModel",
+        dict(cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True, sample_size=96),
+    ),
+    "SDXL base UNet": (
+        "UNet2DConditionModel",
+        dict(
+            _XL,
+            block_out_channels=[320, 640, 1280],
+            down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            attention_head_dim=[5, 10, 20],
+            transformer_layers_per_block=[1, 2, 10],
+            cross_attention_dim=2048,
+            projection_class_embeddings_input_dim=2816,
+        ),
+    ),
+    "SDXL refiner UNet": (
+        "UNet2DConditionModel",
+        dict(
+            _XL,
+            block_out_channels=[384, 768, 1536, 1536],
+            down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            attention_head_dim=[6, 12, 24, 24],
+            transformer_layers_per_block=4,
+            cross_attention_dim=1280,
+            projection_class_embeddings_input_dim=2560,
+        ),
+    ),
+    "SD VAE": ("AutoencoderKL", dict(_VAE, sample_size=512)),
+    "SDXL VAE": ("AutoencoderKL", dict(_VAE, sample_size=1024, scaling_factor=0.13025)),
+    "SD 1.5 text encoder": (
+        "CLIPTextModel",
+        dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
+    ),
+    "SD 2.1 text encoder": (
+        "CLIPTextModel",
+        dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=23, hidden_act="gelu"),
+    ),
+    "SDXL text encoder 2": (
+        "CLIPTextModelWithProjection",
+        dict(
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_attention_heads=20,
+            num_hidden_layers=32,
+            hidden_act="gelu",
+            projection_dim=1280,
+        ),
+    ),
+    "google/ddpm-celebahq-256 UNet": (
+        "UNet2DModel",
+        dict(
+            sample_size=256,
+            block_out_channels=[128, 128, 256, 256, 512, 512],
+            down_block_types=["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
+            up_block_types=["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
+            attention_head_dim=None,
+            downsample_padding=0,
+            flip_sin_to_cos=False,
+            freq_shift=1,
+            norm_eps=1e-6,
+        ),
+    ),
+}
+
+# short name -> (class of the pipeline, component -> name above, settings of the pipeline)
+MODELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
+    "sd15": (
+        "StableDiffusionPipeline",
+        {"vae": "SD VAE", "text_encoder": "SD 1.5 text encoder", "unet": "SD 1.5 UNet"},
+        {},
+    ),
+    "sd21": (
+        "StableDiffusionPipeline",
+        {"vae": "SD VAE", "text_encoder": "SD 2.1 text encoder", "unet": "SD 2.1 UNet"},
+        {},
+    ),
+    "sdxl": (
+        "StableDiffusionXLPipeline",
+        {
+            "vae": "SDXL VAE",
+            "text_encoder": "SD 1.5 text encoder",
+            "text_encoder_2": "SDXL text encoder 2",
+            "unet": "SDXL base UNet",
+        },
+        {"force_zeros_for_empty_prompt": True},
+    ),
+    "sdxl-refiner": (
+        "StableDiffusionXLImg2ImgPipeline",
+        {"vae": "SDXL VAE", "text_encoder_2": "SDXL text encoder 2", "unet": "SDXL refiner UNet"},
+        {"requires_aesthetics_score": True},
+    ),
+}

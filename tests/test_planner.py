@@ -1,0 +1,317 @@
+"""Planning with the real TPU compiler: figures that can be checked by hand, presets of meshes, what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import flaxdiff
+from flaxdiff import cli, parallel
+from flaxdiff.planning import chips, hlo
+from flaxdiff.planning.plan import Program, advised, compiled, pipeline, unkept, weight
+from flaxdiff.planning.report import Part, Report
+from flaxdiff.published import COMPONENTS
+
+NETWORKS = {
+    "unet": (
+        flaxdiff.UNet2DConditionModel,
+        dict(
+            block_out_channels=[32],
+            down_block_types=["CrossAttnDownBlock2D"],
+            up_block_types=["CrossAttnUpBlock2D"],
+            attention_head_dim=4,
+            cross_attention_dim=16,
+            norm_num_groups=8,
+            layers_per_block=1,
+            sample_size=16,
+        ),
+    ),
+    "vae": (flaxdiff.AutoencoderKL, dict(block_out_channels=[32], norm_num_groups=8, layers_per_block=1)),
+    "text_encoder": (
+        flaxdiff.CLIPTextModel,
+        dict(
+            vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=16,
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of configurations alone."""
+    root = tmp_path_factory.mktemp("tiny")
+    index = {name: ["diffusers", cls.__name__] for name, (cls, _) in NETWORKS.items()}
+    (root / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **index}))
+    for name, (_, config) in NETWORKS.items():
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(json.dumps(config))
+    return root
+
+
+@pytest.fixture(scope="module")
+def sampled(folder):
+    return flaxdiff.plan(folder, "v5e:2x4", preset="fsdp", batch=8, steps=7)
+
+
+# --- what a plan says ------------------------------------------------------------------------------------------------
+
+
+def test_sampling(sampled, folder):
+    """Three programs, every figure is there, and a chip holds an eighth of the weights."""
+    assert [(part.name, part.times) for part in sampled.parts] == [("encode", 1), ("step", 7), ("decode", 1)]
+    assert sampled.fits and sampled.mesh == {"fsdp": 8} and sampled.chips == 8 and not sampled.advice
+    whole = sum(2 * a.size for _, spec in pipeline(folder).specs for a in flaxdiff.abstract(spec).values())
+    assert whole / 8 <= sampled.weights <= 1.2 * whole / 8
+    for part in sampled.parts:
+        assert sampled.weights <= part.memory.arguments <= part.peak < 64e6
+        assert part.cost.flops > 0 and part.cost.cycles > 0 and part.cost.unknown_loops == 0
+        assert part.cost.cycles == pytest.approx(sum(part.cost.layers.values()))
+    step = sampled.parts[1].cost
+    assert {"all-gather", "all-reduce"} & set(step.collectives)
+    assert {"Attention › Linear", "ResnetBlock2D › Conv"} <= set(step.layers)
+    # both branches of the guidance: the largest convolution alone, twice
+    assert step.flops > 2 * 2 * 16 * 16 * 9 * 64 * 32
+
+
+def test_table_and_json(sampled):
+    text, data = str(sampled), json.loads(json.dumps(sampled.to_json()))
+    for words in ("step × 7", "of 17.2 GB", "MFU at most", "FLOP per byte", "transfers, step", "It fits: ", "an image"):
+        assert words in text
+    step = data["parts"][1]
+    assert data["fits"] and step["times"] == 7 and step["peak"] == sum(step["memory"].values())
+    limits = step["roofline"]
+    assert limits["seconds"] == max(limits["arithmetic"], limits["memory"], limits["links"])
+    assert limits["mfu"] == pytest.approx(step["cost"]["flops"] / 197e12 / limits["seconds"])
+    whole = sum(part["times"] * part["roofline"]["seconds"] for part in data["parts"])
+    assert data["seconds"] == pytest.approx(whole) and data["seconds_per_image"] == pytest.approx(whole / 8)
+
+
+@pytest.mark.slow
+def test_training_by_command(folder, capsys):
+    """Parameters, two moments and the average in float32, divided; the new state takes the place of the old."""
+    given = [
+        "--model",
+        str(folder),
+        "--topology",
+        "v5e:2x4",
+        "--preset",
+        "fsdp+tp=2",
+        "--batch",
+        "8",
+        "--train",
+        "--json",
+    ]
+    with jax.numpy_dtype_promotion("standard"):  # Adam of optax raises a number to an integer array
+        assert cli.main(["plan", *given]) == 0
+    data = json.loads(capsys.readouterr().out)
+    (part,) = data["parts"]
+    assert part["name"] == "training step" and data["fits"] and data["mesh"] == {"fsdp": 4, "tensor": 2}
+    spec = dict(pipeline(folder).specs)["unet"]
+    count = sum(a.size for a in flaxdiff.abstract(spec).values())
+    assert 16 * count / 8 < data["weights"] < 16 * count / 3
+    assert part["memory"]["outputs"] < 0.1 * part["memory"]["arguments"]
+    layers = part["cost"]["layers"]
+    backward = sum(cycles for layer, cycles in layers.items() if layer.endswith("(backward)"))
+    assert 0.2 < backward / part["cost"]["cycles"] < 1
+
+
+# --- reading a program -----------------------------------------------------------------------------------------------
+
+
+def costs(function, *shapes, split=(), out=()):
+    """What a function costs one chip of two, its arguments along the axis "x" as `split` says, its result as `out`."""
+    mesh = parallel.make_mesh({"x": 2}, chips.describe("v5e:1x2").devices)
+    places = [NamedSharding(mesh, spec) for spec in [*split, *[PartitionSpec()] * (len(shapes) - len(split))]]
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape, place in zip(shapes, places)]
+    with unkept():
+        made = jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec(*out))).lower(*args).compile()
+    return hlo.Program(made.as_text()).cost(), made.cost_analysis()
+
+
+def test_arithmetic_and_loops():
+    """Products as counted by hand, convolutions as by XLA, both in a loop as often as it turns."""
+    ours, xla = costs(lambda a, b: a @ b, (256, 512), (512, 384))
+    assert ours.flops == 2 * 256 * 512 * 384
+    conv = lambda x, w: jax.lax.conv(x, w, (2, 2), "SAME")
+    ours, xla = costs(conv, (2, 128, 16, 16), (256, 128, 3, 3))
+    assert ours.flops == pytest.approx(xla["flops"], rel=0.02)  # XLA adds what is no product
+    assert ours.flops >= 2 * 2 * (3 * 8 - 1) ** 2 * 128 * 256  # windows at one edge of each side reach into the padding
+
+    body = lambda x, w: (jnp.tanh(x @ w), None)
+    looped, xla = costs(lambda x, ws: jax.lax.scan(body, x, ws)[0], (256, 512), (24, 512, 512))
+    assert looped.flops == 24 * 2 * 256 * 512 * 512 > 2 * xla["flops"] and looped.unknown_loops == 0
+    # every weight is read once; that the loop reads them from one array of all layers costs nothing more
+    assert 24 * 512 * 512 * 2 <= looped.bytes < 1.5 * 24 * 512 * 512 * 2
+
+    until = lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 100, lambda x: x @ x, x)
+    assert costs(until, (256, 256))[0].unknown_loops == 1
+
+
+def test_collectives():
+    """A product summed over a split side is one reduction of its result, split or not; a split weight is gathered."""
+    product = lambda a, b: jax.lax.dot(a, b, preferred_element_type=jnp.float32)
+    ours, _ = costs(product, (256, 512), (512, 384), split=[PartitionSpec(None, "x"), PartitionSpec("x")])
+    assert ours.collectives == {"all-reduce": [1, 256 * 384 * 4]}
+    assert ours.flops == 2 * 256 * 512 * 384 / 2
+    ours, _ = costs(product, (256, 512), (512, 384), split=[PartitionSpec(None, "x"), PartitionSpec("x")], out=["x"])
+    assert ours.collectives == {"reduce-scatter": [1, 256 * 384 * 4]}
+    ours, _ = costs(lambda w: w + 1, (512, 384), split=[PartitionSpec("x")])
+    assert ours.collectives == {"all-gather": [1, 512 * 384 * 2]}
+
+
+# --- presets and rules -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "devices", "shape"),
+    [
+        ("dp", 8, {"data": 8}),
+        ("fsdp", 256, {"fsdp": 256}),
+        ("tp", 4, {"tensor": 4}),
+        ("dp+fsdp", 8, {"data": 2, "fsdp": 4}),
+        ("dp+fsdp", 256, {"data": 16, "fsdp": 16}),
+        ("fsdp+tp=2", 6, {"fsdp": 3, "tensor": 2}),
+        ("dp=2+fsdp+tp=2", 4, {"data": 2, "fsdp": 1, "tensor": 2}),
+        ("dp+fsdp", 7, {"data": 1, "fsdp": 7}),
+    ],
+)
+def test_preset(text, devices, shape):
+    assert parallel.preset(text, devices) == shape
+    assert list(parallel.preset(text, devices)) == list(shape)
+
+
+def abstract_mesh(**axes):
+    return jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_every_model_splits(name):
+    """Over eight devices each holds an eighth of the weights, to 5 %; rules by layer find their layers."""
+    kind, config = COMPONENTS[name]
+    params = flaxdiff.abstract(getattr(flaxdiff, kind).from_config(config))
+    whole = sum(4 * a.size for a in params.values())
+    assert weight(params, abstract_mesh(fsdp=8)) <= 1.05 * whole / 8
+    assert weight(params, abstract_mesh(data=8)) == whole
+    if kind != "AutoencoderKL":
+        assert weight(params, abstract_mesh(tensor=4)) < 0.55 * whole
+        assert weight(params, abstract_mesh(fsdp=2, tensor=4)) <= (1 / 8 + 0.1) * whole
+
+
+def test_pairs_of_layers():
+    """What the first of two layers splits on its way out, the second splits on its way in."""
+    mesh, spec = abstract_mesh(tensor=2), flaxdiff.UNet2DConditionModel.from_config(NETWORKS["unet"][1])
+    block = "mid_block.attentions.0.transformer_blocks.0"
+    axes = {
+        name: parallel.first_match(parallel.RULES, name)(a.shape, mesh) for name, a in flaxdiff.abstract(spec).items()
+    }
+    for name, spec in {
+        f"{block}.attn1.to_q.weight": (None, "tensor"),
+        f"{block}.attn2.to_out.0.weight": ("tensor", None),
+        f"{block}.attn2.to_out.0.bias": (),
+        f"{block}.ff.net.0.proj.weight": (None, "tensor"),
+        f"{block}.ff.net.0.proj.bias": ("tensor",),
+        f"{block}.ff.net.2.weight": ("tensor", None),
+        "mid_block.resnets.0.conv1.weight": (None, None, None, "tensor"),
+        "mid_block.resnets.0.conv2.weight": (None, None, "tensor", None),
+        f"{block}.norm1.weight": (),
+    }.items():
+        assert axes[name] == PartitionSpec(*spec), name
+
+
+def test_what_does_not_divide_is_copied_and_noted():
+    mesh = abstract_mesh(tensor=3)
+    params = {
+        "attn1.to_q.weight": jax.ShapeDtypeStruct((8, 8), jnp.float32),
+        "attn1.to_k.weight": jax.ShapeDtypeStruct((8, 9), jnp.float32),
+    }
+    assert parallel.unmet(params, mesh) == {"tensor": ["attn1.to_q.weight"]}
+    assert weight(params, mesh) == 4 * (64 + 24)
+
+
+# --- what it refuses, and what it advises ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"--topology": "v5x:2x4"}, "no chip is called 'v5x'; did you mean v"),
+        ({"--topology": "v5e"}, "a slice of v5e has 2 sides; write it as v5e:2x4"),
+        ({"--topology": "v5p:2x4"}, "a slice of v5p has 3 sides; write it as v5p:2x2x1"),
+        ({"--topology": "v5e:32x32"}, "has 1024 chips; a pod of v5e has 256"),
+        ({"--preset": "fsdp=3"}, "Preset 'fsdp=3' needs 3 devices or a multiple, of 8 that there are"),
+        ({"--preset": "fsdp=4"}, "Preset 'fsdp=4' needs 4 devices"),
+        ({"--preset": "dp=16+fsdp"}, "Preset 'dp=16+fsdp' needs 16 devices"),
+        ({"--preset": "zero"}, "'zero' is not known. Join dp, fsdp, tp by +"),
+        ({"--preset": "fsdp+fsdp"}, "each once"),
+        ({"--batch": "12"}, "A batch of 12 does not divide among 8 parts (mesh of fsdp 8); use a multiple of 8"),
+        ({"--batch": "0"}, "use a multiple of 8"),
+        ({"--model": "sdxxl"}, "no model or folder 'sdxxl'; did you mean sdxl?"),
+        ({"--dtype": "float16"}, "use one of bfloat16, float32"),
+        ({"--height": "100", "--model": "sdxl"}, "needs positive multiples of 8"),
+        ({"--steps": "0"}, "num_inference_steps=0"),
+        ({"--steps": "3", "--train": None}, "leave it out to plan a training step"),
+    ],
+)  # fmt: skip
+def test_refuses(options, message, capsys):
+    given = {"--topology": "v5e:2x4"} | options
+    assert cli.main(["plan", *(word for pair in given.items() for word in pair if word is not None)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("flaxdiff: ")
+
+
+def test_refuses_a_folder_that_lacks_a_configuration(folder, tmp_path):
+    (tmp_path / "model_index.json").write_text((folder / "model_index.json").read_text())
+    with pytest.raises(ValueError, match="has no .*/config.json; add it"):
+        flaxdiff.plan(tmp_path, "v5e:2x4")
+
+
+def test_without_libtpu(monkeypatch, capsys):
+    """As where the package is missing: Python finds nothing under its name."""
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    assert cli.main(["plan", "--topology", "v5e:2x4"]) == 1
+    error = capsys.readouterr().err
+    assert "libtpu is not installed: pip install 'flaxdiff-jax[tpu]'" in error and error.count("\n") == 1
+
+
+def test_what_does_not_fit():
+    """The compiler gives up on 20 GB in a chip of 16 GiB; the plan says so, and what would fit."""
+    mesh = parallel.make_mesh({"data": 2}, chips.describe("v5e:1x2").devices)
+    lies = NamedSharding(mesh, PartitionSpec())
+    state = {"w.weight": jax.ShapeDtypeStruct((4, 1 << 20, 1280), jnp.float32, sharding=lies)}
+    part = compiled(Program("step", 3, lambda p: p["w.weight"].sum(0), (state,), lies))
+    assert part.memory is None and part.cost is None and part.needed > 4 * 4 * 1280 << 20
+    report = Report("a run", chips.CHIPS["v5e"], 2, 2, {"data": 2}, 2, weight(state, mesh), (part,))
+    assert not report.fits and report.seconds() is None
+    assert advised(report, state, 2).advice[0].startswith("--preset fsdp: about ")
+    text = str(advised(report, state, 2))
+    assert "It does not fit: step needs" in text and "of 17.2 GB" in text and "nan" not in text
+    json.dumps(report.to_json())
+
+
+@pytest.mark.parametrize(
+    ("weights", "working", "batch", "advice"),
+    [
+        (1e9, 40e9, 8, "--batch 3: about 16"),
+        (15e9, 6e9, 1, "A larger slice: with --preset fsdp and one picture a device, from 2 devices"),
+        (1e9, 40e9, 1, "Smaller pictures, or a chip with more memory: one picture works in 40 GB"),
+    ],
+)
+def test_advice(weights, working, batch, advice):
+    state = {"w.weight": jax.ShapeDtypeStruct((int(weights),), jnp.int8)}
+    part = Part("step", 1, None, None, 0.0, int(weights + working))
+    report = Report("a run", chips.CHIPS["v5e"], 1, 1, {"data": 1}, batch, int(weights), (part,))
+    assert advised(report, state, 1).advice[-1].startswith(advice)
+
+
+def test_planning_leaves_the_environment_alone():
+    """What keeps libtpu off the machine's own TPUs does not outlast the description of a slice."""
+    code = "import os; before = dict(os.environ); from flaxdiff.planning import chips; chips.describe('v5e:2x2')"
+    code += "; print({k: v for k, v in os.environ.items() if before.get(k) != v and k.startswith(('TPU', 'ALLOW'))})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "{}", done.stderr
