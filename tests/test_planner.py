@@ -123,9 +123,10 @@ def test_training_by_command(folder, capsys):
 # --- reading a program -----------------------------------------------------------------------------------------------
 
 
-def costs(function, *shapes, split=(), out=()):
-    """What a function costs one chip of two, its arguments along the axis "x" as `split` says, its result as `out`."""
-    mesh = parallel.make_mesh({"x": 2}, chips.describe("v5e:1x2").devices)
+def costs(function, *shapes, split=(), out=(), topology="v5e:1x2"):
+    """What a function costs one chip, its arguments along the axis "x" as `split` says, its result as `out`."""
+    devices = chips.describe(topology).devices
+    mesh = parallel.make_mesh({"x": len(devices)}, devices)
     places = [NamedSharding(mesh, spec) for spec in [*split, *[PartitionSpec()] * (len(shapes) - len(split))]]
     args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape, place in zip(shapes, places)]
     with unkept():
@@ -150,6 +151,30 @@ def test_arithmetic_and_loops():
 
     until = lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 100, lambda x: x @ x, x)
     assert costs(until, (256, 256))[0].unknown_loops == 1
+
+
+def test_kernels():
+    """Attention's kernels count by their products, forward and backward; others by what they say, or are reported."""
+    from jax.experimental import pallas as pl
+
+    from flaxdiff.nn import flash
+
+    run = lambda function, *shapes: costs(function, *shapes, topology="v5e:1x1")[0]
+    heads = [(2, 256, 3, 64), (2, 384, 3, 64), (2, 384, 3, 64)]
+    product = 2 * 2 * 3 * 256 * 384 * 64
+    forward = run(flash.attention, *heads)
+    assert forward.flops == forward.kernel_flops == 2 * product and forward.unknown_kernels == 0
+    loss = lambda *qkv: flash.attention(*qkv).astype(jnp.float32).sum()
+    assert run(jax.grad(loss, (0, 1, 2)), *heads).kernel_flops == (2 + 3 + 4) * product
+
+    def double(x, told):
+        write = lambda source, target: target.__setitem__(Ellipsis, source[...] * 2)
+        return pl.pallas_call(write, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), cost_estimate=told)(x)
+
+    told = pl.CostEstimate(flops=123, bytes_accessed=4, transcendentals=5)
+    assert run(lambda x: double(x, told), (256, 256)).kernel_flops == 123
+    silent = run(lambda x: double(x, None), (256, 256))
+    assert silent.kernel_flops == 0 and silent.unknown_kernels == 1
 
 
 def test_collectives():

@@ -18,6 +18,9 @@ BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 1
 FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "after-all", "while", "conditional", "call"}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
+# Products of queries, keys and values in jax's attention kernels, which do not say what they do.
+PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+
 _INSTRUCTION = re.compile(r"\s*(ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z\d\-]*)\((.*)")
 _ARRAY = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(
@@ -63,6 +66,7 @@ class Cost:
       layers: layer -> cycles.
       collectives: kind -> [how many, bytes of their results or, of a reduction, operands].
       unknown_loops: loops whose number of turns is not written down; they count once.
+      unknown_kernels: runs of Pallas kernels of which nothing is known; they count for nothing.
     """
 
     flops: float = 0.0
@@ -72,6 +76,7 @@ class Cost:
     layers: dict[str, float] = dataclasses.field(default_factory=dict)
     collectives: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0
+    unknown_kernels: float = 0.0
 
 
 @functools.cache
@@ -105,13 +110,14 @@ class Program:
                 self.entry = name if line.startswith("ENTRY") else self.entry
                 rows = self.computations[name] = []
             elif found := _INSTRUCTION.match(line):
-                rest = re.sub(r'"body":"[^"]*"', "", found[5])
-                names = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
-                rows.append(Instruction(found[2], arrays(found[3]), found[4], names, rest, bool(found[1])))
+                names = re.findall(r"%([\w.\-]+)", found[5].split(")")[0])
+                rows.append(Instruction(found[2], arrays(found[3]), found[4], names, found[5], bool(found[1])))
             elif line in ("FunctionNames", "FileLocations", "StackFrames"):
                 table = tables[line] = {}
             elif entry := _FRAME.match(line):
                 table[int(entry[1])] = entry[2] if entry[2] is not None else entry[3]
+            elif rows and line[:1] in '"}':  # an attribute that runs over several lines
+                rows[-1] = rows[-1]._replace(line=rows[-1].line + line)
         self.tables = tables
         self.defined = {c: {i.name: i for i in rows} for c, rows in self.computations.items()}
 
@@ -168,9 +174,20 @@ class Program:
             left, right = (known[name].arrays[0].dims for name in i.operands[:2])
             count = convolution if i.op == "convolution" else dot
             total.flops += times * count(i.line, left, right, i.arrays[0].dims)
-        elif i.op == "custom-call" and (kernel := re.search(r'"flops":"?(\d+)', i.line)):
-            total.flops += times * int(kernel[1])
-            total.kernel_flops += times * int(kernel[1])
+        elif 'custom_call_target="tpu_custom_call"' in i.line:
+            told = re.search(r'"cost_estimate":\{"flops":"?(\d+)', i.line)
+            attention = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", i.line + i.name)
+            count = 0.0
+            if told:
+                count = float(told[1])
+            elif attention:  # queries and keys are the first arrays [..., positions, D] of floats
+                shapes = [known[name].arrays[0] for name in i.operands]
+                q, k = [a.dims for a in shapes if len(a.dims) > 2 and a.bytes > math.prod(a.dims)][:2]
+                count = PRODUCTS[attention[1]] * 2.0 * math.prod(q) * k[-2]
+            else:
+                total.unknown_kernels += times
+            total.flops += times * count
+            total.kernel_flops += times * count
 
     def _communication(self, i: Instruction, known: dict, times: float, total: Cost, seen: set) -> None:
         kind = i.op.removesuffix("-start")

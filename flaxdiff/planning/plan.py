@@ -110,6 +110,8 @@ def _notes(run: "_Run", parts: tuple[Part, ...]) -> Iterator[str]:
         yield f"{run.mesh.shape[axis]} divides no side of these, not split over {axis}: {len(names)}, e.g. {names[0]}."
     if loops := sum(part.cost.unknown_loops for part in parts if part.cost):
         yield f"Loops that do not say how often they run, and count once: {loops}."
+    if kernels := sum(part.cost.unknown_kernels for part in parts if part.cost):
+        yield f"Runs of Pallas kernels that do not say what they do, and count for nothing: {kernels:.0f}."
 
 
 # --- what there is to run --------------------------------------------------------------------------------------------
