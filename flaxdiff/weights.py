@@ -151,7 +151,7 @@ def _convolve(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding
     kh, kw, channels, features = weight.shape
     pixels, better = math.prod(x.shape[:3]) // math.prod(strides), {}
     if strides == (1, 1) and x.shape[0] < 8 and min(channels, features) >= 128 and pixels * features * 4 <= ON_CHIP:
-        better["tpu"] = products(0 if pixels * features * 4 <= ON_CHIP // 2 else 1)
+        better["tpu"] = products(0)
     if kh * kw * features >= 8 * pixels:
         better["cpu"] = products(2)
     return jax.lax.platform_dependent(x, weight, **better, default=plain) if better else plain(x, weight)
