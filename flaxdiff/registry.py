@@ -25,10 +25,13 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.weights": ("Int8", "LoRA"),
     },
     "model": {
+        "flaxdiff.models.autoencoder_asym_kl": ("AsymmetricAutoencoderKL",),
         "flaxdiff.models.autoencoder_kl": ("AutoencoderKL",),
+        "flaxdiff.models.autoencoder_tiny": ("AutoencoderTiny",),
         "flaxdiff.models.clip": ("CLIPTextModel", "CLIPTextModelWithProjection"),
         "flaxdiff.models.unet_2d": ("UNet2DModel",),
         "flaxdiff.models.unet_2d_condition": ("UNet2DConditionModel",),
+        "flaxdiff.models.vq_model": ("VQModel",),
     },
     "scheduler": {
         "flaxdiff.schedulers": (

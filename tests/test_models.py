@@ -71,6 +71,61 @@ def test_autoencoder_kl():
     assert peers.relative(flaxdiff.apply(spec, params, latent, method="decode"), peers.nhwc(decoded)) < 1e-4
 
 
+FOUR = dict(norm_num_groups=8, latent_channels=4)
+AUTOENCODERS = {
+    "AutoencoderTiny": dict(
+        encoder_block_out_channels=(16,) * 3,
+        decoder_block_out_channels=(16,) * 3,
+        num_encoder_blocks=(1, 2, 1),
+        num_decoder_blocks=(2, 1, 1),
+    ),
+    "VQModel": dict(
+        **FOUR,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32),
+        vq_embed_dim=6,
+        num_vq_embeddings=20,
+    ),
+    "AsymmetricAutoencoderKL": dict(
+        **FOUR,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        down_block_out_channels=(8, 8, 16, 16),
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        up_block_out_channels=(8, 16, 32, 32),
+        layers_per_up_block=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_autoencoders(name, tmp_path):
+    torch.manual_seed(0)
+    peer = getattr(diffusers, name)(**AUTOENCODERS[name]).eval()
+    peer.save_pretrained(tmp_path)
+    spec, params = getattr(flaxdiff, name).from_pretrained(tmp_path)
+    run = lambda *args, **kwargs: flaxdiff.apply(spec, params, *args, **kwargs)
+    image = np.clip(normal(2, 24, 16, 3), -1, 1)
+    with torch.no_grad():
+        theirs = peer.encode(peers.nchw(image))
+        latent = theirs.latent_dist.mean if "latent_dist" in theirs else theirs.latents
+        decoded, whole = peer.decode(latent).sample, peer(peers.nchw(image)).sample
+    assert peers.relative(run(image, method="encode").mean, peers.nhwc(latent)) < 1e-4
+    assert peers.relative(run(peers.nhwc(latent), method="decode"), peers.nhwc(decoded)) < 1e-4
+    assert peers.relative(run(image), peers.nhwc(whole)) < 1e-4
+    if name == "VQModel":
+        with torch.no_grad():
+            codes = peer.quantize(latent)[2][2].reshape(2, *latent.shape[2:])
+        ours = run(image, method="codes")
+        np.testing.assert_array_equal(ours, codes)
+        assert peers.relative(run(ours, method="decode"), peers.nhwc(decoded)) < 1e-4
+    if name == "AsymmetricAutoencoderKL":
+        mask = np.float32(rng.random((2, 24, 16, 1)) > 0.5)
+        with torch.no_grad():
+            decoded = peer.decode(latent, image=peers.nchw(image), mask=peers.nchw(mask)).sample
+        assert peers.relative(run(peers.nhwc(latent), image, mask, method="decode"), peers.nhwc(decoded)) < 1e-4
+
+
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
 def test_clip(component, scan):

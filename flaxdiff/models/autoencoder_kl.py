@@ -80,16 +80,16 @@ def _Attention(width: int, groups: int) -> Attention:
 
 
 class Encoder(nnx.Module):
-    """Image -> mean and log-variance."""
+    """Image -> so many features: of the KL autoencoder, mean and log-variance."""
 
-    def __init__(self, c: AutoencoderKLConfig):
+    def __init__(self, c: AutoencoderKLConfig, features: int):
         resnet, attention = _parts(c)
         stages, last = down_fans(c.block_out_channels, c.layers_per_block), len(c.block_out_channels) - 1
         self.conv_in = Conv(c.in_channels, c.block_out_channels[0])
         self.down_blocks = nnx.List([Stage(f, resnet, down=0 if i < last else None) for i, f in enumerate(stages)])
         self.mid_block = MidBlock(c.block_out_channels[-1], resnet, attention)
         self.conv_norm_out = GroupNorm(c.block_out_channels[-1], c.norm_num_groups, EPS)
-        self.conv_out = Conv(c.block_out_channels[-1], 2 * c.latent_channels)
+        self.conv_out = Conv(c.block_out_channels[-1], features)
         self.act_fn = c.act_fn
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -135,7 +135,7 @@ class AutoencoderKL(Model):
 
     def __init__(self, config: AutoencoderKLConfig):
         c, z = config, config.latent_channels
-        self.encoder, self.decoder = Encoder(c), Decoder(c)
+        self.encoder, self.decoder = Encoder(c, 2 * z), Decoder(c)
         self.quant_conv = Conv(2 * z, 2 * z, kernel=1, padding=0) if c.use_quant_conv else None
         self.post_quant_conv = Conv(z, z, kernel=1, padding=0) if c.use_post_quant_conv else None
 

@@ -67,16 +67,17 @@ class Conv(nnx.Module):
         kernel: int = 3,
         stride: int = 1,
         padding: int | tuple[tuple[int, int], ...] = 1,
+        bias: bool = True,
     ):
         self.weight = param((kernel, kernel, fan_in, fan_out), "conv", uniform(fan_in * kernel**2))
-        self.bias = param((fan_out,), "raw", uniform(fan_in * kernel**2))
+        self.bias = param((fan_out,), "raw", uniform(fan_in * kernel**2)) if bias else None
         self.stride, self.padding = stride, ((padding, padding),) * 2 if isinstance(padding, int) else padding
 
     def __call__(self, x: jax.Array, doubled: bool = False) -> jax.Array:
         """`doubled`: see `weights.conv`."""
         strides = (self.stride, self.stride)
         y = weights.conv(x, value(self.weight), strides=strides, padding=self.padding, doubled=doubled)
-        return y + value(self.bias)
+        return y if self.bias is None else y + value(self.bias)
 
 
 class GroupNorm(nnx.Module):
