@@ -28,6 +28,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.autoencoder_asym_kl": ("AsymmetricAutoencoderKL",),
         "flaxdiff.models.autoencoder_kl": ("AutoencoderKL",),
         "flaxdiff.models.autoencoder_tiny": ("AutoencoderTiny",),
+        "flaxdiff.models.consistency_decoder_vae": ("ConsistencyDecoderVAE",),
         "flaxdiff.models.clip": ("CLIPTextModel", "CLIPTextModelWithProjection"),
         "flaxdiff.models.unet_2d": ("UNet2DModel",),
         "flaxdiff.models.unet_2d_condition": ("UNet2DConditionModel",),

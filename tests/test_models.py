@@ -126,6 +126,36 @@ def test_autoencoders(name, tmp_path):
         assert peers.relative(run(peers.nhwc(latent), image, mask, method="decode"), peers.nhwc(decoded)) < 1e-4
 
 
+def test_consistency_decoder_vae(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    widths = dict(encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32, 32, 32, 64))
+    peer = diffusers.ConsistencyDecoderVAE(**widths, encoder_layers_per_block=1, decoder_layers_per_block=1).eval()
+    peer.save_pretrained(tmp_path)
+    spec, params = flaxdiff.ConsistencyDecoderVAE.from_pretrained(tmp_path)
+    latent, key = normal(2, 2, 3, 4), jax.random.key(3)
+    ours = flaxdiff.apply(spec, params, latent, key, method="decode")
+    # the noise that our keys draw, handed to PyTorch
+    first, rest = jax.random.split(key)
+    state = flaxdiff.ConsistencyDecoderScheduler().init(flaxdiff.ConsistencyDecoderScheduler().plan(2), ours, rest)
+    draws = [jax.random.normal(first, ours.shape)]
+    draws += [
+        jax.vmap(lambda k, i=i: jax.random.normal(jax.random.fold_in(k, i), ours.shape[1:]))(state.key) for i in (0, 1)
+    ]
+    noise = iter([peers.nchw(np.asarray(draw)) for draw in draws])
+    for module in (
+        diffusers.models.autoencoders.consistency_decoder_vae,
+        diffusers.schedulers.scheduling_consistency_decoder,
+    ):
+        monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: next(noise))
+    with torch.no_grad():
+        theirs = peer.decode(peers.nchw(latent)).sample
+    assert peers.relative(ours, peers.nhwc(theirs)) < 1e-4
+    image = normal(1, 16, 16, 3)
+    with torch.no_grad():
+        posterior = peer.encode(peers.nchw(image)).latent_dist
+    assert peers.relative(flaxdiff.apply(spec, params, image, method="encode").mean, peers.nhwc(posterior.mean)) < 1e-4
+
+
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
 def test_clip(component, scan):

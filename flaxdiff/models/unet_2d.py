@@ -17,7 +17,7 @@ from flaxdiff.core import Config, Model, only
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.attention import RENAMES, Attention
 from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
-from flaxdiff.nn.layers import Conv, GroupNorm, value
+from flaxdiff.nn.layers import Conv, Embedding, GroupNorm, value
 from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, check_stages, down_fans, times, up_fans
 
 
@@ -29,7 +29,7 @@ class UNet2DConfig(Config):
     in_channels: int = 3
     out_channels: int = 3
     center_input_sample: bool = False
-    time_embedding_type: str = only("positional")
+    time_embedding_type: str = only("positional", "learned")
     time_embedding_dim: int | None = None
     freq_shift: float = 0
     flip_sin_to_cos: bool = True
@@ -48,14 +48,19 @@ class UNet2DConfig(Config):
     norm_num_groups: int = 32
     attn_norm_num_groups: int | None = None
     norm_eps: float = 1e-5
-    resnet_time_scale_shift: str = only("default")
+    resnet_time_scale_shift: str = only("default", "scale_shift")
     add_attention: bool = True
     class_embed_type: str | None = only(None)
     num_class_embeds: int | None = only(None)
     num_train_timesteps: int | None = None
 
     def __post_init__(self):
-        check_stages("UNet2DModel", self, down=("AttnDownBlock2D", "DownBlock2D"), up=("AttnUpBlock2D", "UpBlock2D"))
+        kinds = lambda way, resnet: (f"Attn{way}Block2D", f"{way}Block2D", f"Resnet{resnet}Block2D")
+        check_stages("UNet2DModel", self, down=kinds("Down", "Downsample"), up=kinds("Up", "Upsample"))
+        if self.time_embedding_type == "learned" and not self.num_train_timesteps:
+            raise ValueError(
+                "UNet2DModel: time_embedding_type='learned' needs num_train_timesteps, the table's length."
+            )
 
 
 class UNet2DModel(Model):
@@ -83,6 +88,7 @@ class UNet2DModel(Model):
             groups=c.norm_num_groups,
             eps=c.norm_eps,
             act_fn=c.act_fn,
+            scale_shift=c.resnet_time_scale_shift == "scale_shift",
         )
 
         def attention(channels: int, groups: int = c.norm_num_groups) -> Attention:
@@ -93,16 +99,27 @@ class UNet2DModel(Model):
         last = len(width) - 1
 
         self.conv_in = Conv(c.in_channels, width[0])
+        self.time_proj = Embedding(c.num_train_timesteps, width[0]) if c.time_embedding_type == "learned" else None
         self.time_embedding = TimestepEmbedding(width[0], temb)
         self.down_blocks = nnx.List(
             Stage(
-                fans, resnet, attention if kind.startswith("Attn") else None, c.downsample_padding if i < last else None
+                fans,
+                resnet,
+                attention if kind.startswith("Attn") else None,
+                down=c.downsample_padding if i < last else None,
+                by_resnet=kind.startswith("Resnet"),
             )
             for i, (kind, fans) in enumerate(zip(c.down_block_types, down_fans(width, c.layers_per_block)))
         )
         self.mid_block = MidBlock(width[-1], resnet, middle if c.add_attention else None)
         self.up_blocks = nnx.List(
-            Stage(fans, resnet, attention if kind.startswith("Attn") else None, up=i < last)
+            Stage(
+                fans,
+                resnet,
+                attention if kind.startswith("Attn") else None,
+                up=i < last,
+                by_resnet=kind.startswith("Resnet"),
+            )
             for i, (kind, fans) in enumerate(zip(c.up_block_types, up_fans(width, c.layers_per_block)))
         )
         self.conv_norm_out = GroupNorm(width[0], c.norm_num_groups, c.norm_eps)
@@ -113,7 +130,10 @@ class UNet2DModel(Model):
         """Noisy images [B, H, W, C] and a time, or one for each [B] -> the prediction [B, H, W, C]."""
         c, dtype = self.config, weights.dtype(value(self.conv_in.weight))
         t = jnp.broadcast_to(timestep, sample.shape[:1])
-        waves = sinusoids(t, c.block_out_channels[0], flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
+        if self.time_proj is not None:
+            waves = self.time_proj(t.astype(jnp.int32))
+        else:
+            waves = sinusoids(t, c.block_out_channels[0], flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
         stages = (*self.down_blocks, self.mid_block, *self.up_blocks)
         projected = iter(times(stages, self.time_embedding(waves.astype(dtype))))
 

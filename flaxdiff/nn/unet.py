@@ -31,6 +31,7 @@ class ResnetBlock2D(nnx.Module):
       groups, eps: of the normalisations.
       act_fn: name of the activation.
       scale_shift: the time embedding scales and shifts the second normalisation instead of being added before it.
+      resample: "down" halves height and width on the way by means of four, "up" doubles them by repetition.
     """
 
     def __init__(
@@ -42,12 +43,13 @@ class ResnetBlock2D(nnx.Module):
         eps: float,
         act_fn: str = "silu",
         scale_shift: bool = False,
+        resample: str | None = None,
     ):
         self.norm1, self.conv1 = GroupNorm(fan_in, groups, eps), Conv(fan_in, fan_out)
         self.time_emb_proj = None if temb is None else Linear(temb, fan_out * (1 + scale_shift))
         self.norm2, self.conv2 = GroupNorm(fan_out, groups, eps), Conv(fan_out, fan_out)
         self.conv_shortcut = Conv(fan_in, fan_out, kernel=1, padding=0) if fan_in != fan_out else None
-        self.act_fn, self.scale_shift = act_fn, scale_shift
+        self.act_fn, self.scale_shift, self.resample = act_fn, scale_shift, resample
 
     def time(self, temb: jax.Array) -> jax.Array:
         """What this block makes of an embedding of time [..., T]."""
@@ -56,7 +58,11 @@ class ResnetBlock2D(nnx.Module):
     def __call__(self, *parts: jax.Array, time: jax.Array | None = None) -> jax.Array:
         """[B, H, W, in], in one or several parts side by side, and `time` of [B, T] -> [B, H, W, out]."""
         act, x = ACTIVATIONS[self.act_fn], jnp.concatenate(parts, -1)
-        h = self.conv1(act(self.norm1(*parts)))
+        h = act(self.norm1(*parts))
+        if self.resample == "down":
+            x, h = _halved(x), _halved(h)
+        h = self.conv1(h, doubled=self.resample == "up")
+        x = jnp.repeat(jnp.repeat(x, 2, 1), 2, 2) if self.resample == "up" else x
         if time is None:
             h = self.norm2(h)
         elif self.scale_shift:
@@ -66,6 +72,12 @@ class ResnetBlock2D(nnx.Module):
             h = self.norm2(h + time[:, None, None])
         h = self.conv2(act(h))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+
+def _halved(x: jax.Array) -> jax.Array:
+    """The mean of each two by two pixels."""
+    b, h, w, c = x.shape
+    return x[:, : h // 2 * 2, : w // 2 * 2].reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
 
 class Downsample2D(nnx.Module):
@@ -101,6 +113,7 @@ class Stage(nnx.Module):
       attention: channels -> the attention, or None.
       down: padding of the downsampling at the end; None for none.
       up: whether upsampling follows.
+      by_resnet: whether it is a residual block that resamples, and not a convolution.
     """
 
     def __init__(
@@ -110,12 +123,20 @@ class Stage(nnx.Module):
         attention: MakeAttention = None,
         down: int | None = None,
         up: bool = False,
+        by_resnet: bool = False,
     ):
         width = fans[-1][1]
         self.resnets = nnx.List([resnet(*fan) for fan in fans])
         self.attentions = nnx.List([attention(width) for _ in fans]) if attention else None
-        self.downsamplers = None if down is None else nnx.List([Downsample2D(width, down)])
-        self.upsamplers = nnx.List([Upsample2D(width)]) if up else None
+        last = lambda way, plain: nnx.List([resnet(width, width, resample=way) if by_resnet else plain()])
+        self.downsamplers = None if down is None else last("down", lambda: Downsample2D(width, down))
+        self.upsamplers = last("up", lambda: Upsample2D(width)) if up else None
+
+    @property
+    def residual(self) -> tuple[ResnetBlock2D, ...]:
+        """The residual blocks in the order of their use."""
+        ends = (*(self.downsamplers or ()), *(self.upsamplers or ()))
+        return (*self.resnets, *(block for block in ends if isinstance(block, ResnetBlock2D)))
 
     def down(self, x: jax.Array, times: Each = NONE, contexts: Each = NONE) -> list[jax.Array]:
         """The outputs of every block in turn; the last is the stage's own."""
@@ -123,7 +144,7 @@ class Stage(nnx.Module):
         for i in range(len(self.resnets)):
             x = self._block(i, (x,), times, contexts)
             outputs.append(x)
-        return outputs if self.downsamplers is None else [*outputs, self.downsamplers[0](x)]
+        return outputs if self.downsamplers is None else [*outputs, _resampled(self.downsamplers[0], x, times)]
 
     def up(
         self,
@@ -136,16 +157,20 @@ class Stage(nnx.Module):
         """x joined with the last skip before each block; the skips used are taken off the list."""
         for i in range(len(self.resnets)):
             x = self._block(i, (x,) if skips is None else (x, skips.pop()), times, contexts)
-        return x if self.upsamplers is None else self.upsamplers[0](x, size)
+        return x if self.upsamplers is None else _resampled(self.upsamplers[0], x, times, size)
 
     def _block(self, i: int, parts: tuple[jax.Array, ...], times: Each, contexts: Each) -> jax.Array:
         x = self.resnets[i](*parts, time=next(times))
         return x if self.attentions is None else self.attentions[i](x, next(contexts))
 
 
+def _resampled(block: nnx.Module, x: jax.Array, times: Each, *size: Any) -> jax.Array:
+    return block(x, time=next(times)) if isinstance(block, ResnetBlock2D) else block(x, *size)
+
+
 def times(stages: Iterable[nnx.Module], temb: jax.Array) -> tuple[jax.Array, ...]:
     """What the residual blocks of the stages make of an embedding of time [..., T], in the order of their use."""
-    return tuple(resnet.time(temb) for stage in stages for resnet in stage.resnets)
+    return tuple(resnet.time(temb) for stage in stages for resnet in stage.residual)
 
 
 class MidBlock(nnx.Module):
@@ -154,6 +179,11 @@ class MidBlock(nnx.Module):
     def __init__(self, width: int, resnet: Callable[[int, int], ResnetBlock2D], attention: MakeAttention = None):
         self.resnets = nnx.List([resnet(width, width) for _ in range(2)])
         self.attentions = nnx.List([attention(width)]) if attention else None
+
+    @property
+    def residual(self) -> tuple[ResnetBlock2D, ...]:
+        """The residual blocks in the order of their use."""
+        return tuple(self.resnets)
 
     def __call__(self, x: jax.Array, times: Each = NONE, contexts: Each = NONE) -> jax.Array:
         x = self.resnets[0](x, time=next(times))
