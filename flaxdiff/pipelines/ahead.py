@@ -1,0 +1,294 @@
+"""Programs ahead of time: the parts of a run compiled before they are needed, and kept in a folder for the next process.
+
+What a folder keeps of a run lies in one subfolder, named by a checksum of everything that the programs depend on
+(`_conditions`): the traces as StableHLO (`jax.export`), the compiled programs as JAX's persistent compilation cache
+keeps them, and `manifest.json`, which says what they are for and holds a checksum of each file. Nothing is unpickled;
+but compiled programs are machine code, so use folders that you trust. What does not match is compiled anew, with a note.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax import export
+from jax.experimental.compilation_cache import compilation_cache
+
+import flaxdiff
+from flaxdiff.checkpoint import files
+from flaxdiff.core import Params
+from flaxdiff.pipelines.generate import Inputs, Program
+
+ROOT = Path(flaxdiff.__file__).parent
+MANIFEST = "manifest.json"
+FORMAT = 1
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # environment that compilers read
+SETTINGS = (  # of JAX that a trace depends on
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_numpy_dtype_promotion",
+    "jax_threefry_partitionable",
+    "jax_debug_nans",
+)
+
+
+class Part(NamedTuple):
+    """A compiled part of a run; takes and returns what the method of `Program` does."""
+
+    compiled: jax.stages.Compiled  # leaves -> leaves
+    result: Any  # the tree of what it returns
+
+    def __call__(self, *arguments: Any) -> Any:
+        return jax.tree.unflatten(self.result, self.compiled(*jax.tree.leaves(arguments)))
+
+
+class Executables(NamedTuple):
+    """The compiled parts of a run, for arguments of one signature."""
+
+    begin: Callable
+    step: Callable
+    decode: Callable
+    signature: Hashable = None
+
+    def generate(self, params: Mapping[str, Params], key: jax.Array, inputs: Inputs) -> jax.Array:
+        """Pictures [B, H, W, C], float32 in [0, 1]: as `pipe.generate`, but nothing is traced or compiled.
+
+        Raises:
+          ValueError: the arguments have other shapes, dtypes, devices or structure than those compiled for.
+        """
+        if self.signature != signature((params, key, inputs)):
+            raise ValueError(
+                "These programs were compiled for arguments of other shapes, dtypes or structure; call pipe.compile with "
+                "these parameters and inputs first, or pipe.generate, which compiles as it needs."
+            )
+        conditions, state = self.begin(params, key, inputs)
+        for _ in range(int(inputs["plan"].steps)):
+            state = self.step(params, conditions, state)
+        return self.decode(params, state.sampler.sample)
+
+
+_ready: dict[Hashable, Executables] = {}  # (program, signature) -> what a call finds, as it would in jit's own cache
+
+
+def keep_compiled(seconds: float | None = None) -> None:
+    """Keep compiled programs in the user's cache folder, unless JAX has been told where to keep them, or not to.
+
+    Args:
+      seconds: what compiles faster is not kept; by default JAX's own bound, a second.
+    """
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(root / "flaxdiff" / "compiled"))
+        if seconds is not None:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
+def find(program: Program, *arguments: Any) -> Executables | None:
+    """What was compiled for these (params, key, inputs), if anything."""
+    return _ready.get((program, signature(arguments))) if _ready else None
+
+
+def compiled(program: Program, arguments: tuple[Any, Any, Any], folder: str | os.PathLike[str] | None) -> Executables:
+    """The executables for (params, key, inputs), given as arrays or shapes; see `DiffusionPipeline.compile`."""
+    known = program, signature(arguments)
+    if known not in _ready:
+        shapes = jax.tree.map(_shape, arguments)
+        parts = _built(program, shapes) if folder is None else _kept(program, shapes, Path(folder).expanduser())
+        _ready[known] = Executables(**parts, signature=known[1])
+    return _ready[known]
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    """What a program is compiled for: the shape and dtype of an argument, and its place if that was chosen."""
+    seen = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    place = leaf.sharding if getattr(leaf, "committed", True) and hasattr(leaf, "sharding") else None
+    return jax.ShapeDtypeStruct(seen.shape, seen.dtype, sharding=place)
+
+
+def signature(arguments: Any) -> Hashable:
+    """All that must agree for a compiled program to fit."""
+    leaves, tree = jax.tree.flatten(arguments)
+    return tree, tuple((s.shape, s.dtype, s.sharding) for s in map(_shape, leaves))
+
+
+# --- compiling --------------------------------------------------------------------------------------------------------
+
+
+def _built(program: Program, arguments: Any, folder: Path | None = None) -> dict[str, Part]:
+    """Every part compiled, side by side; traces are read from `folder`, or written there if they are not in it."""
+    params, key, inputs = arguments
+    conditions, state = jax.eval_shape(program.begin, params, key, inputs)
+    slots = state.sampler.slots
+    latents = jax.ShapeDtypeStruct(slots.shape[1:], slots.dtype)
+    parts = {  # the longest to compile first
+        "step": (program.step, (params, conditions, state), jax.tree.structure(state)),
+        "begin": (program.begin, arguments, jax.tree.structure((conditions, state))),
+        "decode": (program.decode, (params, latents), jax.tree.structure(0)),
+    }
+    with ThreadPoolExecutor(len(parts)) as pool:  # one is compiled while the next is traced
+        jobs = {}
+        for name, (function, given, result) in parts.items():
+            leaves, tree = jax.tree.flatten(given)
+            flat = _flat(function, tree)
+            if folder is not None:
+                flat = _traced(flat, leaves, folder / f"{name}.stablehlo")
+            jobs[name] = pool.submit(jax.jit(flat).lower(*leaves).compile), result
+        return {name: Part(job.result(), result) for name, (job, result) in jobs.items()}
+
+
+def _flat(function: Callable, tree: Any) -> Callable:
+    """A function of trees as one of leaves, so that what is exported holds arrays and nothing of ours."""
+    return lambda *leaves: jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))
+
+
+def _traced(function: Callable, leaves: list[jax.ShapeDtypeStruct], path: Path) -> Callable:
+    """The function as its trace in a file, which is written if it is not there."""
+    if path.exists():
+        return export.deserialize(bytearray(path.read_bytes())).call
+    exported = export.export(jax.jit(function))(*leaves)
+    path.write_bytes(exported.serialize())
+    return exported.call
+
+
+# --- keeping ----------------------------------------------------------------------------------------------------------
+
+
+def _kept(program: Program, arguments: Any, folder: Path) -> dict[str, Part]:
+    """The parts from a folder, or compiled and written there."""
+    try:
+        conditions = _conditions(program, arguments)
+        place = folder / _checksum(json.dumps(conditions).encode())
+        if _intact(place, conditions):
+            with _cache_in(place, write=False):
+                return _built(program, arguments, place)
+        with files.staged(place) as stage, _cache_in(stage, write=True):
+            parts = _built(program, arguments, stage)
+            files.write_json(stage / MANIFEST, {"conditions": conditions, "sha256": _checksums(stage)})
+        return parts
+    except (OSError, ImportError, ValueError) as error:
+        _note(f"Programs are compiled for this process only, and not kept in {folder}: {error}")
+        return _built(program, arguments)
+
+
+def _intact(place: Path, conditions: Mapping[str, Any]) -> bool:
+    """Whether a folder holds these programs, unchanged; says so if it holds others, and removes what is damaged."""
+    if place.exists():
+        if _manifest(place) == {"conditions": conditions, "sha256": _checksums(place)}:
+            return True
+        shutil.rmtree(place)
+        _note(f"{place} is damaged: its files are not those of its {MANIFEST}. Its programs are compiled anew.")
+    elif others := [_manifest(path.parent).get("conditions", {}) for path in place.parent.glob(f"*/{MANIFEST}")]:
+        nearest = min((_differences(other, conditions) for other in others), key=len)
+        _note(f"{place.parent} holds programs for other conditions: {'; '.join(nearest)}. They are compiled for these.")
+    return False
+
+
+def _manifest(place: Path) -> dict[str, Any]:
+    try:
+        return files.read_json(place / MANIFEST)
+    except (OSError, ValueError):
+        return {}
+
+
+def _note(text: str) -> None:
+    warnings.warn(text, stacklevel=6)
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    show = lambda value: value if len(str(value)) < 60 else f"{str(value)[:57]}…"
+    return [f"{k} {show(there.get(k))} (here {show(v)})" for k, v in here.items() if there.get(k) != v]
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+@contextlib.contextmanager
+def _cache_in(folder: Path, write: bool) -> Iterator[None]:
+    """JAX's persistent compilation cache in this folder for a while; of one thread at a time."""
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_enable_compilation_cache": True,
+        "jax_persistent_cache_min_compile_time_secs": 0.0 if write else math.inf,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_persistent_cache_enable_xla_caches": "none",  # else the folder's name is part of the key
+    }
+    with _lock:
+        before = {name: getattr(jax.config, name) for name in settings}
+        try:
+            _configure(settings)
+            yield
+        finally:
+            _configure(before)
+
+
+_lock = threading.Lock()
+
+
+def _configure(settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def _conditions(program: Program, arguments: Any) -> dict[str, Any]:
+    """Everything that traces and compiled programs depend on, as JSON.
+
+    Raises:
+      ValueError: the program holds functions that are not the library's, of which it cannot be known whether they change.
+    """
+    leaves, tree = jax.tree.flatten(arguments)
+    device, inputs = jax.devices()[0], arguments[-1]
+    return {
+        "format": FORMAT,
+        "jax": version("jax"),
+        "jaxlib": version("jaxlib"),
+        "flaxdiff": f"{version('flaxdiff-jax')} {_sources()}",
+        "platform": f"{device.platform} {device.client.platform_version}",
+        "device": f"{device.device_kind}, {platform.machine()} {_features()}",
+        "flags": {name: os.environ.get(name, "") for name in FLAGS},
+        "settings": {name: getattr(jax.config, name) for name in SETTINGS},
+        "pipeline": [_named(part) for part in (*program.family, program.guidance) if part is not None],
+        "networks": {name: f"{_named(spec.module)} {spec.config}" for name, spec in program.specs},
+        "pictures": f"{len(inputs['index'])} of {inputs['size'].height} x {inputs['size'].width}",
+        "arguments": _checksum(f"{tree} {leaves}".encode()),
+    }
+
+
+def _named(part: Any) -> str:
+    """The name of one of the library's functions or classes."""
+    name = f"{part.__module__}.{getattr(part, '__qualname__', part)}"
+    found = functools.reduce(lambda at, step: getattr(at, step, None), name.split(".")[1:], flaxdiff)
+    if name.split(".")[0] != "flaxdiff" or found is not part:
+        raise ValueError(f"{name} is a function of your own, and whether it has changed cannot be known.")
+    return name
+
+
+@functools.cache
+def _sources() -> str:
+    """A checksum of the library's code, which changes more often than its version where it is being worked on."""
+    return _checksum(*(path.read_bytes() for path in sorted(ROOT.rglob("*.py"))))
+
+
+@functools.cache
+def _features() -> str:
+    """A checksum of what the processor can do: machine code for a better one does not run."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else [platform.processor()]
+    return _checksum(*sorted({line.encode() for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _checksum(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
