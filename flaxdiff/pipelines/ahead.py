@@ -82,17 +82,18 @@ class Executables(NamedTuple):
 _ready: dict[Hashable, Executables] = {}  # (program, signature) -> what a call finds, as it would in jit's own cache
 
 
-def keep_compiled(seconds: float | None = None) -> None:
+def keep_compiled() -> Path | None:
     """Keep compiled programs in the user's cache folder, unless JAX has been told where to keep them, or not to.
 
-    Args:
-      seconds: what compiles faster is not kept; by default JAX's own bound, a second.
+    Returns:
+      Where they are kept.
     """
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+    if not jax.config.jax_enable_compilation_cache:
+        return None
+    if jax.config.jax_compilation_cache_dir is None:
         root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(root / "flaxdiff" / "compiled"))
-        if seconds is not None:
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+    return Path(jax.config.jax_compilation_cache_dir)
 
 
 def find(program: Program, *arguments: Any) -> Executables | None:
