@@ -48,8 +48,8 @@ def load_pipeline(
       repo, dtype, variant, revision, cache_dir, local_files_only, token: as of `load_model`. Components without files
         of the variant load their plain ones, as long as one component has it.
       sharding: a function from the abstract parameters of a component to a sharding for each.
-      compile: arguments of `DiffusionPipeline.compile`, e.g. `dict(height=512, batch=4)`: programs are compiled while the
-        weights are read.
+      compile: arguments of `DiffusionPipeline.compile`, e.g. `dict(height=512, batch=4)`, to do that while the weights
+        are read.
       **changes: components to use instead of those in the folder, `vae=(spec, params)`, `scheduler=…`, or None for one
         to do without; other names are settings of every network, such as `attention="sliced"`.
 

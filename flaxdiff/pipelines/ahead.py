@@ -1,9 +1,9 @@
-"""Programs ahead of time: the parts of a run compiled before they are needed, and kept in a folder for the next process.
+"""Programs ahead of time: the parts of a run compiled before they are needed, and kept in a folder.
 
 What a folder keeps of a run lies in one subfolder, named by a checksum of everything that the programs depend on
 (`_conditions`): the traces as StableHLO (`jax.export`), the compiled programs as JAX's persistent compilation cache
 keeps them, and `manifest.json`, which says what they are for and holds a checksum of each file. Nothing is unpickled;
-but compiled programs are machine code, so use folders that you trust. What does not match is compiled anew, with a note.
+but compiled programs are machine code: use folders that you trust. What does not match is compiled anew, with a note.
 """
 
 import contextlib
@@ -70,8 +70,8 @@ class Executables(NamedTuple):
         """
         if self.signature != signature((params, key, inputs)):
             raise ValueError(
-                "These programs were compiled for arguments of other shapes, dtypes or structure; call pipe.compile with "
-                "these parameters and inputs first, or pipe.generate, which compiles as it needs."
+                "These programs were compiled for arguments of other shapes, dtypes or structure; call pipe.compile "
+                "with these parameters and inputs first, or pipe.generate, which compiles as it needs."
             )
         conditions, state = self.begin(params, key, inputs)
         for _ in range(int(inputs["plan"].steps)):
@@ -86,14 +86,15 @@ def keep_compiled() -> Path | None:
     """Keep compiled programs in the user's cache folder, unless JAX has been told where to keep them, or not to.
 
     Returns:
-      Where they are kept.
+      Where they are kept, if on this machine.
     """
     if not jax.config.jax_enable_compilation_cache:
         return None
     if jax.config.jax_compilation_cache_dir is None:
         root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(root / "flaxdiff" / "compiled"))
-    return Path(jax.config.jax_compilation_cache_dir)
+    folder = jax.config.jax_compilation_cache_dir
+    return None if "://" in folder else Path(folder)
 
 
 def find(program: Program, *arguments: Any) -> Executables | None:
@@ -106,6 +107,11 @@ def compiled(program: Program, arguments: tuple[Any, Any, Any], folder: str | os
     known = program, signature(arguments)
     if known not in _ready:
         shapes = jax.tree.map(_shape, arguments)
+        if any(s.sharding is not None and len(s.sharding.device_set) > 1 for s in jax.tree.leaves(shapes)):
+            raise ValueError(
+                "Programs ahead of time run on one device, and these arguments lie on several; use jit(pipe.generate), "
+                "whose compiled program JAX's persistent cache keeps."
+            )
         parts = _built(program, shapes) if folder is None else _kept(program, shapes, Path(folder).expanduser())
         _ready[known] = Executables(**parts, signature=known[1])
     return _ready[known]
@@ -249,7 +255,7 @@ def _conditions(program: Program, arguments: Any) -> dict[str, Any]:
     """Everything that traces and compiled programs depend on, as JSON.
 
     Raises:
-      ValueError: the program holds functions that are not the library's, of which it cannot be known whether they change.
+      ValueError: the program holds functions that are not the library's: whether they changed cannot be known.
     """
     leaves, tree = jax.tree.flatten(arguments)
     device, inputs = jax.devices()[0], arguments[-1]

@@ -206,12 +206,12 @@ class DiffusionPipeline:
         prompt, key, scheduler or number of steps needs no other.
 
         Args:
-          params: component -> parameters, or their shapes: `{name: abstract(spec, dtype) for name, spec in pipe.specs}`.
+          params: component -> parameters, or their shapes as `abstract(spec, dtype)` gives them.
           inputs: from `prepare_inputs`; or in their place
           **options: batch, height, width, guidance_scale, …: as of `prepare_inputs`, prompts left out.
           folder: where programs are kept, made if it is not there. What it holds is used if it was made by these
-            versions of jax and flaxdiff on such a device for such arguments, and replaced, with a warning, if it is damaged.
-            It holds machine code: use folders that you trust.
+            versions of jax and flaxdiff on such a device for such arguments, and replaced, with a warning, if it is
+            damaged. It holds machine code: use folders that you trust.
 
         Returns:
           The programs; their `generate(params, key, inputs)` is a pure call that neither traces nor compiles.

@@ -101,7 +101,7 @@ def native_size(pipe: "DiffusionPipeline") -> Size:
 
 
 def blank_inputs(pipe: "DiffusionPipeline", batch: int = 1, **options: Any) -> dict[str, Any]:
-    """What `prepare_inputs` makes of blank prompts, and blank pictures where the task starts from them: the shapes alone.
+    """What `prepare_inputs` makes of blank prompts, and of blank pictures where the task starts from some.
 
     Args:
       batch: pictures to make.

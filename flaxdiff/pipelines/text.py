@@ -45,7 +45,11 @@ class Tokenizer:
         plain = _clip(self.folder) if self.class_name.removesuffix("Fast") == "CLIPTokenizer" else None
         if plain is not None:
             read = plain.encode_batch(list(texts))
-            length, ids, cut = plain.truncation["max_length"], [r.ids for r in read], [bool(r.overflowing) for r in read]
+            length, ids, cut = (
+                plain.truncation["max_length"],
+                [r.ids for r in read],
+                [bool(r.overflowing) for r in read],
+            )
         else:
             length = self.loaded.model_max_length
             ids = self.loaded(list(texts), padding="max_length", max_length=length, truncation=True)["input_ids"]
