@@ -3,8 +3,8 @@
     python benchmarks/tpu.py --chip v5e
 
 1024 x 1024, bfloat16, compiled ahead of time for one chip (see docs/planning.md). The peer's column is cited, not
-measured here: MaxDiffusion's UNet on its best kernel on a v5e, read from its compiled program in the same way. Cycles are
-the compiler's estimate beside Pallas kernels, for which it has none.
+measured here: MaxDiffusion's UNet on its best kernel on a v5e, read from its compiled program in the same way. Cycles
+are the compiler's estimate beside Pallas kernels, for which it has none.
 """
 
 import argparse

@@ -103,13 +103,39 @@ def test_other_arguments_are_refused(loaded, kept):
     with pytest.raises(ValueError, match="other shapes"):
         programs.generate(params, jax.random.key(0), two)
     assert pipe(params, jax.random.key(0), prompt=["red"] * 2, num_inference_steps=2, output_type="np", **SIZE)
-    mesh = flaxdiff.make_mesh()
-    with pytest.raises(ValueError, match="several"):
-        pipe.compile(flaxdiff.replicate(params, mesh), two)
 
 
-@pytest.mark.parametrize("name", ["step.stablehlo", "*-cache", "manifest.json"])
-@pytest.mark.parametrize("harm", ["cut", "bit", "gone", "empty"])
+@pytest.mark.parametrize("put", ["replicate", "distribute"])
+def test_on_several_devices(put, loaded, tmp_path):
+    """Split arguments: kept and read again, and the pictures are those of one device."""
+    pipe, params = loaded
+    mesh, key = flaxdiff.make_mesh(), jax.random.key(0)
+    inputs = pipe.prepare_inputs(prompt=["red"] * mesh.size, num_inference_steps=3, **SIZE)
+    expected = jax.jit(pipe.generate)(params, key, inputs)
+    laid = getattr(flaxdiff, put)(params, mesh)
+    for hits in (0, 3):
+        ahead._ready.clear()
+        EVENTS.seen.clear()
+        programs = pipe.compile(laid, flaxdiff.shard(inputs, mesh), folder=tmp_path)
+        assert EVENTS.count("cache_hits") == hits
+        images = programs.generate(laid, key, flaxdiff.shard(inputs, mesh))
+        assert len(images.sharding.device_set) == mesh.size
+        assert jnp.abs(images - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("step.stablehlo", "bit"),
+        ("begin.stablehlo", "gone"),
+        ("*-cache", "bit"),
+        ("*-cache", "cut"),
+        ("*-cache", "gone"),
+        ("manifest.json", "cut"),
+        ("manifest.json", "gone"),
+        ("manifest.json", "empty"),
+    ],
+)
 def test_damage(name, harm, loaded, copy):
     """Whatever is damaged is noticed before it is used, said, and written anew."""
     path = next(copy.glob(f"*/{name}"))

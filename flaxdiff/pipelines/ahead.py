@@ -17,7 +17,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import export
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 import flaxdiff
 from flaxdiff.checkpoint import files
@@ -91,7 +92,7 @@ def keep_compiled() -> Path | None:
     if not jax.config.jax_enable_compilation_cache:
         return None
     if jax.config.jax_compilation_cache_dir is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "flaxdiff" / "compiled"))
     folder = jax.config.jax_compilation_cache_dir
     return None if "://" in folder else Path(folder)
@@ -105,13 +106,8 @@ def find(program: Program, *arguments: Any) -> Executables | None:
 def compiled(program: Program, arguments: tuple[Any, Any, Any], folder: str | os.PathLike[str] | None) -> Executables:
     """The executables for (params, key, inputs), given as arrays or shapes; see `DiffusionPipeline.compile`."""
     known = program, signature(arguments)
-    if known not in _ready:
+    if folder is not None or known not in _ready:
         shapes = jax.tree.map(_shape, arguments)
-        if any(s.sharding is not None and len(s.sharding.device_set) > 1 for s in jax.tree.leaves(shapes)):
-            raise ValueError(
-                "Programs ahead of time run on one device, and these arguments lie on several; use jit(pipe.generate), "
-                "whose compiled program JAX's persistent cache keeps."
-            )
         parts = _built(program, shapes) if folder is None else _kept(program, shapes, Path(folder).expanduser())
         _ready[known] = Executables(**parts, signature=known[1])
     return _ready[known]
@@ -135,24 +131,42 @@ def signature(arguments: Any) -> Hashable:
 
 def _built(program: Program, arguments: Any, folder: Path | None = None) -> dict[str, Part]:
     """Every part compiled, side by side; traces are read from `folder`, or written there if they are not in it."""
-    params, key, inputs = arguments
-    conditions, state = jax.eval_shape(program.begin, params, key, inputs)
-    slots = state.sampler.slots
-    latents = jax.ShapeDtypeStruct(slots.shape[1:], slots.dtype)
-    parts = {  # the longest to compile first
-        "step": (program.step, (params, conditions, state), jax.tree.structure(state)),
-        "begin": (program.begin, arguments, jax.tree.structure((conditions, state))),
-        "decode": (program.decode, (params, latents), jax.tree.structure(0)),
-    }
-    with ThreadPoolExecutor(len(parts)) as pool:  # one is compiled while the next is traced
-        jobs = {}
-        for name, (function, given, result) in parts.items():
+    with ThreadPoolExecutor(3) as pool:  # one is compiled while the next is traced
+
+        def start(name: str, function: Callable, *given: Any, **places: Any) -> Future:
             leaves, tree = jax.tree.flatten(given)
             flat = _flat(function, tree)
             if folder is not None:
-                flat = _traced(flat, leaves, folder / f"{name}.stablehlo")
-            jobs[name] = pool.submit(jax.jit(flat).lower(*leaves).compile), result
-        return {name: Part(job.result(), result) for name, (job, result) in jobs.items()}
+                flat = _traced(jax.jit(flat, **places), leaves, folder / f"{name}.stablehlo")
+            return pool.submit(jax.jit(flat, **places).lower(*leaves).compile)
+
+        jobs = {"begin": start("begin", program.begin, *arguments)}
+        conditions, state = begun = jax.eval_shape(program.begin, *arguments)
+        latents, places = jax.eval_shape(lambda slots: slots[0], state.sampler.slots), {}
+        if len(_devices(arguments)) > 1:  # the next parts take their arguments from where this one leaves them
+            conditions, state = begun = _laid(begun, jobs["begin"].result().output_shardings)
+            slots, places = (
+                state.sampler.slots.sharding,
+                {"out_shardings": [s.sharding for s in jax.tree.leaves(state)]},
+            )
+            latents = _laid(latents, [NamedSharding(slots.mesh, PartitionSpec(*slots.spec[1:]))])
+        jobs["step"] = start("step", program.step, arguments[0], conditions, state, **places)
+        jobs["decode"] = start("decode", program.decode, arguments[0], latents)
+        results = {"begin": begun, "step": state, "decode": 0}
+        return {name: Part(job.result(), jax.tree.structure(results[name])) for name, job in jobs.items()}
+
+
+def _laid(shapes: Any, places: list[Sharding]) -> Any:
+    """Shapes with their places, given in the order of the leaves."""
+    leaves, tree = jax.tree.flatten(shapes)
+    laid = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for s, place in zip(leaves, places, strict=True)]
+    return jax.tree.unflatten(tree, laid)
+
+
+def _devices(arguments: Any) -> list[jax.Device]:
+    """Those that arguments lie on."""
+    placed = {device for leaf in jax.tree.leaves(arguments) if leaf.sharding for device in leaf.sharding.device_set}
+    return sorted(placed, key=lambda device: device.id) or jax.devices()[:1]
 
 
 def _flat(function: Callable, tree: Any) -> Callable:
@@ -164,7 +178,7 @@ def _traced(function: Callable, leaves: list[jax.ShapeDtypeStruct], path: Path) 
     """The function as its trace in a file, which is written if it is not there."""
     if path.exists():
         return export.deserialize(bytearray(path.read_bytes())).call
-    exported = export.export(jax.jit(function))(*leaves)
+    exported = export.export(function)(*leaves)
     path.write_bytes(exported.serialize())
     return exported.call
 
@@ -258,14 +272,14 @@ def _conditions(program: Program, arguments: Any) -> dict[str, Any]:
       ValueError: the program holds functions that are not the library's: whether they changed cannot be known.
     """
     leaves, tree = jax.tree.flatten(arguments)
-    device, inputs = jax.devices()[0], arguments[-1]
+    devices, inputs = _devices(arguments), arguments[-1]
     return {
         "format": FORMAT,
         "jax": version("jax"),
         "jaxlib": version("jaxlib"),
         "flaxdiff": f"{version('flaxdiff-jax')} {_sources()}",
-        "platform": f"{device.platform} {device.client.platform_version}",
-        "device": f"{device.device_kind}, {platform.machine()} {_features()}",
+        "platform": f"{devices[0].platform} {devices[0].client.platform_version}",
+        "devices": f"{len(devices)} {devices[0].device_kind}, {platform.machine()} {_features()}",
         "flags": {name: os.environ.get(name, "") for name in FLAGS},
         "settings": {name: getattr(jax.config, name) for name in SETTINGS},
         "pipeline": [_named(part) for part in (*program.family, program.guidance) if part is not None],
