@@ -2,7 +2,8 @@
 
     python benchmarks/imports.py --repeat 5
 
-A process of its own for each run, the array library included; files are in the page cache after the first.
+A process of its own for each run; files are in the page cache after the first. flaxdiff imports nothing before it is
+used, so the first use of the pipeline's class, with all that it imports, counts too.
 """
 
 import argparse

@@ -63,9 +63,10 @@ def sample(args: argparse.Namespace) -> None:
     options = {name: value for name, value in given.items() if value is not None}
     folder = ahead.keep_compiled()
     compile = folder and {"batch": args.num, "folder": folder, **options}
+    scheduler = args.scheduler and registry.find(args.scheduler, "scheduler")
     pipe, params = flaxdiff.load(args.model, compile=compile)
-    if args.scheduler:
-        pipe = pipe.replace(scheduler=registry.find(args.scheduler, "scheduler").from_config(pipe.scheduler))
+    if scheduler:
+        pipe = pipe.replace(scheduler=scheduler.from_config(pipe.scheduler))
     key = jax.random.key(args.seed)
     options |= {"negative_prompt": args.negative} if args.negative is not None else {}
     images = pipe(params, key, prompt=args.prompt, num_images_per_prompt=args.num, **options).images

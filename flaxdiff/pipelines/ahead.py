@@ -36,6 +36,7 @@ ROOT = Path(flaxdiff.__file__).parent
 MANIFEST = "manifest.json"
 FORMAT = 1
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # environment that compilers read
+RUN = ("pipeline", "networks", "pictures", "arguments")  # the conditions that are not of the place but of what is run
 SETTINGS = (  # of JAX that a trace depends on
     "jax_enable_x64",
     "jax_default_matmul_precision",
@@ -92,8 +93,12 @@ def keep_compiled() -> Path | None:
     if not jax.config.jax_enable_compilation_cache:
         return None
     if jax.config.jax_compilation_cache_dir is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "flaxdiff" / "compiled"))
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flaxdiff" / "compiled"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:  # a home that cannot be written: JAX would warn at each program
+            return None
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     folder = jax.config.jax_compilation_cache_dir
     return None if "://" in folder else Path(folder)
 
@@ -210,17 +215,22 @@ def _intact(place: Path, conditions: Mapping[str, Any]) -> bool:
             return True
         shutil.rmtree(place)
         _note(f"{place} is damaged: its files are not those of its {MANIFEST}. Its programs are compiled anew.")
-    elif others := [_manifest(path.parent).get("conditions", {}) for path in place.parent.glob(f"*/{MANIFEST}")]:
-        nearest = min((_differences(other, conditions) for other in others), key=len)
-        _note(f"{place.parent} holds programs for other conditions: {'; '.join(nearest)}. They are compiled for these.")
+    else:
+        there = [_manifest(path.parent).get("conditions", {}) for path in place.parent.glob(f"*/{MANIFEST}")]
+        same = [other for other in there if all(other.get(name) == conditions[name] for name in RUN)]
+        if same:
+            nearest = min((_differences(other, conditions) for other in same), key=len)
+            _note(f"{place.parent} holds these programs for {'; '.join(nearest)}. They are compiled anew.")
     return False
 
 
 def _manifest(place: Path) -> dict[str, Any]:
+    """What a folder says of itself; nothing if it is not to be read."""
     try:
-        return files.read_json(place / MANIFEST)
+        found = files.read_json(place / MANIFEST)
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found.get("conditions"), dict) else {}
 
 
 def _note(text: str) -> None:

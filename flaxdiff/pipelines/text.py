@@ -6,7 +6,6 @@ second to import.
 
 import functools
 import itertools
-import json
 import os
 import re
 import warnings
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from flaxdiff.checkpoint import files
 
 if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
@@ -80,18 +81,21 @@ def _clip(folder: str) -> Any:
 
     The text, normalised, is split into words, each as bytes, whose pairs are merged in the order of `merges.txt`.
     """
-    there = {path.name for path in Path(folder).iterdir()}
-    if not {"vocab.json", "merges.txt", "tokenizer_config.json"} == there:
+    root = Path(folder)
+    if {path.name for path in root.iterdir()} != {"vocab.json", "merges.txt", "tokenizer_config.json"}:
         return None
-    config = json.loads((Path(folder) / "tokenizer_config.json").read_text())
+    config, vocab = files.read_json(root / "tokenizer_config.json"), files.read_json(root / "vocab.json")
     start, end, unknown, pad = special = [config.get(f"{token}_token") for token in ("bos", "eos", "unk", "pad")]
-    vocab = json.loads((Path(folder) / "vocab.json").read_text())
+    length = config.get("model_max_length")
     if not all(isinstance(token, str) and token in vocab for token in special) or "added_tokens_decoder" in config:
+        return None
+    if not isinstance(length, int) or not 2 < length < 1 << 20:
         return None
 
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    merges = [tuple(line.split()) for line in (Path(folder) / "merges.txt").read_text().splitlines()[1:] if line]
+    lines = (root / "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
+    merges = [tuple(line.split(" ")) for line in lines if line]
     made = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, end_of_word_suffix="</w>"))
     made.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -102,7 +106,6 @@ def _clip(folder: str) -> Any:
     )
     made.add_special_tokens(special)
     made.post_processor = processors.RobertaProcessing((end, vocab[end]), (start, vocab[start]), False, False)
-    length = int(config["model_max_length"])
     made.enable_truncation(length)
     made.enable_padding(length=length, pad_id=vocab[pad], pad_token=pad)
     return made
