@@ -5,6 +5,7 @@ A script has two functions, `ours` and `peer`, from its arguments to figures (wh
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -16,13 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT = "portrait photo of an old warrior chief"
-PACKAGES = ("jax", "flaxdiff-jax", "torch", "diffusers", "transformers")
+PACKAGES = ("jax", "libtpu", "flaxdiff-jax", "torch", "diffusers", "transformers")
 Figures = dict[str, float]
 TINY: dict[str, dict[str, Any]] = {  # component -> what makes it small; networks that fit each other
     "vae": dict(
@@ -172,10 +173,19 @@ def record(claim: str, figures: Mapping[str, Figures]) -> str:
         "command": " ".join(["python", *command]),
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": versions(),
         **rounded,
     }
     return json.dumps(line, ensure_ascii=False)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that figures depend on, where they are installed."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def machine() -> str:
