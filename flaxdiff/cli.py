@@ -57,14 +57,18 @@ def sample(args: argparse.Namespace) -> None:
 
     import flaxdiff
     from flaxdiff import registry
+    from flaxdiff.pipelines import ahead
 
-    keep_compiled(jax)
-    pipe, params = flaxdiff.load(args.model)
-    if args.scheduler:
-        pipe = pipe.replace(scheduler=registry.find(args.scheduler, "scheduler").from_config(pipe.scheduler))
-    given = {"negative_prompt": args.negative, "num_inference_steps": args.steps, "guidance_scale": args.guidance}
+    given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
     options = {name: value for name, value in given.items() if value is not None}
+    folder = ahead.keep_compiled()
+    compile = folder and {"batch": args.num, "folder": folder, **options}
+    scheduler = args.scheduler and registry.find(args.scheduler, "scheduler")
+    pipe, params = flaxdiff.load(args.model, compile=compile)
+    if scheduler:
+        pipe = pipe.replace(scheduler=scheduler.from_config(pipe.scheduler))
     key = jax.random.key(args.seed)
+    options |= {"negative_prompt": args.negative} if args.negative is not None else {}
     images = pipe(params, key, prompt=args.prompt, num_images_per_prompt=args.num, **options).images
     cols = next(c for c in range(int(args.num**0.5), 0, -1) if args.num % c == 0)
     sheet = flaxdiff.make_image_grid(images, rows=cols, cols=args.num // cols)
@@ -87,14 +91,6 @@ def plan(args: argparse.Namespace) -> None:
     options = {name: value for name, value in vars(args).items() if name not in ("command", "json")}
     report = flaxdiff.plan(**options)
     print(json.dumps(report.to_json(), indent=1) if args.json else report)
-
-
-def keep_compiled(jax) -> None:
-    """Keep compiled programs in the user's cache folder, unless JAX was told where to."""
-    if jax.config.jax_compilation_cache_dir is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(root / "flaxdiff" / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ have anything imported; components become specs and parameters, a scheduler, and
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ def load_pipeline(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
+    compile: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> tuple["DiffusionPipeline", dict[str, Params]]:
     """A pipeline and its parameters, from a folder or a Hub repository in diffusers' layout.
@@ -46,6 +48,8 @@ def load_pipeline(
       repo, dtype, variant, revision, cache_dir, local_files_only, token: as of `load_model`. Components without files
         of the variant load their plain ones, as long as one component has it.
       sharding: a function from the abstract parameters of a component to a sharding for each.
+      compile: arguments of `DiffusionPipeline.compile`, e.g. `dict(height=512, batch=4)`, to do that while the weights
+        are read.
       **changes: components to use instead of those in the folder, `vae=(spec, params)`, `scheduler=…`, or None for one
         to do without; other names are settings of every network, such as `attention="sliced"`.
 
@@ -71,9 +75,11 @@ def load_pipeline(
 
     parts = {name: _tokenizer(root / name, components[name]) for name in of("tokenizer")}
     parts |= {name: _scheduler(root / name, components[name]) for name in of("scheduler")}
-    options = {"dtype": dtype, "sharding": sharding, **download, **changes}
-    for name, model in models.items():
-        parts[name] = reading.load_model(model, repo, subfolder=name, variant=chosen[name], **options)
+    found = {
+        name: reading.find(model, repo, name, dtype, chosen[name], sharding, download, changes)
+        for name, model in models.items()
+    }
+    parts |= {name: (model.spec, model.shapes) for name, model in found.items()}
     parts |= {name: part for name, part in given.items() if part is not None and name in components}
     _check(parts, sorts)
 
@@ -84,7 +90,13 @@ def load_pipeline(
         tokenizers=tuple((name, parts[name]) for name in components if name in parts and sorts[name] == "tokenizer"),
         settings=tuple(settings.items()),
     )
-    return pipe, {name: params for name, (_, params) in networks.items()}
+    params = {name: params for name, (_, params) in networks.items()}
+    with ThreadPoolExecutor(1) as pool:
+        job = None if compile is None else pool.submit(pipe.compile, dict(params), **compile)
+        params |= {name: model.load() for name, model in found.items()}
+        if job is not None:
+            job.result()
+    return pipe, params
 
 
 def _check(parts: Mapping[str, Any], sorts: Mapping[str, str]) -> None:

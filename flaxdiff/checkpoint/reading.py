@@ -5,7 +5,7 @@ import difflib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,14 +62,41 @@ def load_model(
     >>> again == spec, loaded["encoder.conv_in.weight"].dtype
     (True, dtype(bfloat16))
     """
+    download = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+    found = find(cls, repo, subfolder, dtype, variant, sharding, download, overrides)
+    return found.spec, found.load()
+
+
+class Found(NamedTuple):
+    """A model whose configuration has been read and whose weights have not."""
+
+    spec: Spec
+    shapes: dict[str, jax.ShapeDtypeStruct]  # of the parameters, with their places if those are given
+    load: Callable[[], Params]
+
+
+def find(
+    cls: type[Model],
+    repo: str | os.PathLike[str],
+    subfolder: str | None,
+    dtype: Any,
+    variant: str | None,
+    sharding: Shardings | None,
+    download: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+) -> Found:
+    """A model on this machine, downloaded if need be; arguments as of `load_model`."""
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     dtype = network_dtype(dtype)
-    download = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
     folder = fetch(repo, subfolder or "", cls.library, variant, download)
     spec = cls.from_config(files.read_json(folder / files.CONFIG) | _overrides(cls, overrides))
     weights = files.weight_file(folder, cls.library, variant)
-    return spec, place(spec, files.open_weights(weights), dtype, sharding, str(weights))
+    shapes = abstract(spec, dtype)
+    places = sharding(shapes) if callable(sharding) else sharding
+    laid = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=(places or {}).get(k)) for k, s in shapes.items()}
+    load = lambda: place(spec, files.open_weights(weights), dtype, places, str(weights))
+    return Found(spec, laid, load)
 
 
 def _overrides(cls: type[Model], overrides: Mapping[str, Any]) -> Mapping[str, Any]:

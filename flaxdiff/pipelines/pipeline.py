@@ -9,6 +9,7 @@ scheduler or autoencoder) returns a new pipeline here.
 import dataclasses
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -20,8 +21,9 @@ from tqdm.auto import tqdm
 from flaxdiff import images as pictures
 from flaxdiff.core import Params, Spec
 from flaxdiff.guidance import Guidance, standard
+from flaxdiff.pipelines import ahead
 from flaxdiff.pipelines.generate import Family, Program
-from flaxdiff.pipelines.tasks import text_to_image
+from flaxdiff.pipelines.tasks import blank_inputs, text_to_image
 from flaxdiff.schedulers import Scheduler
 
 ROWS = 64  # length of the scheduler's tables: runs of up to so many evaluations share a compiled program
@@ -31,6 +33,11 @@ STARTS = ("latents", "image", "image_latents", "noisy_latents")  # given for eac
 _begin = jax.jit(Program.begin, static_argnums=0)
 _step = jax.jit(Program.step, static_argnums=0)
 _decode = jax.jit(Program.decode, static_argnums=0)
+
+
+def _jitted(program: Program) -> ahead.Executables:
+    """The parts of a run as functions that compile when they are called."""
+    return ahead.Executables(*(functools.partial(part, program) for part in (_begin, _step, _decode)))
 
 
 @functools.cache
@@ -154,6 +161,7 @@ class DiffusionPipeline:
         Raises:
           ValueError: nothing to draw, a size that does not divide, and the like.
         """
+        ahead.keep_compiled()
         defaults = {**self.defaults, **dict(dict(self.settings).get("defaults", ()))}
         scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         guided = bool(np.max(scale) > 1)
@@ -184,6 +192,45 @@ class DiffusionPipeline:
             inputs["guidance"] = {k: np.asarray(v, np.float32) for k, v in strengths.items()}
         return inputs
 
+    def compile(
+        self,
+        params: Mapping[str, Params],
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> ahead.Executables:
+        """Compile ahead of time what a call runs, its parts side by side, or read it from a folder.
+
+        Calls with arguments of these shapes use the programs from then on; they are values to nothing else, so another
+        prompt, key, scheduler or number of steps needs no other.
+
+        Args:
+          params: component -> parameters, or their shapes as `abstract(spec, dtype)` gives them.
+          inputs: from `prepare_inputs`; or in their place
+          **options: batch, height, width, guidance_scale, …: as of `prepare_inputs`, prompts left out.
+          folder: where programs are kept, made if it is not there. What it holds is used if it was made by these
+            versions of jax and flaxdiff on such a device for such arguments, and replaced, with a warning, if it is
+            damaged. It holds machine code: use folders that you trust.
+
+        Returns:
+          The programs; their `generate(params, key, inputs)` is a pure call that neither traces nor compiles.
+
+        Raises:
+          ValueError: a size that does not divide, or arguments that are split over several devices.
+
+        >>> import flaxdiff, jax, tempfile
+        >>> pipe, params = flaxdiff.load()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     programs = pipe.compile(params, folder=folder, height=16, width=16)
+        >>> inputs = pipe.prepare_inputs(prompt="red apple", height=16, width=16, num_inference_steps=2)
+        >>> programs.generate(params, jax.random.key(0), inputs).shape
+        (1, 16, 16, 3)
+        """
+        inputs = blank_inputs(self, **options) if inputs is None else inputs
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return ahead.compiled(self.program, (params, key, inputs), folder)
+
     def __call__(
         self,
         params: Mapping[str, Params],
@@ -210,11 +257,12 @@ class DiffusionPipeline:
             raise ValueError(f"output_type={output_type!r} is not known; use 'pil', 'np' or 'latent'.")
         inputs, program = self.prepare_inputs(**options), self.program
         key = jnp.stack(list(key)) if isinstance(key, Sequence) else key
-        conditions, state = _begin(program, params, key, inputs)
+        run = ahead.find(program, params, key, inputs) or _jitted(program)
+        conditions, state = run.begin(params, key, inputs)
         timesteps = np.asarray(inputs["plan"].timesteps)
         with tqdm(total=int(inputs["plan"].steps), disable=not self.progress) as bar:
             for i in range(bar.total):
-                before, state = state, _step(program, params, conditions, state)
+                before, state = state, run.step(params, conditions, state)
                 if callback_on_step_end is not None:
                     told = callback_on_step_end(self, i, float(timesteps[i]), {"latents": state.sampler.sample})
                     if told and "latents" in told:
@@ -224,7 +272,7 @@ class DiffusionPipeline:
                 bar.update()
         if output_type == "latent":
             return PipelineOutput(state.sampler.sample)
-        images = np.asarray(_decode(program, params, state.sampler.sample))
+        images = np.asarray(run.decode(params, state.sampler.sample))
         return PipelineOutput(pictures.to_pil(images) if output_type == "pil" else images)
 
 

@@ -4,6 +4,7 @@ Each takes the pipeline and what its call was given, and returns the size of the
 `generate`), and which part of the schedule to run.
 """
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -97,6 +98,22 @@ def native_size(pipe: "DiffusionPipeline") -> Size:
     """The size that the denoiser was trained on, in pixels."""
     height, width = np.broadcast_to(pipe.unet.config.sample_size, 2)
     return Size(int(height) * vae_factor(pipe), int(width) * vae_factor(pipe))
+
+
+def blank_inputs(pipe: "DiffusionPipeline", batch: int = 1, **options: Any) -> dict[str, Any]:
+    """What `prepare_inputs` makes of blank prompts, and of blank pictures where the task starts from some.
+
+    Args:
+      batch: pictures to make.
+      **options: height, width, and others of `prepare_inputs`.
+    """
+    takes = lambda function: inspect.signature(function).parameters
+    options |= {"prompt": [""] * batch} if "prompt" in takes(pipe.family.prepare) else {"batch_size": batch}
+    if "image" in takes(pipe.task):
+        size = native_size(pipe)
+        height, width = (options.pop(side, None) or getattr(size, side) for side in ("height", "width"))
+        options["image"] = np.zeros((batch, height, width, 3), np.float32)
+    return pipe.prepare_inputs(**options)
 
 
 def check_size(pipe: "DiffusionPipeline", size: Size) -> None:

@@ -1,7 +1,13 @@
-"""Prompts on the host: texts to token ids. Tokenizers are transformers', imported when a prompt first needs one."""
+"""Prompts on the host: texts to token ids. Tokenizers are transformers', imported when a prompt first needs one.
+
+CLIP's plain files (a vocabulary and its merges) are read by the tokenizers library alone: transformers takes half a
+second to import.
+"""
 
 import functools
+import itertools
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flaxdiff.checkpoint import files
+
 if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
+
+
+PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # CLIP's words, before they are made of tokens
 
 
 @dataclass(frozen=True)
@@ -32,14 +43,24 @@ class Tokenizer:
         return _load(self.folder, self.class_name)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        length = self.loaded.model_max_length
-        ids = self.loaded(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np")
-        for text in texts:
-            if len(text) > 2 * length and len(self.loaded(text)["input_ids"]) > length:  # two letters a token at least
-                warnings.warn(
-                    f"The prompt is longer than {length} tokens; its end is not read: …{text[-40:]!r}", stacklevel=2
-                )
-        return ids["input_ids"].astype(np.int32)
+        plain = _clip(self.folder) if self.class_name.removesuffix("Fast") == "CLIPTokenizer" else None
+        if plain is not None:
+            read = plain.encode_batch(list(texts))
+            length, ids, cut = (
+                plain.truncation["max_length"],
+                [r.ids for r in read],
+                [bool(r.overflowing) for r in read],
+            )
+        else:
+            length = self.loaded.model_max_length
+            ids = self.loaded(list(texts), padding="max_length", max_length=length, truncation=True)["input_ids"]
+            long = [len(text) > 2 * length for text in texts]  # two letters a token at least
+            cut = [more and len(self.loaded(text)["input_ids"]) > length for text, more in zip(texts, long)]
+        for text in itertools.compress(texts, cut):
+            warnings.warn(
+                f"The prompt is longer than {length} tokens; its end is not read: …{text[-40:]!r}", stacklevel=2
+            )
+        return np.asarray(ids, np.int32)
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files."""
@@ -52,6 +73,42 @@ def _load(folder: str, class_name: str) -> Any:
     import transformers
 
     return getattr(transformers, class_name).from_pretrained(folder)
+
+
+@functools.cache
+def _clip(folder: str) -> Any:
+    """CLIP's tokenizer as transformers builds it, without importing all of that; None if its files say more than these.
+
+    The text, normalised, is split into words, each as bytes, whose pairs are merged in the order of `merges.txt`.
+    """
+    root = Path(folder)
+    if {path.name for path in root.iterdir()} != {"vocab.json", "merges.txt", "tokenizer_config.json"}:
+        return None
+    config, vocab = files.read_json(root / "tokenizer_config.json"), files.read_json(root / "vocab.json")
+    start, end, unknown, pad = special = [config.get(f"{token}_token") for token in ("bos", "eos", "unk", "pad")]
+    length = config.get("model_max_length")
+    if not all(isinstance(token, str) and token in vocab for token in special) or "added_tokens_decoder" in config:
+        return None
+    if not isinstance(length, int) or not 2 < length < 1 << 20:
+        return None
+
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    lines = (root / "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
+    merges = [tuple(line.split(" ")) for line in lines if line]
+    made = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, end_of_word_suffix="</w>"))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = Regex("|".join([re.escape(start), re.escape(end), PIECES]))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    made.add_special_tokens(special)
+    made.post_processor = processors.RobertaProcessing((end, vocab[end]), (start, vocab[start]), False, False)
+    made.enable_truncation(length)
+    made.enable_padding(length=length, pad_id=vocab[pad], pad_token=pad)
+    return made
 
 
 def texts(prompt: str | Sequence[str] | None) -> list[str]:

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import inspect
 import math
 import os
 import re
@@ -29,7 +28,7 @@ from flaxdiff.checkpoint.pipelines import EMOJI, SORTS, read_index
 from flaxdiff.core import abstract
 from flaxdiff.pipelines.generate import Networks
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
-from flaxdiff.pipelines.tasks import native_size
+from flaxdiff.pipelines.tasks import blank_inputs
 from flaxdiff.planning import chips, hlo
 from flaxdiff.planning.report import Memory, Part, Report, quantity
 from flaxdiff.published import COMPONENTS, MODELS
@@ -176,16 +175,9 @@ class _Run(NamedTuple):
         return NamedSharding(self.mesh, PartitionSpec())
 
     def inputs(self, **options: Any) -> dict[str, Any]:
-        """What `prepare_inputs` makes of blank prompts, and blank pictures where the task starts from them."""
-        takes = inspect.signature(self.pipe.family.prepare).parameters
-        options |= {"prompt": [""] * self.batch} if "prompt" in takes else {"batch_size": self.batch}
-        size = native_size(self.pipe)
-        height, width = self.height or size.height, self.width or size.width
-        if "image" in inspect.signature(self.pipe.task).parameters:
-            options["image"] = np.zeros((self.batch, height, width, 3), np.float32)
-        else:
-            options |= {"height": height, "width": width}
-        return self.pipe.prepare_inputs(num_inference_steps=self.steps, **options)
+        """Those of blank prompts and pictures."""
+        size = {"height": self.height, "width": self.width}
+        return blank_inputs(self.pipe, self.batch, num_inference_steps=self.steps, **size, **options)
 
     def params(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         """Parameters of every network, where the rules put them."""

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from flaxdiff.pipelines.text import PIECES
+
 START, END = "<|startoftext|>", "<|endoftext|>"
-PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 def train(captions: Iterable[str], vocab_size: int, max_length: int, folder: str | Path) -> None:
