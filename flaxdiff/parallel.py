@@ -5,9 +5,10 @@ serves sharding, freezing, learning rates and every other choice by name. With p
 `jax.jit(pipe.generate)` runs on one device or on all: XLA inserts the communication. For `jax.pmap`, `replicate` and
 `shard` add the leading axis of devices.
 
-A mesh has up to three axes. The batch is split over "data" and "fsdp", weights over "fsdp" (gathered where they are
-used) and "tensor" (each device computes a part of a layer's channels). `RULES` knows all three and passes over axes
-that a mesh does not have, so a `preset` is no more than the sizes of the axes.
+A mesh has up to four axes. The batch is split over "data" and "fsdp", weights over "fsdp" (gathered where they are
+used) and "tensor" (each device computes a part of a layer's channels), tokens and the rows of pictures over "context".
+`RULES` and `constrain` know all four and pass over axes that a mesh does not have, so a `preset` is no more than the
+sizes of the axes. `start` joins the processes of many hosts, whose devices then make one mesh.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flaxdiff.core import Params
 from flaxdiff.schedulers import Plan
@@ -64,7 +65,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         raise ValueError(
             f"A mesh of {dict(shape)} does not hold {len(devices)} devices; the sizes must multiply to that."
         )
-    return Mesh(np.asarray(devices).reshape(*shape.values()), tuple(shape))
+    return Mesh(np.asarray(devices).reshape(*shape.values()), tuple(shape), (AxisType.Auto,) * len(shape))
 
 
 def whole(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -152,15 +153,15 @@ def unmet(params: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> dict[s
 
 # --- presets ---------------------------------------------------------------------------------------------------------
 
-AXES = {"dp": "data", "fsdp": "fsdp", "tp": "tensor"}
+AXES = {"dp": "data", "fsdp": "fsdp", "tp": "tensor", "cp": "context"}
 
 
 def preset(text: str, devices: int) -> dict[str, int]:
     """The shape of the mesh that a short name stands for.
 
     Args:
-      text: "dp" (copies of the weights), "fsdp" or "tp", or a product such as "dp+fsdp" or "fsdp+tp=4". Axes without a
-        size share what is left, the later ones taking the larger part.
+      text: "dp" (copies of the weights), "fsdp", "tp" or "cp", or a product such as "dp+fsdp" or "fsdp+cp=4". Axes
+        without a size share what is left, the later ones taking the larger part.
       devices: how many there are.
 
     Raises:
@@ -191,12 +192,59 @@ def preset(text: str, devices: int) -> dict[str, int]:
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes that a batch is split over: all but those that split the layers themselves.
+    """The axes that a batch is split over: all but those that split layers, or a single picture.
 
     >>> batch_axes(make_mesh({"fsdp": 1, "tensor": 1}, jax.devices()[:1]))
     ('fsdp',)
     """
-    return tuple(axis for axis in mesh.axis_names if axis != "tensor")
+    return tuple(axis for axis in mesh.axis_names if axis not in ("tensor", "context"))
+
+
+# --- activations, by the mesh in context -----------------------------------------------------------------------------
+
+
+def splits(shape: tuple[int, ...], wishes: Sequence[str | None]) -> tuple[tuple[str, ...], ...]:
+    """For each dimension, the axes of the mesh in context that it can be split over.
+
+    Args:
+      shape: of an array.
+      wishes: for each dimension (None for those at the end that are left out) an axis of the mesh; "batch" for its
+        `batch_axes`, or "rest" for every axis. An axis that is missing, taken or does not divide is passed over.
+
+    >>> splits((8, 4), ("batch", "rest"))  # no mesh in context
+    ((), ())
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    types = zip(mesh.shape.items(), mesh.axis_types)  # inside a shard_map axes are not XLA's to split over
+    free = {axis: size for (axis, size), kind in types if size > 1 and kind == AxisType.Auto}
+    found = []
+    for length, wish in zip(shape, wishes):
+        axes: list[str] = []
+        for axis in {"batch": batch_axes(mesh), "rest": mesh.axis_names}.get(wish, (wish,)):
+            if axis in free and length % free[axis] == 0:
+                length //= free.pop(axis)
+                axes.append(axis)
+        found.append(tuple(axes))
+    return tuple(found)
+
+
+def constrain(x: jax.Array, *wishes: str | None) -> jax.Array:
+    """x itself, split over the mesh in context (`with jax.set_mesh(mesh)`) as far as `wishes` can be met, see `splits`.
+
+    XLA decides on dimensions that nothing splits, and on everything where there is no mesh.
+
+    >>> with jax.set_mesh(make_mesh({"data": 1}, jax.devices()[:1])):
+    ...     constrain(jnp.zeros((2, 4, 4, 3)), "batch", "rest").shape
+    (2, 4, 4, 3)
+    """
+    axes = splits(x.shape, wishes)
+    if not any(axes):
+        return x
+    return _laid(x, PartitionSpec(*(a or PartitionSpec.UNCONSTRAINED for a in axes)))
+
+
+# outside of a compiled function too
+_laid = jax.jit(jax.lax.with_sharding_constraint, static_argnums=1, inline=True)
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------

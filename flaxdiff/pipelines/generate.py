@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from flaxdiff import core
 from flaxdiff.guidance import Guidance, standard
+from flaxdiff.parallel import constrain
 from flaxdiff.schedulers import tables
 
 Inputs = Mapping[str, Any]
@@ -151,10 +152,12 @@ class Program:
     def step(self, params: Mapping[str, core.Params], conditions: Conditions, state: State) -> State:
         """One evaluation of the network, all branches in one batch, and one row of the scheduler's table."""
         sampler, (branches, strengths) = state.sampler, conditions
-        x = jnp.concatenate([sampler.model_input] * len(branches))
-        cond = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *branches.values())
+        # The branches of an image lie side by side: on the device that has the image, or each on one of its own.
+        join = lambda *arrays: constrain(jnp.stack(arrays, 1).reshape(-1, *arrays[0].shape[1:]), "batch")
+        x, cond = join(*[sampler.model_input] * len(branches)), jax.tree.map(join, *branches.values())
         output = self.family.predict(self.networks(params), x, sampler.timestep, cond).astype(jnp.float32)
-        predictions = dict(zip(branches, jnp.split(output, len(branches))))
+        output = output.reshape(-1, len(branches), *output.shape[1:])
+        predictions = {branch: output[:, i] for i, branch in enumerate(branches)}
         guess, memory = predictions["positive"], state.guidance
         if strengths is not None:
             guess, memory = self.guidance(strengths).combine(memory, guess, predictions)

@@ -92,7 +92,8 @@ def plan(
         )
     run = _Run(pipe, mesh, jnp.dtype(dtype), batch, height, width, steps)
     programs = [training(run)] if train else list(sampling(run))
-    parts = tuple(compiled(program) for program in programs)
+    with jax.set_mesh(mesh):
+        parts = tuple(compiled(program) for program in programs)
 
     state = programs[0].arguments[0]
     size = run.inputs()["size"]
@@ -332,7 +333,7 @@ def advised(report: Report, state: Any, shards: int) -> Report:
     for preset in TRIED:
         mesh = jax.sharding.AbstractMesh(*zip(*((v, k) for k, v in parallel.preset(preset, report.devices).items())))
         weights = weight(state, mesh)
-        parts = math.prod(mesh.shape[axis] for axis in mesh.axis_names if axis != "tensor")
+        parts = math.prod(mesh.shape[axis] for axis in parallel.batch_axes(mesh))
         if dict(mesh.shape) != report.mesh and report.batch % parts == 0 and room(weights, report.batch / parts):
             need = quantity(weights + report.batch / parts * each, "B")
             advice.append(f"--preset {preset}: about {need}, {quantity(weights, 'B')} of it weights.")
