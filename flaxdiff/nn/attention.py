@@ -99,7 +99,7 @@ def attention(
     if bias is not None:
         bias = bias.astype(jnp.float32).reshape((1,) * (4 - bias.ndim) + bias.shape)
     alone = functools.partial(_alone, backend, causal)
-    return alone(q, k, v, bias) if causal else context.spread(alone, q, k, v, bias, split)
+    return context.spread(alone, q, k, v, bias, None if causal else split)
 
 
 def _alone(

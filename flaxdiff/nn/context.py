@@ -1,9 +1,10 @@
-"""Attention over tokens that lie on several devices, by the mesh in context.
+"""Attention on many devices, by the mesh in context: pictures, heads and tokens may lie on several.
 
-Each device answers its own queries. Up to `LONG` keys it gathers the keys and values of all others and computes as it
-would alone, on whatever backend. Beyond that they stay where they are and go around the ring of devices, and each joins
-what it makes of one part after another by an online softmax; so no device ever holds more than two parts. The way back
-goes around the same ring, the gradients of keys and values travelling with them.
+Pictures and heads have nothing to say to each other: each device computes its own as it would alone, on whatever
+backend. Where tokens are split, each answers its own queries. Up to `LONG` keys it gathers those of all others. Beyond
+that keys and values stay where they are and go around the ring of devices, and each joins what it makes of one part
+after another by an online softmax; so no device ever holds more than two parts. The way back goes around the same ring,
+the gradients of keys and values travelling with them.
 
 Reference: Liu et al., Ring Attention with Blockwise Transformers for Near-Infinite Context, 2023.
 """
@@ -23,19 +24,22 @@ KEYS = 1024  # in a block of scores
 Axes = tuple[str, ...]
 
 
-def spread(alone: Callable, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, wish: str) -> jax.Array:
-    """`alone(q, k, v, bias)`, softmax(QKᵀ + bias)V, with the queries split over the mesh in context.
+def spread(
+    alone: Callable, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, wish: str | None
+) -> jax.Array:
+    """`alone(q, k, v, bias)`, softmax(QKᵀ + bias)V, with its work split over the mesh in context.
 
     Args:
       alone: attention on one device.
       q, k, v, bias: [B, N, H, D] scaled, [B, M, H, D] twice, and what broadcasts against [B, H, N, M] or None.
-      wish: over which axes, see `parallel.splits`. Where none divides N, or there is no mesh, `alone` does it all.
+      wish: over which axes the queries are split, see `parallel.splits`; None for a device to have all of them.
     """
-    batch, tokens, heads = axes = splits(q.shape[:3], ("batch", wish, "tensor"))
-    if not tokens:
+    wishes = ("batch", wish, "tensor")
+    batch, tokens, heads = axes = splits(q.shape[:3], wishes)
+    if not any(axes):
         return alone(q, k, v, bias)
     whole, split = PartitionSpec(batch, None, heads), PartitionSpec(*axes)
-    if bias is None and k.shape[1] > LONG and splits(k.shape[:3], ("batch", wish, "tensor")) == axes:
+    if tokens and bias is None and k.shape[1] > LONG and splits(k.shape[:3], wishes) == axes:
         ring = lambda q, k, v: _ring(tokens, q, k, v)
         return jax.shard_map(ring, in_specs=(split,) * 3, out_specs=split, check_vma=False)(q, k, v)
     over = None
