@@ -12,7 +12,10 @@ sizes of the axes. `start` joins the processes of many hosts, whose devices then
 """
 
 import dataclasses
+import functools
+import logging
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -90,8 +93,8 @@ class Split:
         for axis, wish in self.wishes.items():
             dims = range(len(shape)) if wish is None else [len(shape) + wish] if len(shape) + wish >= 0 else []
             free = [d for d in dims if axis in mesh.shape and axes[d] is None and shape[d] % mesh.shape[axis] == 0]
-            if free:
-                axes[max(free, key=lambda d: shape[d])] = axis
+            if free:  # of equal ones the last, which for most weights lies in one piece in a file
+                axes[max(free, key=lambda d: (shape[d], d))] = axis
         return PartitionSpec(*axes)
 
 
@@ -102,6 +105,7 @@ _FIRST = r"(to_[qkv]|[qkv]_proj|ff\.net\.0\.proj|mlp\.fc1|token_embedding|resnet
 _SECOND = r"(to_out\.0|out_proj|ff\.net\.2|mlp\.fc2|resnets\.\d+\.conv2)\.weight"
 RULES: Rules = (
     (rf"norm|{_VAE}.*bias$", whole),
+    (r"upsamplers.*weight", Split({"fsdp": -2})),  # its outputs for even and odd pixels are laid side by side
     (_VAE, Split({"fsdp": None})),
     (rf"{_FIRST}bias$", Split({"tensor": -1})),
     (r"bias$", whole),
@@ -111,11 +115,12 @@ RULES: Rules = (
 )
 
 
-def shardings(params: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> dict[str, Any]:
+def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """Where each parameter lies, for `jax.device_put`, `jax.jit(init, out_shardings=…)` or a loader.
 
     Args:
-      params: name -> array, abstract array, or another kind of weight; or component -> such a dictionary.
+      tree: name -> array, abstract array, or another kind of weight; component -> such a dictionary; or a training
+        state, whose moments and averages carry the names of the parameters.
       mesh: the devices.
       rules: (regex, choice), first match wins.
 
@@ -123,14 +128,18 @@ def shardings(params: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> di
     >>> tuple(shardings({"proj.weight": jnp.zeros((4, 8))}, mesh)["proj.weight"].spec)
     (None, 'fsdp')
     """
-    if all(isinstance(value, Mapping) for value in params.values()):
-        return {component: shardings(values, mesh, rules) for component, values in params.items()}
-    place = lambda name: lambda leaf: NamedSharding(mesh, first_match(rules, name)(leaf.shape, mesh))
-    return {name: jax.tree.map(place(name), weight) for name, weight in params.items()}
+    place = lambda path, leaf: NamedSharding(mesh, first_match(rules, _name(path))(leaf.shape, mesh))
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def distribute(params: Params, mesh: Mesh, rules: Rules = RULES) -> Params:
-    """Parameters put where the rules say."""
+    """Parameters put where the rules say; a log line tells which ones an axis does not divide."""
+    for note in notes(params, mesh, rules):
+        tell(note)
     return jax.device_put(params, shardings(params, mesh, rules))
 
 
@@ -143,12 +152,22 @@ def unmet(params: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> dict[s
     """
     found: dict[str, list[str]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        choice = first_match(rules, name)
+        choice = first_match(rules, _name(path))
         for axis in getattr(choice, "wishes", ()):
             if mesh.shape.get(axis, 1) > 1 and axis not in choice(leaf.shape, mesh):
-                found.setdefault(axis, []).append(name)
+                found.setdefault(axis, []).append(_name(path))
     return found
+
+
+def notes(params: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> list[str]:
+    """What `unmet` finds, in sentences."""
+    return [
+        f"{mesh.shape[axis]} divides no side of these, not split over {axis}: {len(names)}, e.g. {names[0]}."
+        for axis, names in unmet(params, mesh, rules).items()
+    ]
+
+
+tell = functools.cache(logging.getLogger(__name__).warning)  # the same thing once
 
 
 # --- presets ---------------------------------------------------------------------------------------------------------
@@ -274,7 +293,7 @@ def replicate(tree: Any, over: Mesh | int | None = None) -> Any:
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (n, *jnp.shape(a))), tree)
 
 
-def shard(inputs: Any, over: Mesh | int | None = None) -> Any:
+def shard(inputs: Any, over: Mesh | int | None = None, *, part: bool = False) -> Any:
     """Split a batch over devices.
 
     Args:
@@ -282,6 +301,8 @@ def shard(inputs: Any, over: Mesh | int | None = None) -> Any:
         plan are the same for all.
       over: a mesh, for `jax.jit`: arrays are placed, split along its `batch_axes`; or a number of devices (by default
         the local ones), for `jax.pmap`: arrays get a leading axis of devices.
+      part: of a mesh of several processes, whether each gives its own part of the batch, as when each reads its own
+        data. Otherwise all give the same whole batch, and each puts what its devices hold.
 
     Raises:
       ValueError: the batch does not divide.
@@ -289,17 +310,50 @@ def shard(inputs: Any, over: Mesh | int | None = None) -> Any:
     >>> shard({"ids": np.zeros((4, 7)), "scale": np.float32(5)}, 2)["ids"].shape
     (2, 2, 7)
     """
-    axes = batch_axes(over) if isinstance(over, Mesh) else ()
-    n = math.prod(over.shape[a] for a in axes) if isinstance(over, Mesh) else over or jax.local_device_count()
-
-    def check(a: Any) -> Any:
-        if len(a) % n:
-            raise ValueError(f"A batch of {len(a)} does not divide among {n} devices; use a multiple of {n}.")
-        return a
-
     if isinstance(over, Mesh):
-        everywhere, split = NamedSharding(over, PartitionSpec()), NamedSharding(over, PartitionSpec(axes))
-        put = lambda a, where: jax.device_put(a, where)
-        return by_kind(lambda a: put(a, everywhere), lambda a: put(check(a), split), inputs)
+        everywhere, split = NamedSharding(over, PartitionSpec()), NamedSharding(over, PartitionSpec(batch_axes(over)))
+        n = math.prod(over.shape[axis] for axis in batch_axes(over))
+        n = len({str(rows) for rows in split.addressable_devices_indices_map((n,)).values()}) if part else n
+        put = jax.make_array_from_process_local_data if part else lambda where, a: jax.device_put(a, where)
+        return by_kind(lambda a: put(everywhere, a), lambda a: put(split, _divisible(a, n)), inputs)
+    n = over or jax.local_device_count()
     copies = lambda a: np.broadcast_to(a, (n, *np.shape(a)))
-    return by_kind(copies, lambda a: check(a).reshape(n, len(a) // n, *a.shape[1:]), inputs)
+    return by_kind(copies, lambda a: _divisible(a, n).reshape(n, len(a) // n, *a.shape[1:]), inputs)
+
+
+def _divisible(a: Any, n: int) -> Any:
+    if len(a) % n:
+        raise ValueError(f"A batch of {len(a)} does not divide among {n} devices; use a multiple of {n}.")
+    return a
+
+
+# --- many hosts ------------------------------------------------------------------------------------------------------
+
+PLACE = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def start() -> None:
+    """Join the processes of many hosts into one: call it first, in each; after it `jax.devices()` are those of all.
+
+    Where JAX knows the surroundings by itself (TPU pods, also on GKE, SLURM, Open MPI) there is nothing to say.
+    Elsewhere three environment variables tell each process its place: JAX_COORDINATOR_ADDRESS, host and port of the
+    first process; JAX_NUM_PROCESSES; and JAX_PROCESS_ID, from 0 on. On a single machine, and when called again, nothing
+    happens.
+
+    Raises:
+      ValueError: some of the variables are set and others not, or not to numbers.
+    """
+    if jax.distributed.is_initialized():
+        return
+    told = {name: os.environ[name] for name in PLACE if os.environ.get(name)}
+    if not told:
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            if "coordinator_address" not in str(error):  # which JAX misses where it knows of no other processes
+                raise
+        return
+    if len(told) < len(PLACE) or not all(told[name].isdecimal() for name in PLACE[1:]):
+        raise ValueError(f"The environment has {told}; set {', '.join(PLACE)} (host:port and two numbers), or none.")
+    address, count, number = told.values()
+    jax.distributed.initialize(address, int(count), int(number))

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flaxdiff import registry
+from jax.sharding import Mesh
+
+from flaxdiff import parallel, registry
 from flaxdiff.checkpoint import files, hub, reading, writing
 from flaxdiff.checkpoint.tensors import damaged
 from flaxdiff.core import Model, Params, Spec, frozen
@@ -32,6 +34,8 @@ def load_pipeline(
     *,
     dtype: Any = None,
     variant: str | None = None,
+    mesh: Mesh | None = None,
+    rules: parallel.Rules = parallel.RULES,
     sharding: reading.Shardings | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -43,9 +47,10 @@ def load_pipeline(
 
     Args:
       cls: the class of the pipeline; for `DiffusionPipeline` itself, the class that the folder names.
-      repo, dtype, variant, revision, cache_dir, local_files_only, token: as of `load_model`. Components without files
-        of the variant load their plain ones, as long as one component has it.
-      sharding: a function from the abstract parameters of a component to a sharding for each.
+      repo, dtype, variant, mesh, rules, revision, cache_dir, local_files_only, token: as of `load_model`. Components
+        without files of the variant load their plain ones, as long as one component has it.
+      sharding: instead of a mesh and rules, a function from the abstract parameters of a component to a sharding for
+        each.
       **changes: components to use instead of those in the folder, `vae=(spec, params)`, `scheduler=…`, or None for one
         to do without; other names are settings of every network, such as `attention="sliced"`.
 
@@ -71,7 +76,7 @@ def load_pipeline(
 
     parts = {name: _tokenizer(root / name, components[name]) for name in of("tokenizer")}
     parts |= {name: _scheduler(root / name, components[name]) for name in of("scheduler")}
-    options = {"dtype": dtype, "sharding": sharding, **download, **changes}
+    options = {"dtype": dtype, "mesh": mesh, "rules": rules, "sharding": sharding, **download, **changes}
     for name, model in models.items():
         parts[name] = reading.load_model(model, repo, subfolder=name, variant=chosen[name], **options)
     parts |= {name: part for name, part in given.items() if part is not None and name in components}

@@ -115,7 +115,7 @@ class Decoder(nnx.Module):
         self.act_fn = c.act_fn
 
     def __call__(self, z: jax.Array) -> jax.Array:
-        # The rows of a picture lie on the devices that the batch leaves idle; convolutions fetch a row from either side.
+        # The rows of a picture lie on devices that the batch leaves idle; convolutions fetch a row from either side.
         spread = lambda x: constrain(x, "batch", "rest")
         x = spread(self.mid_block(spread(self.conv_in(z))))
         for block in self.up_blocks:

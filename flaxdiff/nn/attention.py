@@ -102,9 +102,7 @@ def attention(
     return context.spread(alone, q, k, v, bias, None if causal else split)
 
 
-def _alone(
-    backend: str, causal: bool, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None
-) -> jax.Array:
+def _alone(backend: str, causal: bool, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Attention of scaled queries on one device, or on many as XLA sees fit."""
     (b, n, h, d), m = q.shape, k.shape[1]
     kernel = functools.partial(flash.attention, causal=causal)

@@ -2,9 +2,9 @@
 
 Pictures and heads have nothing to say to each other: each device computes its own as it would alone, on whatever
 backend. Where tokens are split, each answers its own queries. Up to `LONG` keys it gathers those of all others. Beyond
-that keys and values stay where they are and go around the ring of devices, and each joins what it makes of one part
-after another by an online softmax; so no device ever holds more than two parts. The way back goes around the same ring,
-the gradients of keys and values travelling with them.
+that the parts of the keys and values travel around the ring of devices, and each device joins what it makes of one
+after another by an online softmax, so that none holds them all. The way back goes around the same ring, the gradients
+of keys and values travelling with them.
 
 Reference: Liu et al., Ring Attention with Blockwise Transformers for Near-Infinite Context, 2023.
 """

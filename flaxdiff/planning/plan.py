@@ -107,8 +107,7 @@ def plan(
 
 def _notes(run: "_Run", parts: tuple[Part, ...]) -> Iterator[str]:
     """What was not done as the rules wish, and what could not be read."""
-    for axis, names in parallel.unmet(run.params(), run.mesh).items():
-        yield f"{run.mesh.shape[axis]} divides no side of these, not split over {axis}: {len(names)}, e.g. {names[0]}."
+    yield from parallel.notes(run.params(), run.mesh)
     if loops := sum(part.cost.unknown_loops for part in parts if part.cost):
         yield f"Loops that do not say how often they run, and count once: {loops}."
     if kernels := sum(part.cost.unknown_kernels for part in parts if part.cost):
@@ -253,9 +252,7 @@ def training(run: _Run) -> Program:
     tx = state.adam(1e-4, 100_000)
     loss = losses.denoising(predict, run.pipe.scheduler.alphas_cumprod())
     start = jax.eval_shape(lambda params: state.create(params, tx), {"unet": abstract(specs["unet"])})
-    rule = lambda path: parallel.first_match(parallel.RULES, jax.tree_util.keystr(path, simple=True, separator="."))
-    where = lambda path, leaf: NamedSharding(run.mesh, rule(path)(leaf.shape, run.mesh))
-    start = laid(start, jax.tree_util.tree_map_with_path(where, start))
+    start = laid(start, parallel.shardings(start, run.mesh))
     key = laid(jax.eval_shape(lambda: jax.random.key(0)), run.everywhere)
     function = functools.partial(state.train_step, loss, tx)
     return Program("training step", 1, function, (start, batch, key), (places(start), None), (0,))
@@ -311,12 +308,8 @@ def weight(tree: Any, mesh: Mesh, rules: parallel.Rules = parallel.RULES) -> int
     >>> weight({"conv.weight": jnp.zeros((3, 3, 8, 8))}, mesh)
     2304
     """
-    total = 0
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        where = NamedSharding(mesh, parallel.first_match(rules, name)(leaf.shape, mesh))
-        total += math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    return total
+    size = lambda leaf, where: math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(jax.tree.leaves(jax.tree.map(size, tree, parallel.shardings(tree, mesh, rules))))
 
 
 # --- advice ----------------------------------------------------------------------------------------------------------
