@@ -222,20 +222,25 @@ def batch_axes(mesh: Mesh) -> tuple[str, ...]:
 # --- activations, by the mesh in context -----------------------------------------------------------------------------
 
 
+def _free() -> dict[str, int]:
+    """The axes of the mesh in context that XLA may split over; those of a shard_map are the function's own affair."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = zip(mesh.shape.items(), mesh.axis_types)
+    return {axis: size for (axis, size), kind in types if size > 1 and kind == AxisType.Auto}
+
+
 def splits(shape: tuple[int, ...], wishes: Sequence[str | None]) -> tuple[tuple[str, ...], ...]:
     """For each dimension, the axes of the mesh in context that it can be split over.
 
     Args:
       shape: of an array.
-      wishes: for each dimension (None for those at the end that are left out) an axis of the mesh; "batch" for its
-        `batch_axes`, or "rest" for every axis. An axis that is missing, taken or does not divide is passed over.
+      wishes: for each dimension an axis of the mesh; "batch" for its `batch_axes`, "rest" for every axis, "whole" or
+        None for none. An axis that is missing, taken or does not divide is passed over.
 
     >>> splits((8, 4), ("batch", "rest"))  # no mesh in context
     ((), ())
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    types = zip(mesh.shape.items(), mesh.axis_types)  # inside a shard_map axes are not XLA's to split over
-    free = {axis: size for (axis, size), kind in types if size > 1 and kind == AxisType.Auto}
+    free, mesh = _free(), jax.sharding.get_abstract_mesh()
     found = []
     for length, wish in zip(shape, wishes):
         axes: list[str] = []
@@ -250,16 +255,18 @@ def splits(shape: tuple[int, ...], wishes: Sequence[str | None]) -> tuple[tuple[
 def constrain(x: jax.Array, *wishes: str | None) -> jax.Array:
     """x itself, split over the mesh in context (`with jax.set_mesh(mesh)`) as far as `wishes` can be met, see `splits`.
 
-    XLA decides on dimensions that nothing splits, and on everything where there is no mesh.
+    XLA decides on dimensions that nothing splits, unless "whole" is wished for, and on all where there is no mesh.
 
     >>> with jax.set_mesh(make_mesh({"data": 1}, jax.devices()[:1])):
     ...     constrain(jnp.zeros((2, 4, 4, 3)), "batch", "rest").shape
     (2, 4, 4, 3)
     """
     axes = splits(x.shape, wishes)
-    if not any(axes):
+    if not any(axes) and not ("whole" in wishes and _free()):
         return x
-    return _laid(x, PartitionSpec(*(a or PartitionSpec.UNCONSTRAINED for a in axes)))
+    open_ = PartitionSpec.UNCONSTRAINED
+    dims = [a or (None if wish == "whole" else open_) for a, wish in zip(axes, wishes)]
+    return _laid(x, PartitionSpec(*dims, *[open_] * (x.ndim - len(dims))))
 
 
 # outside of a compiled function too

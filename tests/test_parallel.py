@@ -112,10 +112,10 @@ def test_attention_over_tokens_on_several_devices(monkeypatch, keys, long, optio
     made, cost = lowered(run, q, k, v, mesh=mesh)
     with jax.set_mesh(mesh):
         close(jax.jit(both)(q, k, v), wanted, 4e-6)
-        batches = jax.vmap(run)(*(jnp.stack([a, 2 * a]) for a in (q, k, v)))
-    close(batches, jnp.stack([run(q, k, v), run(2 * q, 2 * k, 2 * v)]), 4e-6)
+        batches = jax.vmap(run)(*(jnp.stack([a, -a]) for a in (q, k, v)))
+    close(batches, jnp.stack([run(q, k, v), run(-q, -k, -v)]), 4e-6)
     assert made.output_shardings.spec == PartitionSpec("data", *["context"] * split)
-    # the ring of four: one hop is written down, and goes around three times
+    # keys and values go to the next of four devices three times
     assert cost.collectives == ({"collective-permute": [6, 3 * 2 * q.nbytes / 8]} if long == 127 else {})
 
 
@@ -183,14 +183,14 @@ def test_rows_of_pictures_on_several_devices():
     assert size <= 2.05 * 5 * largest and "collective-permute" in cost.collectives  # keys and values, five times
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_pictures_are_decoded_in_rows(platform):
+@pytest.mark.parametrize(("platform", "side"), [("cpu", 32), ("tpu", 64)])
+def test_pictures_are_decoded_in_rows(platform, side):
     """One latent on eight devices: each convolution fetches rows from its neighbours; memory falls."""
     devices = jax.devices() if platform == "cpu" else chips.describe("v5e:2x4").devices
     costs, memory = {}, {}
     for n in (1, 8):
         mesh = mesh_of(devices, fsdp=n)
-        args = (flaxdiff.abstract(VAE), jax.ShapeDtypeStruct((1, 64, 64, 4), jnp.float32))
+        args = (flaxdiff.abstract(VAE), jax.ShapeDtypeStruct((1, side, side, 4), jnp.float32))
         everywhere = parallel.shardings(args, mesh, [("", parallel.whole)])
         made, costs[n] = lowered(decode, *laid(args, everywhere), mesh=mesh)
         memory[n] = made.memory_analysis().temp_size_in_bytes
@@ -198,8 +198,8 @@ def test_pictures_are_decoded_in_rows(platform):
     assert memory[8] < memory[1] / 4, memory
     moved = costs[8].collectives
     assert set(moved) == {"collective-permute", "all-gather", "all-reduce"}
-    assert moved["all-gather"] == [2, 2 * 64 * 64 * 64 * 4]  # keys and values of the one attention, nothing else
-    assert moved["collective-permute"][1] < 0.2 * 128 * 128 * 64 * 4  # a few rows
+    assert moved["all-gather"] == [2, 2 * side**2 * 64 * 4]  # keys and values of the one attention, nothing else
+    assert moved["collective-permute"][1] < 0.25 * (2 * side) ** 2 * 64 * 4  # a few rows
     assert moved["all-reduce"][1] < 1e4  # moments of the normalisations
 
 
@@ -222,7 +222,7 @@ def test_each_branch_of_guidance_on_its_own_device():
     _, alone = lowered(program.step, params, conditions, state, mesh=mesh_of(data=1))
     _, shared = lowered(program.step, *flaxdiff.replicate((params, conditions, state), mesh), mesh=mesh)
     assert shared.flops < 0.55 * alone.flops
-    assert sum(size for _, size in shared.collectives.values()) < 4 * state.sampler.sample.nbytes
+    assert shared.collectives == {"all-gather": [1, 2 * state.sampler.sample.nbytes]}  # what the branches came to
     with jax.set_mesh(mesh):
         both = jax.jit(program.step)(*flaxdiff.replicate((params, conditions, state), mesh))
     close(both.sampler.sample, wanted.sampler.sample, 1e-5)
@@ -285,7 +285,7 @@ def resident(path: Path) -> int:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="counts pages as Linux tells them")
-@pytest.mark.parametrize(("kind", "shape"), [("linear", (1024, 4096)), ("embedding", (4096, 1024))])
+@pytest.mark.parametrize(("kind", "shape"), [("linear", (2048, 8192)), ("embedding", (8192, 2048))])
 def test_only_the_pages_of_a_part_are_read(tmp_path, monkeypatch, kind, shape):
     """An eighth of a weight along its longest side is an eighth of the file."""
     file, leaf = tmp_path / "w.safetensors", Leaf(shape, kind, None)
@@ -299,7 +299,7 @@ def test_only_the_pages_of_a_part_are_read(tmp_path, monkeypatch, kind, shape):
     for index in where.devices_indices_map(shape).values():
         part = convert.read("w", place, np.dtype(np.float32), index)
         assert np.array_equal(part, (array.T if kind == "linear" else array)[index])
-    assert len(seen) == 8 and max(seen) < array.nbytes / 8 + 2**18, seen
+    assert len(seen) == 8 and max(seen) <= array.nbytes / 8 + 2**22, seen  # pages of up to 2 MiB
 
 
 # --- many processes --------------------------------------------------------------------------------------------------
@@ -308,8 +308,6 @@ SCRIPT = Path(__file__).parent / "processes.py"
 
 
 def test_start_says_what_is_missing(monkeypatch):
-    parallel.start()  # on a single machine, nothing
-    assert jax.process_count() == 1
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     with pytest.raises(ValueError, match="has {'JAX_NUM_PROCESSES': '2'}; set JAX_COORDINATOR_ADDRESS, JAX_NUM"):
         parallel.start()

@@ -60,7 +60,8 @@ def _ring(axes: Axes, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 def _send(axes: Axes, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     size = jax.lax.axis_size(axes)
-    return jax.lax.ppermute(parts, axes, [(i, (i + 1) % size) for i in range(size)])
+    ring = [(i, (i + 1) % size) for i in range(size)]
+    return tuple(jax.lax.ppermute(part, axes, ring) for part in parts)
 
 
 def _around(axes: Axes, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:

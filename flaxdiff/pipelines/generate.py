@@ -153,10 +153,11 @@ class Program:
         """One evaluation of the network, all branches in one batch, and one row of the scheduler's table."""
         sampler, (branches, strengths) = state.sampler, conditions
         # The branches of an image lie side by side: on the device that has the image, or each on one of its own.
-        join = lambda *arrays: constrain(jnp.stack(arrays, 1).reshape(-1, *arrays[0].shape[1:]), "batch")
+        stack = lambda *arrays: constrain(jnp.stack(arrays, 1), "batch", "whole")
+        join = lambda *arrays: constrain(stack(*arrays).reshape(-1, *arrays[0].shape[1:]), "batch")
         x, cond = join(*[sampler.model_input] * len(branches)), jax.tree.map(join, *branches.values())
         output = self.family.predict(self.networks(params), x, sampler.timestep, cond).astype(jnp.float32)
-        output = output.reshape(-1, len(branches), *output.shape[1:])
+        output = constrain(output.reshape(-1, len(branches), *output.shape[1:]), "batch", "whole")
         predictions = {branch: output[:, i] for i, branch in enumerate(branches)}
         guess, memory = predictions["positive"], state.guidance
         if strengths is not None:
