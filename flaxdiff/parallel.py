@@ -49,20 +49,22 @@ def first_match(rules: Rules, name: str) -> Any:
     )
 
 
-def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(shape: Mapping[str, int] | str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over devices with named axes; by default all of them along "data".
 
     Args:
-      shape: axis -> size, e.g. {"data": 2, "fsdp": 4}.
+      shape: axis -> size, e.g. {"data": 2, "fsdp": 4}; or a `preset`, e.g. "fsdp+cp=4".
       devices: by default all, of all hosts.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or there is no such preset.
 
-    >>> make_mesh({"data": 1}, jax.devices()[:1]).axis_names
-    ('data',)
+    >>> make_mesh("fsdp", jax.devices()[:1]).axis_names
+    ('fsdp',)
     """
     devices = jax.devices() if devices is None else devices
+    if isinstance(shape, str):
+        shape = preset(shape, len(devices))
     shape = {"data": len(devices)} if shape is None else shape
     if np.prod(list(shape.values())) != len(devices):
         raise ValueError(

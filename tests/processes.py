@@ -22,7 +22,7 @@ from flaxdiff.training import losses, state  # noqa: E402
 parallel.start()
 parallel.start()  # a second time is nothing
 first, count = jax.process_index() == 0, jax.process_count()
-mesh = parallel.make_mesh(parallel.preset("fsdp", len(jax.devices())))
+mesh = parallel.make_mesh("fsdp")
 whole = functools.partial(multihost_utils.process_allgather, tiled=True)
 results = {"processes": count, "devices": len(jax.devices()), "local": jax.local_device_count()}
 

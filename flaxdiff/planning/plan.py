@@ -79,7 +79,7 @@ def plan(
         raise ValueError(f"steps={steps} is for sampling; leave it out to plan a training step.")
     pipe = model if isinstance(model, DiffusionPipeline) else pipeline(model)
     place = chips.describe(topology)
-    mesh = parallel.make_mesh(parallel.preset(preset, len(place.devices)), place.devices)
+    mesh = parallel.make_mesh(preset, place.devices)
     axes = parallel.batch_axes(mesh)
     shards = math.prod(mesh.shape[axis] for axis in axes)
     batch = shards if batch is None else batch
