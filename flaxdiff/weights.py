@@ -7,7 +7,6 @@ pytrees, so `jit`, `grad` and `scan` over stacked layers see through them.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -142,23 +141,36 @@ ON_CHIP = 2**26  # bytes of float32 that a TPU keeps beside its matrix unit
 
 
 def _convolve(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding: Sequence) -> jax.Array:
-    """XLA's convolution; or, on a TPU, which would first cut so small a batch into pieces, a product for each tap."""
+    """XLA's convolution, or matrix products where a platform is slow at it.
+
+    A TPU first cuts so small a batch into pieces; a CPU reads the whole window again for every few pixels.
+    """
     dims = ("NHWC", "HWIO", "NHWC")
     plain = lambda x, weight: jax.lax.conv_general_dilated(x, weight, strides, padding, dimension_numbers=dims)
-    small = x.shape[0] < 8 and math.prod(x.shape[:3]) * weight.shape[-1] * 4 <= ON_CHIP
-    if strides == (1, 1) and min(weight.shape[2:]) >= 128 and small:
-        return jax.lax.platform_dependent(x, weight, tpu=functools.partial(_shifted, padding=padding), default=plain)
-    return plain(x, weight)
+    products = lambda gather: lambda x, weight: _products(x, weight, strides, padding, gather)
+    kh, kw, channels, features = weight.shape
+    pixels, better = math.prod(x.shape[:3]) // math.prod(strides), {}
+    if strides == (1, 1) and x.shape[0] < 8 and min(channels, features) >= 128 and pixels * features * 4 <= ON_CHIP:
+        better["tpu"] = products(0)
+    if kh * kw * features >= 8 * pixels:
+        better["cpu"] = products(2)
+    return jax.lax.platform_dependent(x, weight, **better, default=plain) if better else plain(x, weight)
 
 
-def _shifted(x: jax.Array, weight: jax.Array, padding: Sequence) -> jax.Array:
-    """A convolution as the sum over the window's taps of a shifted image times a matrix, accumulated in float32."""
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    kh, kw = weight.shape[:2]
+def _products(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding: Sequence, gather: int) -> jax.Array:
+    """A convolution as the sum over the window's taps of a shifted image times a matrix, accumulated in float32.
+
+    Args:
+      gather: along how many axes of the window, columns first, taps lie side by side in one longer product: fewer sums
+        to read and write again for more copies of the image. Strides other than 1 want all of them gathered.
+    """
+    x, (kh, kw, _, features) = jnp.pad(x, ((0, 0), *padding, (0, 0))), weight.shape
     h, w = x.shape[1] - kh + 1, x.shape[2] - kw + 1
-    tap = lambda i, j: jnp.einsum(
-        "bhwc,co->bhwo", x[:, i : i + h, j : j + w], weight[i, j], preferred_element_type=jnp.float32
-    )
+    for axis, k, size, stride in ((2, kw, w, strides[1]), (1, kh, h, strides[0]))[:gather]:
+        x = jnp.concatenate([jax.lax.slice_in_dim(x, i, i + size, stride, axis) for i in range(k)], -1)
+    kh, kw = ((kh, kw), (kh, 1), (1, 1))[gather]
+    weight = weight.reshape(kh, kw, -1, features)
+    tap = lambda i, j: jnp.matmul(x[:, i : i + h, j : j + w], weight[i, j], preferred_element_type=jnp.float32)
     return sum(tap(i, j) for i in range(kh) for j in range(kw)).astype(x.dtype)
 
 

@@ -18,7 +18,7 @@ from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.attention import RENAMES, Attention
 from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
 from flaxdiff.nn.layers import Conv, GroupNorm, value
-from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, check_stages, down_fans, up_fans
+from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, check_stages, down_fans, times, up_fans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,14 +114,15 @@ class UNet2DModel(Model):
         c, dtype = self.config, weights.dtype(value(self.conv_in.weight))
         t = jnp.broadcast_to(timestep, sample.shape[:1])
         waves = sinusoids(t, c.block_out_channels[0], flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
-        temb = self.time_embedding(waves.astype(dtype))
+        stages = (*self.down_blocks, self.mid_block, *self.up_blocks)
+        projected = iter(times(stages, self.time_embedding(waves.astype(dtype))))
 
         x = sample.astype(dtype)
         x = self.conv_in(2 * x - 1 if c.center_input_sample else x)
         skips = [x]
         for block in self.down_blocks:
-            skips += block.down(skips[-1], temb)
-        x = self.mid_block(skips[-1], temb)
+            skips += block.down(skips[-1], projected)
+        x = self.mid_block(skips[-1], projected)
         for block in self.up_blocks:
-            x = block.up(x, skips, temb)
+            x = block.up(x, skips, projected)
         return self.conv_out(ACTIVATIONS[c.act_fn](self.conv_norm_out(x)))

@@ -22,7 +22,7 @@ from flaxdiff.nn.attention import Attention, KeysValues
 from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
 from flaxdiff.nn.layers import Conv, GroupNorm, LayerNorm, Linear, value
 from flaxdiff.nn.stack import over, run, stack
-from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, check_stages, down_fans, up_fans
+from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, check_stages, down_fans, times, up_fans
 from flaxdiff.parallel import constrain
 
 
@@ -207,7 +207,7 @@ class UNet2DConditionModel(Model):
     def __call__(
         self,
         sample: jax.Array,
-        timestep: jax.Array | float,
+        timestep: jax.Array | float | tuple[jax.Array, ...],
         encoder_hidden_states: jax.Array | tuple[KeysValues, ...],
         added_cond_kwargs: Mapping[str, jax.Array] | None = None,
     ) -> jax.Array:
@@ -215,7 +215,7 @@ class UNet2DConditionModel(Model):
 
         Args:
           sample: noisy latents [B, H, W, C].
-          timestep: a number, or one for each sample [B].
+          timestep: a number, or one for each sample [B]; or, for many steps, what `times` made of it.
           encoder_hidden_states: the text [B, M, D]; or, for many steps with the same text, its `keys_values`.
           added_cond_kwargs: SDXL's `text_embeds` [B, P] (pooled text) and `time_ids` [B, 6] (sizes and crops in
             pixels).
@@ -230,27 +230,38 @@ class UNet2DConditionModel(Model):
         text = encoder_hidden_states
         contexts = iter(text if isinstance(text, tuple) else self.keys_values(text))
         x = sample.astype(dtype)
-        temb = self.embed(jnp.broadcast_to(timestep, sample.shape[:1]), added_cond_kwargs, dtype)
+        if not isinstance(timestep, tuple):
+            timestep = self.times(jnp.broadcast_to(timestep, sample.shape[:1]), added_cond_kwargs)
+        projected = iter(timestep)
 
         x = constrain(self.conv_in(x), "batch", "context")
         skips = [x]
         for block in self.down_blocks:
-            skips += block.down(skips[-1], temb, contexts)
-        x = self.mid_block(skips[-1], temb, contexts)
+            skips += block.down(skips[-1], projected, contexts)
+        x = self.mid_block(skips[-1], projected, contexts)
         for i, block in enumerate(self.up_blocks):
             below = skips[: -len(block.resnets)]  # what the next stage joins has the size to reach
-            x = block.up(x, skips, temb, contexts, below[-1].shape[1:3] if i < len(self.up_blocks) - 1 else None)
+            x = block.up(x, skips, projected, contexts, below[-1].shape[1:3] if i < len(self.up_blocks) - 1 else None)
         return self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(x)))
+
+    @property
+    def stages(self) -> tuple[nnx.Module, ...]:
+        return (*self.down_blocks, self.mid_block, *self.up_blocks)
 
     def keys_values(self, encoder_hidden_states: jax.Array) -> tuple[KeysValues, ...]:
         """What the attentions make of a text [B, M, D], in the order of their use."""
         text = encoder_hidden_states.astype(weights.dtype(value(self.conv_in.weight)))
-        stages = (*self.down_blocks, self.mid_block, *self.up_blocks)
-        return tuple(attention.keys_values(text) for stage in stages for attention in stage.attentions or ())
+        return tuple(attention.keys_values(text) for stage in self.stages for attention in stage.attentions or ())
 
-    def embed(self, t: jax.Array, added: Mapping[str, jax.Array] | None, dtype: jnp.dtype) -> jax.Array:
-        """The embedding of time, and of SDXL's conditions: [B] -> [B, T]."""
-        c = self.config
+    def times(
+        self, timestep: jax.Array, added_cond_kwargs: Mapping[str, jax.Array] | None = None
+    ) -> tuple[jax.Array, ...]:
+        """What the residual blocks make of times [B], or [N, 1] for N steps at once: [..., B, C] each, in order."""
+        return times(self.stages, self.embed(timestep, added_cond_kwargs))
+
+    def embed(self, t: jax.Array, added: Mapping[str, jax.Array] | None) -> jax.Array:
+        """The embedding of times [..., B], and of SDXL's conditions: [..., B, T]."""
+        c, dtype = self.config, weights.dtype(value(self.conv_in.weight))
         waves = functools.partial(sinusoids, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
         temb = self.time_embedding(waves(t, c.block_out_channels[0]).astype(dtype))
         if self.add_embedding is None:
@@ -260,5 +271,5 @@ class UNet2DConditionModel(Model):
                 "This UNet is conditioned on pooled text and sizes: "
                 f"give added_cond_kwargs with text_embeds and time_ids (given: {sorted(added or ())})."
             )
-        sizes = waves(added["time_ids"], c.addition_time_embed_dim).reshape(t.shape[0], -1)
+        sizes = waves(added["time_ids"], c.addition_time_embed_dim).reshape(len(added["time_ids"]), -1)
         return temb + self.add_embedding(jnp.concatenate([added["text_embeds"].astype(dtype), sizes.astype(dtype)], -1))

@@ -20,7 +20,7 @@ from flaxdiff.core import attention_backend
 from flaxdiff.nn import context, flash
 from flaxdiff.nn.layers import GroupNorm, Linear
 
-ROWS, KEYS = 512, 1024  # of a block of scores, which so stays in cache
+ROWS, KEYS = 256, 4096  # of a block of scores: on a CPU few and wide ones are fastest
 LARGE = 2**22  # scores (batch x heads x queries x keys) beyond which "auto" does not materialise them
 FEW = 256  # keys up to which a row of scores is short: attention to a text is best done plainly on a TPU
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # a score that no other comes near, and no infinity to subtract

@@ -90,13 +90,18 @@ class GroupNorm(nnx.Module):
         self.weight, self.bias = param((channels,), "norm", ones), param((channels,), "norm", zeros)
         self.groups, self.eps = groups, eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, *parts: jax.Array) -> jax.Array:
+        """x, or parts of it that lie side by side; what is known of a part from elsewhere is not worked out again."""
         # Both moments in one pass over positions, then over the few channels of a group; x ← a x + b in another pass.
-        h = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
+        hs = [part.astype(jnp.float32).reshape(part.shape[0], -1, part.shape[-1]) for part in parts]
+        first = jnp.concatenate([h.mean(1) for h in hs], -1)
+        second = jnp.concatenate([jnp.square(h).mean(1) for h in hs], -1)
         grouped = lambda moment: moment.reshape(moment.shape[0], self.groups, -1).mean(-1, keepdims=True)
-        mean, variance = _moments(grouped(h.mean(1)), grouped(jnp.square(h).mean(1)))
-        per_channel = lambda moment: jnp.repeat(moment[..., 0], h.shape[-1] // self.groups, -1)
-        return _scaled(self, h, per_channel(mean)[:, None], per_channel(variance)[:, None], x)
+        mean, variance = _moments(grouped(first), grouped(second))
+        x = jnp.concatenate(parts, -1)
+        per_channel = lambda moment: jnp.repeat(moment[..., 0], x.shape[-1] // self.groups, -1)[:, None]
+        h = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
+        return _scaled(self, h, per_channel(mean), per_channel(variance), x)
 
 
 def _moments(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -7,7 +7,7 @@ the up stages. Names are diffusers': `resnets.0.conv1`, `attentions.0`, `downsam
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -17,8 +17,8 @@ from flax import nnx
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.layers import Conv, GroupNorm, Linear
 
-Contexts = Iterator[Any]  # what each attention in turn is to read beside its input
-NONE: Contexts = itertools.repeat(None)
+Each = Iterator[Any]  # what each block in turn reads beside its input: residual ones the time, attentions a context
+NONE: Each = itertools.repeat(None)
 MakeAttention = Callable[[int], nnx.Module] | None  # channels -> a module called with (x, context)
 
 
@@ -49,19 +49,21 @@ class ResnetBlock2D(nnx.Module):
         self.conv_shortcut = Conv(fan_in, fan_out, kernel=1, padding=0) if fan_in != fan_out else None
         self.act_fn, self.scale_shift = act_fn, scale_shift
 
-    def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
-        """[B, H, W, in], [B, T] -> [B, H, W, out]."""
-        act = ACTIVATIONS[self.act_fn]
-        h = self.conv1(act(self.norm1(x)))
-        if self.time_emb_proj is None:
+    def time(self, temb: jax.Array) -> jax.Array:
+        """What this block makes of an embedding of time [..., T]."""
+        return self.time_emb_proj(ACTIVATIONS[self.act_fn](temb))
+
+    def __call__(self, *parts: jax.Array, time: jax.Array | None = None) -> jax.Array:
+        """[B, H, W, in], in one or several parts side by side, and `time` of [B, T] -> [B, H, W, out]."""
+        act, x = ACTIVATIONS[self.act_fn], jnp.concatenate(parts, -1)
+        h = self.conv1(act(self.norm1(*parts)))
+        if time is None:
             h = self.norm2(h)
+        elif self.scale_shift:
+            scale, shift = jnp.split(time[:, None, None], 2, -1)
+            h = self.norm2(h) * (1 + scale) + shift
         else:
-            time = self.time_emb_proj(act(temb))[:, None, None]
-            if self.scale_shift:
-                scale, shift = jnp.split(time, 2, -1)
-                h = self.norm2(h) * (1 + scale) + shift
-            else:
-                h = self.norm2(h + time)
+            h = self.norm2(h + time[:, None, None])
         h = self.conv2(act(h))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
@@ -115,11 +117,11 @@ class Stage(nnx.Module):
         self.downsamplers = None if down is None else nnx.List([Downsample2D(width, down)])
         self.upsamplers = nnx.List([Upsample2D(width)]) if up else None
 
-    def down(self, x: jax.Array, temb: jax.Array | None = None, contexts: Contexts = NONE) -> list[jax.Array]:
+    def down(self, x: jax.Array, times: Each = NONE, contexts: Each = NONE) -> list[jax.Array]:
         """The outputs of every block in turn; the last is the stage's own."""
         outputs = []
         for i in range(len(self.resnets)):
-            x = self._block(i, x, temb, contexts)
+            x = self._block(i, (x,), times, contexts)
             outputs.append(x)
         return outputs if self.downsamplers is None else [*outputs, self.downsamplers[0](x)]
 
@@ -127,18 +129,23 @@ class Stage(nnx.Module):
         self,
         x: jax.Array,
         skips: list[jax.Array] | None = None,
-        temb: jax.Array | None = None,
-        contexts: Contexts = NONE,
+        times: Each = NONE,
+        contexts: Each = NONE,
         size: tuple[int, int] | None = None,
     ) -> jax.Array:
         """x joined with the last skip before each block; the skips used are taken off the list."""
         for i in range(len(self.resnets)):
-            x = self._block(i, x if skips is None else jnp.concatenate([x, skips.pop()], -1), temb, contexts)
+            x = self._block(i, (x,) if skips is None else (x, skips.pop()), times, contexts)
         return x if self.upsamplers is None else self.upsamplers[0](x, size)
 
-    def _block(self, i: int, x: jax.Array, temb: jax.Array | None, contexts: Contexts) -> jax.Array:
-        x = self.resnets[i](x, temb)
+    def _block(self, i: int, parts: tuple[jax.Array, ...], times: Each, contexts: Each) -> jax.Array:
+        x = self.resnets[i](*parts, time=next(times))
         return x if self.attentions is None else self.attentions[i](x, next(contexts))
+
+
+def times(stages: Iterable[nnx.Module], temb: jax.Array) -> tuple[jax.Array, ...]:
+    """What the residual blocks of the stages make of an embedding of time [..., T], in the order of their use."""
+    return tuple(resnet.time(temb) for stage in stages for resnet in stage.resnets)
 
 
 class MidBlock(nnx.Module):
@@ -148,10 +155,10 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([resnet(width, width) for _ in range(2)])
         self.attentions = nnx.List([attention(width)]) if attention else None
 
-    def __call__(self, x: jax.Array, temb: jax.Array | None = None, contexts: Contexts = NONE) -> jax.Array:
-        x = self.resnets[0](x, temb)
+    def __call__(self, x: jax.Array, times: Each = NONE, contexts: Each = NONE) -> jax.Array:
+        x = self.resnets[0](x, time=next(times))
         x = x if self.attentions is None else self.attentions[0](x, next(contexts))
-        return self.resnets[1](x, temb)
+        return self.resnets[1](x, time=next(times))
 
 
 def down_fans(channels: tuple[int, ...], layers: int) -> list[list[tuple[int, int]]]:

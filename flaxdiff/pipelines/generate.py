@@ -58,18 +58,22 @@ class Family(NamedTuple):
       prepare: (pipe, size, guided, …) -> arrays for the inputs, on the host: the prompts as tokens. Its further
         parameters are what the pipeline's call takes for this family.
       encode: (networks, inputs) -> a `Cond` for each branch; "positive" always, "negative" when guided.
-      predict: (networks, model_input [B, h, w, C], timestep [], cond) -> the network's output.
+      predict: (networks, model_input [B, h, w, C], timestep [] or what `times` made of it, cond) -> the network's
+        output.
       latent_shape: (networks' specs, size) -> (h, w, C).
       decode: (networks, latents) -> images [B, H, W, 3] in [-1, 1].
       encode_image: (networks, images in [-1, 1], keys [B]) -> latents; None where there is no way in.
+      times: (networks, timesteps [N], cond) -> what the network makes of each time, [N, …], worked out once for all
+        steps; None where it makes nothing of it that is worth keeping.
     """
 
     prepare: Callable[..., dict[str, Any]]
     encode: Callable[[Networks, Inputs], Mapping[str, Cond]]
-    predict: Callable[[Networks, jax.Array, jax.Array, Cond], jax.Array]
+    predict: Callable[[Networks, jax.Array, Any, Cond], jax.Array]
     latent_shape: Callable[[Mapping[str, core.Spec], Size], tuple[int, int, int]]
     decode: Callable[[Networks, jax.Array], jax.Array]
     encode_image: Callable[[Networks, jax.Array, jax.Array], jax.Array] | None = None
+    times: Callable[[Networks, jax.Array, Cond], Any] | None = None
 
 
 class Conditions(NamedTuple):
@@ -77,6 +81,18 @@ class Conditions(NamedTuple):
 
     branches: Mapping[str, Cond]
     strengths: Mapping[str, jax.Array] | None  # of the guidance; None where there is but one branch
+    times: Any  # [rows of the plan, …], as the family's `predict` takes one; or None
+
+    @property
+    def joined(self) -> Cond:
+        """All branches in one batch, in the order of their names: that of a dictionary that has been through `jit`."""
+        return jax.tree.map(_join, *(self.branches[b] for b in sorted(self.branches)))
+
+
+def _join(*arrays: jax.Array) -> jax.Array:
+    """Arrays [B, …] of the branches in one batch, an image's side by side: on its device, or each on one of its own."""
+    stacked = constrain(jnp.stack(arrays, 1), "batch", "whole")
+    return constrain(stacked.reshape(-1, *stacked.shape[2:]), "batch")
 
 
 class State(NamedTuple):
@@ -122,7 +138,10 @@ class Program:
         networks, strengths = self.networks(params), inputs.get("guidance")
         x = self.start(networks, keys[:, 0], inputs)
         memory = None if strengths is None else self.guidance(strengths).init(x)
-        conditions = Conditions(self.family.encode(networks, inputs), strengths)
+        conditions = Conditions(self.family.encode(networks, inputs), strengths, None)
+        if self.family.times is not None:
+            times = self.family.times(networks, jnp.asarray(inputs["plan"].timesteps), conditions.joined)
+            conditions = conditions._replace(times=times)
         return conditions, State(tables.init(inputs["plan"], x, keys[:, 1]), memory)
 
     def start(self, networks: Networks, keys: jax.Array, inputs: Inputs) -> jax.Array:
@@ -151,14 +170,12 @@ class Program:
 
     def step(self, params: Mapping[str, core.Params], conditions: Conditions, state: State) -> State:
         """One evaluation of the network, all branches in one batch, and one row of the scheduler's table."""
-        sampler, (branches, strengths) = state.sampler, conditions
-        # The branches of an image lie side by side: on the device that has the image, or each on one of its own.
-        stack = lambda *arrays: constrain(jnp.stack(arrays, 1), "batch", "whole")
-        join = lambda *arrays: constrain(stack(*arrays).reshape(-1, *arrays[0].shape[1:]), "batch")
-        x, cond = join(*[sampler.model_input] * len(branches)), jax.tree.map(join, *branches.values())
-        output = self.family.predict(self.networks(params), x, sampler.timestep, cond).astype(jnp.float32)
+        sampler, (branches, strengths, times) = state.sampler, conditions
+        x = _join(*[sampler.model_input] * len(branches))
+        t = sampler.timestep if times is None else jax.tree.map(lambda a: a[sampler.index], times)
+        output = self.family.predict(self.networks(params), x, t, conditions.joined).astype(jnp.float32)
         output = constrain(output.reshape(-1, len(branches), *output.shape[1:]), "batch", "whole")
-        predictions = {branch: output[:, i] for i, branch in enumerate(branches)}
+        predictions = {branch: output[:, i] for i, branch in enumerate(sorted(branches))}
         guess, memory = predictions["positive"], state.guidance
         if strengths is not None:
             guess, memory = self.guidance(strengths).combine(memory, guess, predictions)

@@ -59,7 +59,12 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
     return cond
 
 
-def predict(networks: Networks, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
+def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
+    """What the U-Net makes of times [N]."""
+    return networks("unet", timesteps[:, None], method="times")
+
+
+def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
     """The U-Net's output."""
     return networks("unet", x, t, cond["text"])
 
@@ -86,7 +91,7 @@ def encode_image(networks: Networks, images: jax.Array, keys: jax.Array) -> jax.
     return (z - (vae.shift_factor or 0)) * vae.scaling_factor
 
 
-STABLE_DIFFUSION = Family(prepare, encode, predict, latent_shape, decode, encode_image)
+STABLE_DIFFUSION = Family(prepare, encode, predict, latent_shape, decode, encode_image, times)
 
 
 class StableDiffusionPipeline(DiffusionPipeline):

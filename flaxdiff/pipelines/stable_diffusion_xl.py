@@ -108,13 +108,23 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
     return cond
 
 
-def predict(networks: Networks, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
+def _added(cond: Cond) -> dict[str, jax.Array]:
+    return {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
+
+
+def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
+    """What the U-Net makes of times [N] and of the conditions."""
+    return networks("unet", timesteps[:, None], _added(cond), method="times")
+
+
+def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
     """The U-Net's output."""
-    added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
-    return networks("unet", x, t, cond["text"], added_cond_kwargs=added)
+    return networks("unet", x, t, cond["text"], _added(cond))
 
 
-STABLE_DIFFUSION_XL = stable_diffusion.STABLE_DIFFUSION._replace(prepare=prepare, encode=encode, predict=predict)
+STABLE_DIFFUSION_XL = stable_diffusion.STABLE_DIFFUSION._replace(
+    prepare=prepare, encode=encode, predict=predict, times=times
+)
 
 
 class StableDiffusionXLPipeline(DiffusionPipeline):

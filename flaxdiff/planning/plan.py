@@ -192,6 +192,11 @@ class _Run(NamedTuple):
         shapes = {name: abstract(spec, self.dtype) for name, spec in self.pipe.specs}
         return laid(shapes, parallel.shardings(shapes, self.mesh))
 
+    def rows(self, a: Any) -> NamedSharding:
+        """Where an array [rows of the plan, B or 1, …] lies."""
+        axes = parallel.batch_axes(self.mesh) if a.shape[1] % self.batch == 0 else None
+        return NamedSharding(self.mesh, PartitionSpec(None, axes))
+
     def placed(self, tree: Any) -> Any:
         """Inputs, conditions or a state of sampling, split along the batch."""
         return laid(tree, parallel.by_kind(lambda a: self.everywhere, lambda a: self.split, tree))
@@ -225,6 +230,7 @@ def sampling(run: _Run) -> Iterator[Program]:
     key = laid(jax.eval_shape(lambda: jax.random.key(0)), run.everywhere)
     inputs = run.placed(inputs)
     conditions, state = map(run.placed, jax.eval_shape(program.begin, params, key, inputs))
+    conditions = conditions._replace(times=laid(conditions.times, jax.tree.map(run.rows, conditions.times)))
     slots = laid(state.sampler.slots, NamedSharding(run.mesh, PartitionSpec(None, parallel.batch_axes(run.mesh))))
     state = state._replace(sampler=state.sampler._replace(slots=slots))
 
