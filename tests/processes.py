@@ -45,7 +45,7 @@ results["images"] = whole(images)
 spec, tx = pipe.unet, state.adam(1e-4, 10, warmup=1)
 predict = lambda params, x, t, batch: flaxdiff.apply(spec, params["unet"], x, t, batch["text"])
 step = state.jitted(losses.denoising(predict, pipe.scheduler.alphas_cumprod()), tx)
-create = functools.partial(state.create, tx=tx)
+create = functools.partial(state.create, tx=tx, trainable=r"unet\.(up_blocks|conv_out).*")
 model = {"unet": params["unet"]}
 now = jax.jit(create, out_shardings=parallel.shardings(jax.eval_shape(create, model), mesh))(model)
 side, width = spec.config.sample_size, spec.config.cross_attention_dim
@@ -59,7 +59,7 @@ for n in range(3):
         now, metrics = step(now, batch, parallel.replicate(jax.random.key(1), mesh))
     results[f"loss {n}"] = float(metrics["loss"])
     results[f"norm {n}"] = float(metrics["grad_norm"])
-for name in ("conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight"):
+for name in ("conv_out.weight", "up_blocks.0.resnets.0.conv1.weight"):
     results[name] = whole(now.params["unet"][name])
 
 if first:

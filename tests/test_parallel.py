@@ -254,6 +254,18 @@ def test_loaded_into_shards(emoji):
     assert not unet["conv_out.weight"].sharding.is_fully_replicated
 
 
+def test_damage_is_found_on_the_way_into_shards(tmp_path):
+    """Each device reads its part, but the checksum is of the whole tensor."""
+    flaxdiff.save(tmp_path, VAE, flaxdiff.init(VAE, KEY))
+    file, mesh = tmp_path / "diffusion_pytorch_model.safetensors", mesh_of(fsdp=8)
+    flaxdiff.AutoencoderKL.from_pretrained(tmp_path, mesh=mesh)
+    raw = bytearray(file.read_bytes())
+    raw[-5] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(ValueError, match="do not have their checksum"):
+        flaxdiff.AutoencoderKL.from_pretrained(tmp_path, mesh=mesh)
+
+
 @pytest.mark.slow
 def test_what_travels_in_a_step(emoji):
     """Weights are gathered once, and besides them only small activations move; pictures as on one device."""
