@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     add = plan.add_argument
     add("--model", default="emoji", help="emoji, sd15, sd21, sdxl, sdxl-refiner, or a folder with configurations")
     add("--topology", required=True, help="kind of chip and shape of the slice, e.g. v5e:2x4")
-    add("--preset", default="fsdp", help="dp, fsdp, tp, or a product such as dp+fsdp or fsdp+tp=4 (default: fsdp)")
+    add("--preset", default="fsdp", help="dp, fsdp, tp, cp, or a product such as dp+fsdp or fsdp+tp=4 (default: fsdp)")
     add("--batch", type=int, help="pictures in all; one for each part that a batch is split into if left out")
     add("--height", type=int, help="in pixels; what the model was trained on if left out")
     add("--width", type=int, help="in pixels; what the model was trained on if left out")

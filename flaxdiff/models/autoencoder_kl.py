@@ -21,6 +21,7 @@ from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.attention import RENAMES, Attention
 from flaxdiff.nn.layers import Conv, GroupNorm, value
 from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, check_stages, down_fans
+from flaxdiff.parallel import constrain
 
 EPS = 1e-6  # of every normalisation
 
@@ -76,7 +77,7 @@ def _parts(c: AutoencoderKLConfig):
 
 
 def _Attention(width: int, groups: int) -> Attention:
-    return Attention(width, 1, width, bias=True, groups=groups, eps=EPS)
+    return Attention(width, 1, width, bias=True, groups=groups, eps=EPS, split="rest")
 
 
 class Encoder(nnx.Module):
@@ -114,9 +115,11 @@ class Decoder(nnx.Module):
         self.act_fn = c.act_fn
 
     def __call__(self, z: jax.Array) -> jax.Array:
-        x = self.mid_block(self.conv_in(z))
+        # The rows of a picture lie on devices that the batch leaves idle; convolutions fetch a row from either side.
+        spread = lambda x: constrain(x, "batch", "rest")
+        x = spread(self.mid_block(spread(self.conv_in(z))))
         for block in self.up_blocks:
-            x = block.up(x)
+            x = spread(block.up(x))
         return self.conv_out(ACTIVATIONS[self.act_fn](self.conv_norm_out(x)))
 
 

@@ -23,6 +23,7 @@ from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
 from flaxdiff.nn.layers import Conv, GroupNorm, LayerNorm, Linear, value
 from flaxdiff.nn.stack import over, run, stack
 from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, check_stages, down_fans, times, up_fans
+from flaxdiff.parallel import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +147,7 @@ class Transformer2DModel(nnx.Module):
     def __call__(self, x: jax.Array, context: KeysValues) -> jax.Array:
         """[B, H, W, C] and `keys_values` -> [B, H, W, C]."""
         h = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
+        h = constrain(h, "batch", "context")
         h = run(self.transformer_blocks, h, jax.tree.map(lambda a: a.swapaxes(0, 1), context))
         return x + self.proj_out(h.reshape(x.shape))
 
@@ -232,7 +234,7 @@ class UNet2DConditionModel(Model):
             timestep = self.times(jnp.broadcast_to(timestep, sample.shape[:1]), added_cond_kwargs)
         projected = iter(timestep)
 
-        x = self.conv_in(x)
+        x = constrain(self.conv_in(x), "batch", "context")
         skips = [x]
         for block in self.down_blocks:
             skips += block.down(skips[-1], projected, contexts)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from flaxdiff import core
 from flaxdiff.guidance import Guidance, standard
+from flaxdiff.parallel import constrain
 from flaxdiff.schedulers import tables
 
 Inputs = Mapping[str, Any]
@@ -85,7 +86,13 @@ class Conditions(NamedTuple):
     @property
     def joined(self) -> Cond:
         """All branches in one batch, in the order of their names: that of a dictionary that has been through `jit`."""
-        return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *(self.branches[b] for b in sorted(self.branches)))
+        return jax.tree.map(_join, *(self.branches[b] for b in sorted(self.branches)))
+
+
+def _join(*arrays: jax.Array) -> jax.Array:
+    """Arrays [B, …] of the branches in one batch, an image's side by side: on its device, or each on one of its own."""
+    stacked = constrain(jnp.stack(arrays, 1), "batch", "whole")
+    return constrain(stacked.reshape(-1, *stacked.shape[2:]), "batch")
 
 
 class State(NamedTuple):
@@ -164,10 +171,11 @@ class Program:
     def step(self, params: Mapping[str, core.Params], conditions: Conditions, state: State) -> State:
         """One evaluation of the network, all branches in one batch, and one row of the scheduler's table."""
         sampler, (branches, strengths, times) = state.sampler, conditions
-        x = jnp.concatenate([sampler.model_input] * len(branches))
+        x = _join(*[sampler.model_input] * len(branches))
         t = sampler.timestep if times is None else jax.tree.map(lambda a: a[sampler.index], times)
         output = self.family.predict(self.networks(params), x, t, conditions.joined).astype(jnp.float32)
-        predictions = dict(zip(sorted(branches), jnp.split(output, len(branches))))
+        output = constrain(output.reshape(-1, len(branches), *output.shape[1:]), "batch", "whole")
+        predictions = {branch: output[:, i] for i, branch in enumerate(sorted(branches))}
         guess, memory = predictions["positive"], state.guidance
         if strengths is not None:
             guess, memory = self.guidance(strengths).combine(memory, guess, predictions)
