@@ -119,6 +119,23 @@ class DiffusionPipeline:
         """The same pipeline with attention computed in slices: less memory, some time."""
         return self.replace(**{name: spec.replace(attention="sliced") for name, spec in self.specs})
 
+    def enable_vae_slicing(self) -> Self:
+        """The same pipeline with pictures encoded and decoded one at a time: the memory of one, whatever the batch."""
+        return self.replace(vae=self.vae.replace(slicing=True))
+
+    def enable_vae_tiling(self, side: int | None = None) -> Self:
+        """The same pipeline with large pictures encoded and decoded in tiles that overlap, see `nn/tiling.py`.
+
+        Args:
+          side: of a tile in pixels; by default, as in diffusers, what the autoencoder was trained on.
+
+        >>> import flaxdiff
+        >>> flaxdiff.load()[0].enable_vae_tiling().vae.config.tiling
+        64
+        """
+        size = self.vae.config.sample_size
+        return self.replace(vae=self.vae.replace(tiling=side or (size[0] if isinstance(size, tuple) else size)))
+
     # --- sampling ----------------------------------------------------------------------------------------------------
 
     @property
