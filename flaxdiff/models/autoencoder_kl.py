@@ -54,6 +54,13 @@ class AutoencoderKLConfig(Config):
 
     def __post_init__(self):
         check_stages("AutoencoderKL", self, down=("DownEncoderBlock2D",), up=("UpDecoderBlock2D",))
+        if self.tiling is not None and (self.tiling < 1 or self.tiling % (4 * self.factor)):
+            raise ValueError(f"AutoencoderKL: tiling={self.tiling}; use a positive multiple of {4 * self.factor} pixels.")
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a latent along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
 
 
 class DiagonalGaussian(NamedTuple):
@@ -141,7 +148,7 @@ class AutoencoderKL(Model):
 
     def __init__(self, config: AutoencoderKLConfig):
         c, z = config, config.latent_channels
-        self.config, self.factor = c, 2 ** (len(c.block_out_channels) - 1)  # pixels to a latent along each side
+        self.config = c
         self.encoder, self.decoder = Encoder(c, 2 * z), Decoder(c)
         self.quant_conv = Conv(2 * z, 2 * z, kernel=1, padding=0) if c.use_quant_conv else None
         self.post_quant_conv = Conv(z, z, kernel=1, padding=0) if c.use_post_quant_conv else None
@@ -157,7 +164,7 @@ class AutoencoderKL(Model):
         """Latent [B, h, w, Z], unscaled -> image [B, H, W, C], about [-1, 1]."""
         run = lambda z: self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
         z = latent.astype(weights.dtype(value(self.decoder.conv_in.weight)))
-        return self._in_parts(run, self.factor)(z).astype(jnp.float32)
+        return self._in_parts(run, self.config.factor)(z).astype(jnp.float32)
 
     def _in_parts(self, run: Function, pixels: int) -> Function:
         """A function of pictures, whose points are so many pixels wide, in the parts that the settings ask for."""

@@ -16,13 +16,11 @@ from flaxdiff import weights
 from flaxdiff.core import param
 
 PRODUCTS = "products"  # the results of linear layers and convolutions, for those who keep them and not the rest
-ON_HOST = jax.memory.Space.Host
 
 
 def value(variable: nnx.Param) -> weights.Weight:
     """The weight that a parameter holds, of whatever kind; one that lives on the host is copied to the device."""
-    copied = lambda a: jax.device_put(a, jax.memory.Space.Device) if jax.typeof(a).memory_space == ON_HOST else a
-    return jax.tree.map(copied, variable.get_value())
+    return weights.moved(variable.get_value(), jax.memory.Space.Device)
 
 
 def uniform(fan_in: int):
