@@ -25,7 +25,7 @@ KINDS = {"int8": weights.Int8, "fp8": weights.Float8}
 PLACES = {"device": jax.memory.Space.Device, "host": jax.memory.Space.Host}
 
 _OTHER = r"norm|_embedding\.weight$|^(?!.*\.weight$)"  # neither a linear layer's weight nor a convolution's
-_ENDS = r"embedding|conv_in|conv_out|quant_conv"  # first and last layers: small, and what errs there is seen
+_KEPT = r"^vae\.|embedding|conv_in|conv_out|quant_conv"  # at either end of a run or a network: small, and errors show
 
 
 def rules_of(choice: Any) -> Rules:
@@ -80,7 +80,8 @@ def quantize(params: Params, rules: Any = "int8") -> Params:
 
     Args:
       params: of a model, or by component; shapes under `jax.eval_shape`.
-      rules: "int8" or "fp8" for all but the layers at either end; or (regex, "int8", "fp8" or None) by path.
+      rules: "int8" or "fp8" for all but the autoencoder and the layers at either end of a network; or (regex, "int8",
+        "fp8" or None) by path.
 
     Raises:
       ValueError: an unknown kind.
@@ -88,7 +89,7 @@ def quantize(params: Params, rules: Any = "int8") -> Params:
     >>> quantize({"conv_in.weight": jnp.ones((2, 2)), "fc1.weight": jnp.ones((2, 2))})["fc1.weight"].q.dtype
     dtype('int8')
     """
-    rules = [(_ENDS, None), ("", rules)] if isinstance(rules, str) else rules
+    rules = [(_KEPT, None), ("", rules)] if isinstance(rules, str) else rules
 
     def change(weight: weights.Weight, kind: str) -> weights.Weight:
         match weight:

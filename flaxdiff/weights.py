@@ -1,9 +1,9 @@
 """Weights are values: the kinds of thing that `params[name]` may be, and the two contractions that know them.
 
 A weight is an array, or a small record that stands for one: `LoRA` (a frozen base and a low-rank update beside it),
-`Int8` or `Float8` (quantised, one scale per output). Layers never ask which; they call `dot` or `conv`. So an adapter is put on by
-`params | {name: LoRA(...)}` and taken off again by dropping it: no surgery on modules and no second model. Records are
-pytrees, so `jit`, `grad` and `scan` over stacked layers see through them.
+`Int8` or `Float8` (quantised, one scale per output). Layers never ask which; they call `dot` or `conv`. So an adapter
+is put on by `params | {name: LoRA(...)}` and taken off again by dropping it: no surgery on modules and no second model.
+Records are pytrees, so `jit`, `grad` and `scan` over stacked layers see through them.
 """
 
 import dataclasses

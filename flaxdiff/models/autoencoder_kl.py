@@ -55,7 +55,9 @@ class AutoencoderKLConfig(Config):
     def __post_init__(self):
         check_stages("AutoencoderKL", self, down=("DownEncoderBlock2D",), up=("UpDecoderBlock2D",))
         if self.tiling is not None and (self.tiling < 1 or self.tiling % (4 * self.factor)):
-            raise ValueError(f"AutoencoderKL: tiling={self.tiling}; use a positive multiple of {4 * self.factor} pixels.")
+            raise ValueError(
+                f"AutoencoderKL: tiling={self.tiling}; use a positive multiple of {4 * self.factor} pixels."
+            )
 
     @property
     def factor(self) -> int:
