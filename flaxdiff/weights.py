@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+HOST = jax.memory.Space.Host
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +125,22 @@ def dtype(weight: Weight) -> jnp.dtype:
 
 def moved(weight: Weight, space: jax.memory.Space) -> Weight:
     """The weight in the memory of the device or of the host, divided among devices as before."""
-    put = lambda a: a if jax.typeof(a).memory_space == space else jax.device_put(a, space)
+
+    def put(a: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:
+        if on_host(a) == (space == HOST):
+            return a
+        if isinstance(a, jax.ShapeDtypeStruct):
+            return a.update(sharding=a.sharding.with_memory_kind("pinned_host" if space == HOST else "device"))
+        return jax.device_put(a, space)
+
     return jax.tree.map(put, weight)
+
+
+def on_host(a: Any) -> bool:
+    """Whether an array, or the place of an abstract one, is in the memory of the host."""
+    if isinstance(a, jax.ShapeDtypeStruct):
+        return getattr(a.sharding, "memory_kind", None) == "pinned_host"
+    return jax.typeof(a).memory_space == HOST
 
 
 def dot(x: jax.Array, weight: Weight) -> jax.Array:
