@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxdiff import weights
-from flaxdiff.core import Config, Model
+from flaxdiff.core import Config, Model, setting
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.attention import RENAMES, Attention
 from flaxdiff.nn.layers import Conv, GroupNorm, value
+from flaxdiff.nn.tiling import Function, sliced, tiled
 from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, check_stages, down_fans
 from flaxdiff.parallel import constrain
 
@@ -48,9 +49,20 @@ class AutoencoderKLConfig(Config):
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    slicing: bool = setting(False)  # one picture at a time
+    tiling: int | None = setting(None)  # side in pixels of the tiles that pictures are cut into
 
     def __post_init__(self):
         check_stages("AutoencoderKL", self, down=("DownEncoderBlock2D",), up=("UpDecoderBlock2D",))
+        if self.tiling is not None and (self.tiling < 1 or self.tiling % (4 * self.factor)):
+            raise ValueError(
+                f"AutoencoderKL: tiling={self.tiling}; use a positive multiple of {4 * self.factor} pixels."
+            )
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a latent along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
 
 
 class DiagonalGaussian(NamedTuple):
@@ -138,21 +150,28 @@ class AutoencoderKL(Model):
 
     def __init__(self, config: AutoencoderKLConfig):
         c, z = config, config.latent_channels
+        self.config = c
         self.encoder, self.decoder = Encoder(c, 2 * z), Decoder(c)
         self.quant_conv = Conv(2 * z, 2 * z, kernel=1, padding=0) if c.use_quant_conv else None
         self.post_quant_conv = Conv(z, z, kernel=1, padding=0) if c.use_post_quant_conv else None
 
     def encode(self, image: jax.Array) -> DiagonalGaussian:
         """Image [B, H, W, C] in [-1, 1] -> the Gaussian over its latent, not yet scaled."""
-        h = self.encoder(image.astype(weights.dtype(value(self.encoder.conv_in.weight))))
-        h = h if self.quant_conv is None else self.quant_conv(h)
+        run = lambda x: self.encoder(x) if self.quant_conv is None else self.quant_conv(self.encoder(x))
+        h = self._in_parts(run, 1)(image.astype(weights.dtype(value(self.encoder.conv_in.weight))))
         mean, logvar = jnp.split(h.astype(jnp.float32), 2, -1)
         return DiagonalGaussian(mean, jnp.clip(logvar, -30, 20))
 
     def decode(self, latent: jax.Array) -> jax.Array:
         """Latent [B, h, w, Z], unscaled -> image [B, H, W, C], about [-1, 1]."""
+        run = lambda z: self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
         z = latent.astype(weights.dtype(value(self.decoder.conv_in.weight)))
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z)).astype(jnp.float32)
+        return self._in_parts(run, self.config.factor)(z).astype(jnp.float32)
+
+    def _in_parts(self, run: Function, pixels: int) -> Function:
+        """A function of pictures, whose points are so many pixels wide, in the parts that the settings ask for."""
+        run = run if self.config.tiling is None else tiled(run, self.config.tiling // pixels)
+        return sliced(run) if self.config.slicing else run
 
     def __call__(self, image: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """The reconstruction: from the mean, or from a sample where a key is given."""

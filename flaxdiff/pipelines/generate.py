@@ -65,6 +65,7 @@ class Family(NamedTuple):
       encode_image: (networks, images in [-1, 1], keys [B]) -> latents; None where there is no way in.
       times: (networks, timesteps [N], cond) -> what the network makes of each time, [N, …], worked out once for all
         steps; None where it makes nothing of it that is worth keeping.
+      loop: the networks that `predict` calls.
     """
 
     prepare: Callable[..., dict[str, Any]]
@@ -74,6 +75,7 @@ class Family(NamedTuple):
     decode: Callable[[Networks, jax.Array], jax.Array]
     encode_image: Callable[[Networks, jax.Array, jax.Array], jax.Array] | None = None
     times: Callable[[Networks, jax.Array, Cond], Any] | None = None
+    loop: tuple[str, ...] = ("unet",)
 
 
 class Conditions(NamedTuple):
