@@ -16,11 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxdiff import weights
-from flaxdiff.core import Config, Model, setting
+from flaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.attention import RENAMES, Attention
 from flaxdiff.nn.layers import Conv, GroupNorm, value
-from flaxdiff.nn.tiling import Function, sliced, tiled
 from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, check_stages, down_fans
 from flaxdiff.parallel import constrain
 
@@ -28,7 +27,7 @@ EPS = 1e-6  # of every normalisation
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderKLConfig(Config):
+class AutoencoderKLConfig(AutoencoderConfig):
     """diffusers' keys and defaults."""
 
     in_channels: int = 3
@@ -49,20 +48,10 @@ class AutoencoderKLConfig(Config):
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
-    slicing: bool = setting(False)  # one picture at a time
-    tiling: int | None = setting(None)  # side in pixels of the tiles that pictures are cut into
 
     def __post_init__(self):
+        super().__post_init__()
         check_stages("AutoencoderKL", self, down=("DownEncoderBlock2D",), up=("UpDecoderBlock2D",))
-        if self.tiling is not None and (self.tiling < 1 or self.tiling % (4 * self.factor)):
-            raise ValueError(
-                f"AutoencoderKL: tiling={self.tiling}; use a positive multiple of {4 * self.factor} pixels."
-            )
-
-    @property
-    def factor(self) -> int:
-        """Pixels to a latent along each side."""
-        return 2 ** (len(self.block_out_channels) - 1)
 
 
 class DiagonalGaussian(NamedTuple):
@@ -135,7 +124,7 @@ class Decoder(nnx.Module):
         return self.conv_out(ACTIVATIONS[self.act_fn](self.conv_norm_out(x)))
 
 
-class AutoencoderKL(Model):
+class AutoencoderKL(Autoencoder):
     """Encode images into latents and decode them, see the module's paragraph.
 
     >>> import flaxdiff
@@ -158,7 +147,7 @@ class AutoencoderKL(Model):
     def encode(self, image: jax.Array) -> DiagonalGaussian:
         """Image [B, H, W, C] in [-1, 1] -> the Gaussian over its latent, not yet scaled."""
         run = lambda x: self.encoder(x) if self.quant_conv is None else self.quant_conv(self.encoder(x))
-        h = self._in_parts(run, 1)(image.astype(weights.dtype(value(self.encoder.conv_in.weight))))
+        h = self.in_parts(run, 1)(image.astype(weights.dtype(value(self.encoder.conv_in.weight))))
         mean, logvar = jnp.split(h.astype(jnp.float32), 2, -1)
         return DiagonalGaussian(mean, jnp.clip(logvar, -30, 20))
 
@@ -166,12 +155,7 @@ class AutoencoderKL(Model):
         """Latent [B, h, w, Z], unscaled -> image [B, H, W, C], about [-1, 1]."""
         run = lambda z: self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
         z = latent.astype(weights.dtype(value(self.decoder.conv_in.weight)))
-        return self._in_parts(run, self.config.factor)(z).astype(jnp.float32)
-
-    def _in_parts(self, run: Function, pixels: int) -> Function:
-        """A function of pictures, whose points are so many pixels wide, in the parts that the settings ask for."""
-        run = run if self.config.tiling is None else tiled(run, self.config.tiling // pixels)
-        return sliced(run) if self.config.slicing else run
+        return self.in_parts(run, self.config.factor)(z).astype(jnp.float32)
 
     def __call__(self, image: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """The reconstruction: from the mean, or from a sample where a key is given."""

@@ -43,18 +43,53 @@ def tiled(function: Function, side: int) -> Function:
     def run(x: jax.Array) -> jax.Array:
         if max(x.shape[1:3]) <= side:
             return function(x)
+        tiles = _tiles(function, x, side, step)
         rows, columns = (range(0, n, step) for n in x.shape[1:3])
-        tiles = {}
-        for height, tops in _by_size(rows, x.shape[1], side).items():
-            for width, lefts in _by_size(columns, x.shape[2], side).items():
-                corners = [(top, left) for top in tops for left in lefts]
-                size = (x.shape[0], height, width, x.shape[3])
-                cut = lambda at, size=size: jax.lax.dynamic_slice(x, (0, at[0], at[1], 0), size)
-                tiles |= zip(corners, jax.lax.map(lambda at, cut=cut: function(cut(at)), jnp.array(corners)))
         out = tiles[0, 0].shape[1] * step // min(side, x.shape[1])  # a step in what the function makes
         return _blended([[tiles[top, left] for left in columns] for top in rows], out)
 
     return run
+
+
+def overlaid(function: Function, side: int) -> Function:
+    """The function of tiles, each laid over those before it, as `AutoencoderTiny` of diffusers does.
+
+    They overlap by an eighth of their side, and a tile's weight grows there from 0 to 1 along either axis.
+
+    >>> overlaid(lambda x: x, 8)(jnp.ones((1, 20, 13, 1))).shape
+    (1, 20, 13, 1)
+    """
+    overlap = side // 8
+
+    def run(x: jax.Array) -> jax.Array:
+        tiles = _tiles(function, x, side, side - overlap)
+        made, given = tiles[0, 0].shape, min(side, x.shape[1])
+        scaled = lambda n: n * made[1] // given
+        ramp = lambda n: jnp.clip(jnp.arange(n) / max(scaled(overlap) - 1, 1), 0, 1)
+        out = jnp.zeros((made[0], scaled(x.shape[1]), scaled(x.shape[2]), made[3]), tiles[0, 0].dtype)
+        for top, left in sorted(tiles):
+            tile = tiles[top, left]
+            (h, w), at = tile.shape[1:3], (0, scaled(top), scaled(left), 0)
+            down, across = ramp(h) if top else jnp.ones(h), ramp(w) if left else jnp.ones(w)
+            weight = jnp.outer(down, across)[..., None].astype(tile.dtype)
+            below = jax.lax.dynamic_slice(out, at, tile.shape)
+            out = jax.lax.dynamic_update_slice(out, weight * tile + (1 - weight) * below, at)
+        return out
+
+    return run
+
+
+def _tiles(function: Function, x: jax.Array, side: int, step: int) -> dict[tuple[int, int], jax.Array]:
+    """What the function makes of each tile, by the tile's corner; tiles of one size are one program."""
+    rows, columns = (range(0, n, step) for n in x.shape[1:3])
+    tiles = {}
+    for height, tops in _by_size(rows, x.shape[1], side).items():
+        for width, lefts in _by_size(columns, x.shape[2], side).items():
+            corners = [(top, left) for top in tops for left in lefts]
+            size = (x.shape[0], height, width, x.shape[3])
+            cut = lambda at, size=size: jax.lax.dynamic_slice(x, (0, at[0], at[1], 0), size)
+            tiles |= zip(corners, jax.lax.map(lambda at, cut=cut: function(cut(at)), jnp.array(corners)))
+    return tiles
 
 
 def _by_size(starts: Sequence[int], length: int, side: int) -> dict[int, list[int]]:
