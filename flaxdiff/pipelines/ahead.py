@@ -155,9 +155,9 @@ def _built(program: Program, arguments: Any, folder: Path | None = None) -> dict
         latents, places = jax.eval_shape(lambda slots: slots[0], state.sampler.slots), {}
         if len(_devices(arguments)) > 1:  # the next parts take their arguments from where this one leaves them
             conditions, state = begun = _laid(begun, jobs["begin"].result().output_shardings)
-            slots, places = (
-                state.sampler.slots.sharding,
+            places, slots = (
                 {"out_shardings": [s.sharding for s in jax.tree.leaves(state)]},
+                state.sampler.slots.sharding,
             )
             latents = _laid(latents, [NamedSharding(slots.mesh, PartitionSpec(*slots.spec[1:]))])
         looped = memory.offload(arguments[0], dict.fromkeys(program.family.loop, "device"))  # as a call does
