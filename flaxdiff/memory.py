@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 KINDS = {"int8": weights.Int8, "fp8": weights.Float8}
 PLACES = {"device": jax.memory.Space.Device, "host": jax.memory.Space.Host}
 
-_OTHER = r"norm|_embedding\.weight$|^(?!.*\.weight$)"  # neither a linear layer's weight nor a convolution's
-_KEPT = r"^vae\.|embedding|conv_in|conv_out|quant_conv"  # at either end of a run or a network: small, and errors show
+_VECTORS = r"norm|^(?!.*\.weight$)"
+_OTHER = rf"{_VECTORS}|_embedding\.weight$"  # neither a linear layer's weight nor a convolution's
+_ENDS = r"embedding|conv_in|conv_out|quant_conv"  # first and last layers: small, and what errs there is seen
 
 
 def rules_of(choice: Any) -> Rules:
@@ -80,8 +81,7 @@ def quantize(params: Params, rules: Any = "int8") -> Params:
 
     Args:
       params: of a model, or by component; shapes under `jax.eval_shape`.
-      rules: "int8" or "fp8" for all but the autoencoder and the layers at either end of a network; or (regex, "int8",
-        "fp8" or None) by path.
+      rules: "int8" or "fp8" for all but the layers at either end; or (regex, "int8", "fp8" or None) by path.
 
     Raises:
       ValueError: an unknown kind.
@@ -89,7 +89,7 @@ def quantize(params: Params, rules: Any = "int8") -> Params:
     >>> quantize({"conv_in.weight": jnp.ones((2, 2)), "fc1.weight": jnp.ones((2, 2))})["fc1.weight"].q.dtype
     dtype('int8')
     """
-    rules = [(_KEPT, None), ("", rules)] if isinstance(rules, str) else rules
+    rules = [(_ENDS, None), ("", rules)] if isinstance(rules, str) else rules
 
     def change(weight: weights.Weight, kind: str) -> weights.Weight:
         match weight:
@@ -108,6 +108,7 @@ def offload(params: Params, rules: Any = "host") -> Params:
 
     A program that is handed weights on the host copies each to its device where it is used: of layers that are
     scanned, one layer at a time. A call of a pipeline keeps on the device, for as long as it loops, what it loops over.
+    Vectors (biases, normalisations, scales) are never moved: they are small, and a TPU cannot fetch one layer's.
 
     Args:
       params: of a model, or by component; sharded or not.
@@ -123,7 +124,13 @@ def offload(params: Params, rules: Any = "host") -> Params:
     """
     if isinstance(rules, Mapping):
         rules = [(rf"^{re.escape(name)}\.", place) for name, place in rules.items()] + [("", None)]
-    return _by_path(lambda weight, place: weights.moved(weight, _one_of(PLACES, place)), params, rules_of(rules))
+
+    def change(weight: weights.Weight, place: str) -> weights.Weight:
+        rank = max(a.ndim for a in jax.tree.leaves(weight))
+        space = _one_of(PLACES, place)
+        return jax.tree.map(lambda a: weights.moved(a, space) if a.ndim == rank else a, weight)
+
+    return _by_path(change, params, [(_VECTORS, None), *rules_of(rules)])
 
 
 def residency(pipe: "DiffusionPipeline", params: Mapping[str, Params], budget: int) -> dict[str, str]:

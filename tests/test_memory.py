@@ -314,11 +314,19 @@ def test_quantised_weights_on_many_devices(tmp_path):
     assert all((loaded[name] == weights.dense(weight)).all() for name, weight in small.items())
 
 
-def compiled_for_v5e(function, *args, kind: str = "device"):
-    """For one chip; the first argument lies in this kind of memory."""
-    mesh = parallel.make_mesh(devices=chips.describe("v5e:1x1").devices)
-    lies = [NamedSharding(mesh, PartitionSpec(), memory_kind=k) for k in (kind, *["device"] * len(args))]
-    args = [plan.laid(tree, jax.tree.map(lambda _, at=at: at, tree)) for tree, at in zip(args, lies)]
+@functools.cache
+def v5e():
+    return parallel.make_mesh(devices=chips.describe("v5e:1x1").devices)
+
+
+def laid_on_v5e(tree, kind="device"):
+    """Shapes on a chip, or in its host's memory, those that do not lie there yet."""
+    lies = NamedSharding(v5e(), PartitionSpec(), memory_kind=kind)
+    return jax.tree.map(lambda a: a if a.sharding else a.update(sharding=lies), tree)
+
+
+def compiled_for_v5e(function, first, *others, kind="device"):
+    args = laid_on_v5e(first, kind), *laid_on_v5e(others)
     with plan.unkept():
         return jax.jit(function).lower(*args).compile()
 
@@ -354,6 +362,19 @@ def test_layers_on_the_host_come_one_at_a_time_on_a_tpu():
     assert said.argument_size_in_bytes == 2 * BATCH.size and said.temp_size_in_bytes < 4 * 2 * WIDTH**2
 
 
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_a_model_on_the_host_on_a_tpu(kind):
+    """What `offload` moves is what a TPU can fetch layer by layer."""
+    spec = CLIP.replace(hidden_size=256, intermediate_size=512)
+    shapes = flaxdiff.abstract(spec, jnp.bfloat16)
+    shapes = jax.eval_shape(functools.partial(flaxdiff.quantize, rules=kind), shapes) if kind else shapes
+    host = flaxdiff.offload(laid_on_v5e(shapes))
+    run = lambda params, ids: flaxdiff.apply(spec, params, ids).last_hidden_state
+    ids = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    before, after = (compiled_for_v5e(run, params, ids).memory_analysis() for params in (laid_on_v5e(shapes), host))
+    assert after.argument_size_in_bytes < 0.1 * before.argument_size_in_bytes < 0.2 * after.host_argument_size_in_bytes
+
+
 def test_weights_on_the_host():
     """Scanned, quantised or sharded; gradients too."""
     params = flaxdiff.quantize(params_of(CLIP), [("mlp", "int8"), ("", None)])
@@ -361,8 +382,9 @@ def test_weights_on_the_host():
     mesh = parallel.make_mesh({"fsdp": 8})
     for own in (params, parallel.distribute(params, mesh)):
         host = flaxdiff.offload(own, [("layers", "host"), ("", None)])
-        assert where({k: v for k, v in host.items() if "layers" in k}) == {HOST} and where(own) == {DEVICE}
-        assert where(host["text_model.final_layer_norm.weight"]) == {DEVICE}
+        moved = {name for name, weight in host.items() if where(weight) != {DEVICE}}
+        assert moved == {name for name in own if "layers" in name and name.endswith("weight") and "norm" not in name}
+        assert where(own) == {DEVICE}
         assert jax.jit(loss)(host) == pytest.approx(float(jax.jit(loss)(own)), rel=1e-5)
         same = lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim)
         assert jax.tree.all(jax.tree.map(same, flaxdiff.offload(host, "device"), own))
@@ -386,7 +408,10 @@ def test_components_on_the_host():
         flaxdiff.residency(pipe, params, 1000)
 
     host = flaxdiff.offload(params, dict.fromkeys(params, "host") | {"vae": "device"})
-    assert where(host["text_encoder"]) == where(host["unet"]) == {HOST} and where(host["vae"]) == {DEVICE}
+    on_device = {
+        name: sum(a.nbytes for a in jax.tree.leaves(own) if where(a) == {DEVICE}) for name, own in host.items()
+    }
+    assert on_device["unet"] < 0.1 * size["unet"] and on_device["vae"] == size["vae"]
     draw = lambda params: (
         pipe.replace(progress=False)(
             params, jax.random.key(0), prompt="red", num_inference_steps=2, output_type="np"
