@@ -308,7 +308,7 @@ def test_what_travels_in_a_step(emoji):
         many = jax.jit(pipe.generate)(params, flaxdiff.replicate(KEY, mesh), split)
     moved = hlo.Program(made.as_text()).cost().collectives
     weights = sum(a.nbytes for a in params["unet"].values())
-    assert set(moved) <= {"all-gather", "all-reduce", "all-to-all"}, moved
+    assert "reduce-scatter" not in moved, moved
     assert 0.5 * weights < moved["all-gather"][1] <= 1.05 * weights, moved
     rest = sum(size for kind, (_, size) in moved.items() if kind != "all-gather")
     assert rest < 0.05 * weights, moved  # where XLA moves a layer's output instead of its larger weight
