@@ -151,7 +151,8 @@ def dot(x: jax.Array, weight: Weight) -> jax.Array:
         case LoRA(base, down, up, scale):
             return dot(x, base) + (x @ down.astype(x.dtype)) @ up.astype(x.dtype) * scale.astype(x.dtype)
         case Quantized(q, scale):
-            return (x @ q.astype(x.dtype)) * scale
+            # libtpu 0.0.42 dies of such a product where it fuses it into the next one, of queries and keys
+            return jax.lax.optimization_barrier(x @ q.astype(x.dtype)) * scale
         case _:
             return x @ weight
 

@@ -362,9 +362,9 @@ def test_layers_on_the_host_come_one_at_a_time_on_a_tpu():
     assert said.argument_size_in_bytes == 2 * BATCH.size and said.temp_size_in_bytes < 4 * 2 * WIDTH**2
 
 
-@pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("kind", [None, *memory.KINDS])
 def test_a_model_on_the_host_on_a_tpu(kind):
-    """What `offload` moves is what a TPU can fetch layer by layer."""
+    """What `offload` moves is what a TPU can fetch from scanned layers; and 8 bits compile in a real model."""
     spec = CLIP.replace(hidden_size=256, intermediate_size=512)
     shapes = flaxdiff.abstract(spec, jnp.bfloat16)
     shapes = jax.eval_shape(functools.partial(flaxdiff.quantize, rules=kind), shapes) if kind else shapes
