@@ -84,8 +84,16 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "pipeline": {
         "flaxdiff.pipelines.pipeline": ("DiffusionPipeline",),
-        "flaxdiff.pipelines.stable_diffusion": ("StableDiffusionImg2ImgPipeline", "StableDiffusionPipeline"),
-        "flaxdiff.pipelines.stable_diffusion_xl": ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLPipeline"),
+        "flaxdiff.pipelines.stable_diffusion": (
+            "StableDiffusionImg2ImgPipeline",
+            "StableDiffusionInpaintPipeline",
+            "StableDiffusionPipeline",
+        ),
+        "flaxdiff.pipelines.stable_diffusion_xl": (
+            "StableDiffusionXLImg2ImgPipeline",
+            "StableDiffusionXLInpaintPipeline",
+            "StableDiffusionXLPipeline",
+        ),
         "flaxdiff.pipelines.unconditional": ("DDIMPipeline", "DDPMPipeline"),
     },
     "flax": {

@@ -28,7 +28,8 @@ from flaxdiff.schedulers import Scheduler
 
 ROWS = 64  # length of the scheduler's tables: runs of up to so many evaluations share a compiled program
 
-STARTS = ("latents", "image", "image_latents", "noisy_latents")  # given for each image, or for each prompt
+# given for each image, or for each prompt
+STARTS = ("latents", "image", "image_latents", "noisy_latents", "mask", "beside", "beside_image")
 
 _begin = jax.jit(Program.begin, static_argnums=0)
 _step = jax.jit(Program.step, static_argnums=0)
@@ -79,6 +80,7 @@ class DiffusionPipeline:
 
     family: ClassVar[Family]
     task: ClassVar[Callable] = staticmethod(text_to_image)
+    finish: ClassVar[Callable] = staticmethod(lambda images, options: images)  # Pillow's pictures -> what a call returns
     defaults: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 7.5}
 
     # --- loading, saving, changing -----------------------------------------------------------------------------------
@@ -164,13 +166,14 @@ class DiffusionPipeline:
         ahead.keep_compiled()
         defaults = {**self.defaults, **dict(dict(self.settings).get("defaults", ()))}
         scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-        guided = bool(np.max(scale) > 1)
+        distilled = self.family.distilled(dict(self.specs), scale)
+        guided = bool(np.max(scale) > 1) and not distilled
         options["prompt"] = prompt
         take = lambda function: {
             k: options.pop(k) for k in list(options) if k in inspect.signature(function).parameters
         }
         size, arrays, window = self.task(self, **take(self.task))
-        arrays |= self.family.prepare(self, size, guided, **take(self.family.prepare))
+        arrays |= distilled | self.family.prepare(self, size, guided, **take(self.family.prepare))
         if options.pop("prompt", None) is not None:
             raise TypeError(f"{type(self).__name__} takes no prompt.")
         if num_images_per_prompt < 1:
@@ -189,6 +192,7 @@ class DiffusionPipeline:
         inputs |= {"index": np.arange(batch, dtype=np.int32), "size": size, "plan": plan.pad(rows)}
         if guided:
             strengths = {"guidance_scale": scale, "guidance_rescale": guidance_rescale}
+            strengths |= {k: inputs.pop(k) for k in ("image_guidance_scale",) if k in inputs}
             inputs["guidance"] = {k: np.asarray(v, np.float32) for k, v in strengths.items()}
         return inputs
 
@@ -273,7 +277,9 @@ class DiffusionPipeline:
         if output_type == "latent":
             return PipelineOutput(state.sampler.sample)
         images = np.asarray(run.decode(params, state.sampler.sample))
-        return PipelineOutput(pictures.to_pil(images) if output_type == "pil" else images)
+        if output_type == "np":
+            return PipelineOutput(images)
+        return PipelineOutput(self.finish(pictures.to_pil(images), options))
 
 
 def _per_image(name: str, array: Any, prompts: int, copies: int) -> np.ndarray | jax.Array:

@@ -13,6 +13,7 @@ from flaxdiff import core
 from flaxdiff.pipelines.generate import Cond, Family, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
 from flaxdiff.pipelines.tasks import image_to_image
+from flaxdiff.pipelines.tasks.inpaint import inpaint, paste_back
 from flaxdiff.pipelines.text import check_prompts, texts
 
 
@@ -82,12 +83,14 @@ def decode(networks: Networks, latents: jax.Array) -> jax.Array:
     return networks("vae", latents / vae.scaling_factor + (vae.shift_factor or 0), method="decode")
 
 
-def encode_image(networks: Networks, images: jax.Array, keys: jax.Array) -> jax.Array:
+def encode_image(
+    networks: Networks, images: jax.Array, keys: jax.Array, spread: jax.Array | float = 1.0
+) -> jax.Array:
     """Images in [-1, 1] -> latents as the denoiser knows them, drawn from the posterior, one key for each image."""
     vae = networks.config("vae")
     posterior = networks("vae", images, method="encode")
     noise = jax.vmap(lambda key: jax.random.normal(key, posterior.mean.shape[1:]))(keys)
-    z = posterior.mean + jnp.exp(0.5 * posterior.logvar) * noise
+    z = posterior.mean + spread * jnp.exp(0.5 * posterior.logvar) * noise
     return (z - (vae.shift_factor or 0)) * vae.scaling_factor
 
 
@@ -119,3 +122,19 @@ class StableDiffusionImg2ImgPipeline(DiffusionPipeline):
     family = STABLE_DIFFUSION
     task = staticmethod(image_to_image)
     defaults = {**DiffusionPipeline.defaults, "strength": 0.8}
+
+
+class StableDiffusionInpaintPipeline(DiffusionPipeline):
+    """Paint over a part of a picture, with a U-Net made for that or with any of Stable Diffusion 1 or 2.
+
+    >>> import flaxdiff, jax, numpy as np
+    >>> pipe, params = flaxdiff.StableDiffusionInpaintPipeline.from_pretrained(flaxdiff.EMOJI)
+    >>> inputs = pipe.prepare_inputs(prompt="red apple", image=np.ones((64, 64, 3)), mask_image=np.eye(64))
+    >>> inputs["mask"].shape
+    (1, 8, 8, 1)
+    """
+
+    family = STABLE_DIFFUSION
+    task = staticmethod(inpaint)
+    finish = staticmethod(paste_back)
+    defaults = {**DiffusionPipeline.defaults, "strength": 1.0}

@@ -17,6 +17,7 @@ from flaxdiff.pipelines import stable_diffusion
 from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
 from flaxdiff.pipelines.tasks import image_to_image
+from flaxdiff.pipelines.tasks.inpaint import inpaint, paste_back
 from flaxdiff.pipelines.text import check_prompts, texts
 
 Pair = tuple[int, int]
@@ -140,3 +141,12 @@ class StableDiffusionXLImg2ImgPipeline(DiffusionPipeline):
     family = STABLE_DIFFUSION_XL
     task = staticmethod(image_to_image)
     defaults = {**StableDiffusionXLPipeline.defaults, "strength": 0.3}
+
+
+class StableDiffusionXLInpaintPipeline(DiffusionPipeline):
+    """Paint over a part of a picture with Stable Diffusion XL, its refiner, or a U-Net made for that."""
+
+    family = STABLE_DIFFUSION_XL
+    task = staticmethod(inpaint)
+    finish = staticmethod(paste_back)
+    defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "strength": 0.9999}

@@ -1,7 +1,7 @@
 """Tasks: what a run starts from. A task only prepares arrays; the loop is the same for all.
 
 Each takes the pipeline and what its call was given, and returns the size of the picture, arrays for the inputs (see
-`generate`), and which part of the schedule to run.
+`generate` and `beside`), and which part of the schedule to run. The plain ones are here, others in files of their own.
 """
 
 import inspect
@@ -65,9 +65,8 @@ def image_to_image(
         raise ValueError("strength and denoising_start both say where to begin; give one of them.")
     if strength is not None and not 0 < strength <= 1:
         raise ValueError(f"strength={strength} must lie in (0, 1].")
-    channels, factor = pipe.vae.config.latent_channels, vae_factor(pipe)
-    if getattr(image, "ndim", 0) == 4 and image.shape[-1] == channels != 3:
-        size = Size(image.shape[1] * factor, image.shape[2] * factor)
+    if is_latents(pipe, image):
+        size = Size(*(side * vae_factor(pipe) for side in image.shape[1:3]))
         start = {"image_latents" if denoising_start is None else "noisy_latents": image}
     else:
         start = {"image": pictures.to_array(image)}
@@ -76,6 +75,11 @@ def image_to_image(
     window = {"strength": strength or pipe.defaults["strength"]} if denoising_start is None else {}
     window |= {} if denoising_start is None else {"denoising_start": denoising_start}
     return size, start | noise(pipe, size, latents), window
+
+
+def is_latents(pipe: "DiffusionPipeline", image: Any) -> bool:
+    """Whether an array [B, h, w, C] is not a picture but what `output_type="latent"` returns."""
+    return getattr(image, "ndim", 0) == 4 and image.shape[-1] == pipe.vae.config.latent_channels != 3
 
 
 def noise(pipe: "DiffusionPipeline", size: Size, latents: Any) -> dict[str, Any]:
@@ -113,6 +117,8 @@ def blank_inputs(pipe: "DiffusionPipeline", batch: int = 1, **options: Any) -> d
         size = native_size(pipe)
         height, width = (options.pop(side, None) or getattr(size, side) for side in ("height", "width"))
         options["image"] = np.zeros((batch, height, width, 3), np.float32)
+        if "mask_image" in takes(pipe.task):
+            options["mask_image"] = np.ones((batch, height, width, 1), np.float32)
     return pipe.prepare_inputs(**options)
 
 
