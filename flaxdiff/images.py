@@ -92,6 +92,34 @@ def nearest(array: np.ndarray, height: int | None = None, width: int | None = No
     return array[:, rows][:, :, columns]
 
 
+def cubic(old: int, new: int) -> np.ndarray:
+    """The matrix [new, old] that brings `old` samples to `new` by a cubic (a = -0.75) of the four about each.
+
+    Edges are repeated, and pixels are areas, as in PyTorch's bicubic interpolation; there is no low pass.
+
+    >>> cubic(4, 2)[0]
+    array([ 0.5  ,  0.59375, -0.09375,  0.     ])
+    """
+    a, center = -0.75, (np.arange(new) + 0.5) * old / new - 0.5
+    first = np.floor(center).astype(int)
+    matrix = np.zeros((new, old))
+    for offset in (-1, 0, 1, 2):
+        x = np.abs(center - first - offset)
+        inner, outer = ((a + 2) * x - (a + 3)) * x * x + 1, ((x - 5) * x + 8) * x * a - 4 * a
+        np.add.at(matrix, (np.arange(new), np.clip(first + offset, 0, old - 1)), np.where(x <= 1, inner, outer))
+    return matrix
+
+
+def bicubic(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Pictures [B, H, W, C] at another size, see `cubic`.
+
+    >>> bicubic(np.ones((1, 3, 3, 1)), 5, 4).shape
+    (1, 5, 4, 1)
+    """
+    rows, columns = cubic(array.shape[1], height), cubic(array.shape[2], width)
+    return np.einsum("ih,bhwc,jw->bijc", rows, array, columns)
+
+
 def blur(mask: Image.Image, blur_factor: int = 4) -> Image.Image:
     """A mask with soft edges: a Gaussian of so many pixels.
 

@@ -85,13 +85,19 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "pipeline": {
         "flaxdiff.pipelines.pipeline": ("DiffusionPipeline",),
         "flaxdiff.pipelines.stable_diffusion": (
+            "LatentConsistencyModelImg2ImgPipeline",
+            "LatentConsistencyModelPipeline",
+            "StableDiffusionDepth2ImgPipeline",
             "StableDiffusionImg2ImgPipeline",
             "StableDiffusionInpaintPipeline",
+            "StableDiffusionInstructPix2PixPipeline",
             "StableDiffusionPipeline",
+            "StableDiffusionUpscalePipeline",
         ),
         "flaxdiff.pipelines.stable_diffusion_xl": (
             "StableDiffusionXLImg2ImgPipeline",
             "StableDiffusionXLInpaintPipeline",
+            "StableDiffusionXLInstructPix2PixPipeline",
             "StableDiffusionXLPipeline",
         ),
         "flaxdiff.pipelines.unconditional": ("DDIMPipeline", "DDPMPipeline"),

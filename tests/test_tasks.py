@@ -6,8 +6,8 @@ import numpy as np
 import peers
 import pytest
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
 import flaxdiff
 from flaxdiff import images
@@ -68,26 +68,110 @@ def compare(monkeypatch, pipe, params, peer, options, noise, ours=None, theirs=N
 
 # --- inpainting ------------------------------------------------------------------------------------------------------
 
-NINE = lambda: peers.unet(in_channels=9)
+
+def other(build, part="unet", seed=5, **config):
+    """A component of a pipeline with some settings changed, and other weights."""
+    torch.manual_seed(seed)
+    component = getattr(build(), part)
+    plain = {k: v for k, v in component.config.items() if not k.startswith("_")}
+    return type(component)(**{**plain, **config}).eval()
 
 
 @pytest.mark.parametrize(
-    ("name", "build", "parts", "scheduler"),
+    ("name", "build", "channels", "scheduler"),
     [
-        ("StableDiffusionInpaintPipeline", peers.stable_diffusion_1, {}, "DDIMScheduler"),
-        ("StableDiffusionInpaintPipeline", peers.stable_diffusion_1, {"unet": {"in_channels": 9}}, "PNDMScheduler"),
-        ("StableDiffusionXLInpaintPipeline", peers.stable_diffusion_xl, {}, "EulerDiscreteScheduler"),
-        ("StableDiffusionXLInpaintPipeline", peers.stable_diffusion_xl, {"unet": {"in_channels": 9}}, "DDIMScheduler"),
+        ("StableDiffusionInpaintPipeline", peers.stable_diffusion_1, 4, "PNDMScheduler"),
+        ("StableDiffusionInpaintPipeline", peers.stable_diffusion_1, 9, "DDIMScheduler"),
+        ("StableDiffusionXLInpaintPipeline", peers.stable_diffusion_xl, 4, "EulerDiscreteScheduler"),
+        ("StableDiffusionXLInpaintPipeline", peers.stable_diffusion_xl, 9, "EulerDiscreteScheduler"),
     ],
 )
-def test_inpainting(name, build, parts, scheduler, monkeypatch):
-    """Both kinds of network, in part and from noise alone; strength is a value."""
-    parts = {k: type(v)(**{**getattr(build(), k).config, **v}) if 0 else v for k, v in parts.items()}
-    if parts:
-        torch.manual_seed(5)
-        parts = {"unet": diffusers.UNet2DConditionModel.from_config({**build().unet.config, **parts["unet"]}).eval()}
-    pipe, params, peer = made(build, name, scheduler, **parts)
+def test_inpainting(name, build, channels, scheduler, monkeypatch):
+    """Both kinds of network, in part and from noise alone."""
+    pipe, params, peer = made(build, name, scheduler, unet=other(build, in_channels=channels))
     options = dict(prompt="cat", num_inference_steps=4, image=PICTURE, mask_image=MASK, guidance_scale=3.0)
+    assert ("mask" in pipe.prepare_inputs(**options)) == (channels == 4)
     for strength in (0.6, 1.0):
         noise = normal(1, 8, 8, 4)
         assert compare(monkeypatch, pipe, params, peer, options | {"strength": strength}, noise) < 1e-3
+    if name == "StableDiffusionInpaintPipeline":  # the part around the mask at full size, pasted back
+        mask = Image.new("L", (30, 24))
+        mask.paste(255, (10, 8, 16, 13))
+        options |= dict(image=pillow(24, 30, 3), mask_image=images.blur(mask, 2), padding_mask_crop=2)
+        options |= dict(output_type="pil", height=16, width=16)
+        assert compare(monkeypatch, pipe, params, peer, options, normal(1, 8, 8, 4)) <= 1 / 255
+        assert pipe(params, KEY, **options).images[0].size == (30, 24)
+
+
+# --- other tasks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [
+        ("StableDiffusionInstructPix2PixPipeline", peers.stable_diffusion_1),
+        ("StableDiffusionXLInstructPix2PixPipeline", peers.stable_diffusion_xl),
+    ],
+)
+def test_edit(name, build, monkeypatch):
+    pipe, params, peer = made(build, name, "EulerDiscreteScheduler", unet=other(build, in_channels=8))
+    options = dict(prompt="cat", negative_prompt="dog", num_inference_steps=3, image=PICTURE)
+    sizes = dict(height=16, width=16) if "XL" in name else {}
+    for scale, image_scale in ((3.0, 1.2), (5.0, 2.0)):
+        options |= dict(guidance_scale=scale, image_guidance_scale=image_scale)
+        there = dict(image=torch.tensor(PICTURE).permute(0, 3, 1, 2), **sizes)
+        assert compare(monkeypatch, pipe, params, peer, options, normal(1, 8, 8, 4), theirs=there) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"])
+def test_latent_consistency(name, monkeypatch):
+    build = peers.stable_diffusion_1
+    pipe, params, peer = made(build, name, "LCMScheduler", unet=other(build, time_cond_proj_dim=10))
+    options = dict(prompt="cat", num_inference_steps=1, guidance_scale=6.0, original_inference_steps=40)
+    options |= dict(image=PICTURE, strength=0.5) if "Img2Img" in name else {}
+    assert compare(monkeypatch, pipe, params, peer, options, normal(1, 8, 8, 4)) < 1e-3
+    inputs = pipe.prepare_inputs(**options | dict(num_inference_steps=3))
+    there = dict(strength=0.5) if "Img2Img" in name else {}
+    peer.scheduler.set_timesteps(3, original_inference_steps=40, **there)
+    np.testing.assert_array_equal(inputs["plan"].timesteps[:3], peer.scheduler.timesteps)
+
+
+def test_upscale(monkeypatch):
+    build = peers.stable_diffusion_2
+    parts = dict(
+        unet=other(build, in_channels=7, num_class_embeds=1000),
+        vae=other(build, "vae", scaling_factor=0.08333),
+        low_res_scheduler=diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.0001, beta_end=0.02),
+    )
+    pipe, params, peer = made(build, "StableDiffusionUpscalePipeline", "DDIMScheduler", **parts)
+    options = dict(prompt="cat", num_inference_steps=3, image=PICTURE[:, :8, :8], noise_level=30, guidance_scale=3.0)
+    key = jax.random.split(jax.random.fold_in(KEY, 0))[0]
+    small = np.asarray(jax.random.normal(jax.random.fold_in(key, 3), (8, 8, 3)))[None]  # the noise that our key gives
+    there = dict(image=torch.tensor(options["image"]).permute(0, 3, 1, 2))
+    assert compare(monkeypatch, pipe, params, peer, options, [small, normal(1, 8, 8, 4)], theirs=there) < 1e-3
+    with pytest.raises(ValueError, match="noise_level=900 must lie between 0 and 350"):
+        pipe.prepare_inputs(prompt="cat", image=PICTURE, noise_level=900)
+
+
+ESTIMATOR = DPTForDepthEstimation(
+    DPTConfig(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=32,
+        patch_size=8,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8] * 4,
+        fusion_hidden_size=8,
+    )
+)
+
+
+def test_depth_to_image(monkeypatch):
+    build, depth = peers.stable_diffusion_2, normal(1, 11, 13)
+    parts = dict(unet=other(build, in_channels=5), depth_estimator=ESTIMATOR, feature_extractor=DPTImageProcessor())
+    pipe, params, peer = made(build, "StableDiffusionDepth2ImgPipeline", "DDIMScheduler", **parts)
+    options = dict(prompt="cat", num_inference_steps=4, image=PICTURE, strength=0.6, depth_map=depth)
+    there = dict(depth_map=torch.tensor(depth), image=torch.tensor(PICTURE).permute(0, 3, 1, 2))
+    assert compare(monkeypatch, pipe, params, peer, options, normal(1, 8, 8, 4), theirs=there) < 1e-3

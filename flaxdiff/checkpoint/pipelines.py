@@ -16,12 +16,13 @@ from flaxdiff import parallel, registry
 from flaxdiff.checkpoint import files, hub, reading, writing
 from flaxdiff.checkpoint.tensors import damaged
 from flaxdiff.core import Model, Params, Spec, frozen
+from flaxdiff.schedulers import Scheduler
 
 if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
 
 EMOJI = Path(__file__).parent.parent / "assets" / "emoji"
-SKIPPED = ("safety_checker", "feature_extractor", "image_encoder")  # no pipeline here needs them
+SKIPPED = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator")  # no pipeline here needs them
 SCHEDULER = "scheduler_config.json"
 DEFAULTS = "_defaults"  # how the checkpoint likes to be sampled; PyTorch's diffusers skips what begins so
 SORTS = ("model", "scheduler", "tokenizer")
@@ -90,9 +91,12 @@ def load_pipeline(
     _check(parts, sorts)
 
     networks = {name: parts[name] for name in components if name in parts and sorts[name] == "model"}
+    schedulers = {name: part for name, part in parts.items() if sorts[name] == "scheduler"}
+    scheduler = schedulers.pop("scheduler")
+    settings |= schedulers  # a second one, such as the upscaler's for what it is given, is no sampler
     pipe = cls(
         specs=tuple((name, spec) for name, (spec, _) in networks.items()),
-        scheduler=next(part for name, part in parts.items() if sorts[name] == "scheduler"),
+        scheduler=scheduler,
         tokenizers=tuple((name, parts[name]) for name in components if name in parts and sorts[name] == "tokenizer"),
         settings=tuple(settings.items()),
     )
@@ -112,7 +116,7 @@ def _check(parts: Mapping[str, Any], sorts: Mapping[str, str]) -> None:
             raise ValueError(
                 f"{name}= is a {type(part).__name__}; give (spec, params), as {name}=….from_pretrained returns."
             )
-    if "scheduler" not in {sorts[name] for name in parts}:
+    if "scheduler" not in parts:
         raise ValueError("A pipeline needs a scheduler, and there is none; take a complete folder, or give scheduler=.")
 
 
@@ -199,7 +203,10 @@ def save_pipeline(
         raise ValueError(f"params lacks {files.listed(absent)}; give the parameters of every component by its name.")
     settings = dict(pipe.settings)
     defaults = {DEFAULTS: dict(settings.pop("defaults"))} if "defaults" in settings else {}
-    index: dict[str, Any] = {"_class_name": type(pipe).__name__, **defaults, **settings}
+    schedulers = {name: value for name, value in settings.items() if isinstance(value, Scheduler)}
+    schedulers["scheduler"] = pipe.scheduler
+    plain = {name: value for name, value in settings.items() if name not in schedulers}
+    index: dict[str, Any] = {"_class_name": type(pipe).__name__, **defaults, **plain}
     with files.staged(Path(folder)) as stage:
         for name, spec in pipe.specs:
             index[name] = [spec.module.library, spec.module.__name__]
@@ -209,8 +216,9 @@ def save_pipeline(
         for name, tokenizer in pipe.tokenizers:
             index[name] = ["transformers", tokenizer.class_name]
             tokenizer.save(stage / name)
-        index["scheduler"] = ["diffusers", type(pipe.scheduler).__name__]
-        pipe.scheduler.save_config(stage / "scheduler")
+        for name, scheduler in schedulers.items():
+            index[name] = ["diffusers", type(scheduler).__name__]
+            scheduler.save_config(stage / name)
         files.write_json(stage / files.PIPELINE, index)
 
 

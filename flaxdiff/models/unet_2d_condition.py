@@ -20,7 +20,7 @@ from flaxdiff.core import Config, Model, only
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.attention import Attention, KeysValues
 from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
-from flaxdiff.nn.layers import Conv, GroupNorm, LayerNorm, Linear, value
+from flaxdiff.nn.layers import Conv, Embedding, GroupNorm, LayerNorm, Linear, value
 from flaxdiff.nn.stack import over, run, stack
 from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, check_stages, down_fans, times, up_fans
 from flaxdiff.parallel import constrain
@@ -60,7 +60,7 @@ class UNet2DConditionConfig(Config):
     class_embed_type: str | None = only(None)
     addition_embed_type: str | None = only(None, "text_time")
     addition_time_embed_dim: int | None = None
-    num_class_embeds: int | None = only(None)
+    num_class_embeds: int | None = None
     upcast_attention: bool = False  # softmax runs in float32 here either way
     resnet_time_scale_shift: str = only("default", "scale_shift")
     resnet_skip_time_act: bool = only(False)
@@ -69,7 +69,7 @@ class UNet2DConditionConfig(Config):
     time_embedding_dim: int | None = None
     time_embedding_act_fn: str | None = only(None)
     timestep_post_act: str | None = only(None)
-    time_cond_proj_dim: int | None = only(None)
+    time_cond_proj_dim: int | None = None
     conv_in_kernel: int = only(3)
     conv_out_kernel: int = only(3)
     projection_class_embeddings_input_dim: int | None = None
@@ -183,7 +183,8 @@ class UNet2DConditionModel(Model):
         last = len(width) - 1
 
         self.conv_in = Conv(c.in_channels, width[0])
-        self.time_embedding = TimestepEmbedding(width[0], temb, c.act_fn)
+        self.time_embedding = TimestepEmbedding(width[0], temb, c.act_fn, c.time_cond_proj_dim)
+        self.class_embedding = None if c.num_class_embeds is None else Embedding(c.num_class_embeds, temb)
         text_time = c.addition_embed_type == "text_time"
         self.add_embedding = TimestepEmbedding(c.projection_class_embeddings_input_dim, temb) if text_time else None
         self.down_blocks = nnx.List(
@@ -210,6 +211,9 @@ class UNet2DConditionModel(Model):
         timestep: jax.Array | float | tuple[jax.Array, ...],
         encoder_hidden_states: jax.Array | tuple[KeysValues, ...],
         added_cond_kwargs: Mapping[str, jax.Array] | None = None,
+        *,
+        class_labels: jax.Array | None = None,
+        timestep_cond: jax.Array | None = None,
     ) -> jax.Array:
         """Run the network.
 
@@ -219,19 +223,22 @@ class UNet2DConditionModel(Model):
           encoder_hidden_states: the text [B, M, D]; or, for many steps with the same text, its `keys_values`.
           added_cond_kwargs: SDXL's `text_embeds` [B, P] (pooled text) and `time_ids` [B, 6] (sizes and crops in
             pixels).
+          class_labels: [B] int32, for networks with classes, e.g. the noise in the picture to upscale.
+          timestep_cond: [B, D], the strength of guidance for networks that were distilled with it.
 
         Returns:
           The prediction [B, H, W, C], in the dtype of the parameters.
 
         Raises:
-          ValueError: SDXL's conditions are missing.
+          ValueError: SDXL's conditions are missing, or the class is.
         """
         dtype = weights.dtype(value(self.conv_in.weight))
         text = encoder_hidden_states
         contexts = iter(text if isinstance(text, tuple) else self.keys_values(text))
         x = sample.astype(dtype)
         if not isinstance(timestep, tuple):
-            timestep = self.times(jnp.broadcast_to(timestep, sample.shape[:1]), added_cond_kwargs)
+            told = dict(class_labels=class_labels, timestep_cond=timestep_cond)
+            timestep = self.times(jnp.broadcast_to(timestep, sample.shape[:1]), added_cond_kwargs, **told)
         projected = iter(timestep)
 
         x = constrain(self.conv_in(x), "batch", "context")
@@ -254,16 +261,27 @@ class UNet2DConditionModel(Model):
         return tuple(attention.keys_values(text) for stage in self.stages for attention in stage.attentions or ())
 
     def times(
-        self, timestep: jax.Array, added_cond_kwargs: Mapping[str, jax.Array] | None = None
+        self, timestep: jax.Array, added_cond_kwargs: Mapping[str, jax.Array] | None = None, **told: jax.Array | None
     ) -> tuple[jax.Array, ...]:
         """What the residual blocks make of times [B], or [N, 1] for N steps at once: [..., B, C] each, in order."""
-        return times(self.stages, self.embed(timestep, added_cond_kwargs))
+        return times(self.stages, self.embed(timestep, added_cond_kwargs, **told))
 
-    def embed(self, t: jax.Array, added: Mapping[str, jax.Array] | None) -> jax.Array:
-        """The embedding of times [..., B], and of SDXL's conditions: [..., B, T]."""
+    def embed(
+        self,
+        t: jax.Array,
+        added: Mapping[str, jax.Array] | None,
+        class_labels: jax.Array | None = None,
+        timestep_cond: jax.Array | None = None,
+    ) -> jax.Array:
+        """The embedding of times [..., B], of a class, and of SDXL's conditions: [..., B, T]."""
         c, dtype = self.config, weights.dtype(value(self.conv_in.weight))
         waves = functools.partial(sinusoids, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
-        temb = self.time_embedding(waves(t, c.block_out_channels[0]).astype(dtype))
+        condition = None if timestep_cond is None else timestep_cond.astype(dtype)
+        temb = self.time_embedding(waves(t, c.block_out_channels[0]).astype(dtype), condition)
+        if self.class_embedding is not None:
+            if class_labels is None:
+                raise ValueError(f"This UNet is conditioned on one of {c.num_class_embeds} classes: give class_labels.")
+            temb = temb + self.class_embedding(class_labels).astype(dtype)
         if self.add_embedding is None:
             return temb
         if added is None or not {"text_embeds", "time_ids"} <= set(added):

@@ -8,12 +8,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flaxdiff import core
+from flaxdiff.nn.embeddings import sinusoids
 from flaxdiff.pipelines.generate import Cond, Family, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
-from flaxdiff.pipelines.tasks import image_to_image
+from flaxdiff.pipelines.tasks import distilled_image_to_image, image_to_image
+from flaxdiff.pipelines.tasks.depth import depth_to_image
+from flaxdiff.pipelines.tasks.edit import edit
 from flaxdiff.pipelines.tasks.inpaint import inpaint, paste_back
+from flaxdiff.pipelines.tasks.upscale import upscale
 from flaxdiff.pipelines.text import check_prompts, texts
 
 
@@ -61,8 +66,22 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
 
 
 def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
-    """What the U-Net makes of times [N]."""
-    return networks("unet", timesteps[:, None], method="times")
+    """What the U-Net makes of times [N], and of a class or a strength that it is told."""
+    return networks("unet", timesteps[:, None], method="times", **told(cond))
+
+
+def told(cond: Cond) -> dict[str, jax.Array]:
+    """What enters the U-Net's embedding of time."""
+    return {k: cond[k] for k in ("class_labels", "timestep_cond") if k in cond}
+
+
+def distilled(specs: Mapping[str, core.Spec], scale: Any) -> dict[str, Any]:
+    """Sinusoids of guidance_scale - 1 in thousandths, for a U-Net that was distilled with it."""
+    width = specs["unet"].config.time_cond_proj_dim
+    if width is None:
+        return {}
+    strength = 1000 * (np.atleast_1d(np.asarray(scale, np.float32)) - 1)
+    return {"timestep_cond": np.asarray(sinusoids(strength, width, flip_sin_to_cos=False, freq_shift=1))}
 
 
 def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
@@ -94,7 +113,7 @@ def encode_image(
     return (z - (vae.shift_factor or 0)) * vae.scaling_factor
 
 
-STABLE_DIFFUSION = Family(prepare, encode, predict, latent_shape, decode, encode_image, times)
+STABLE_DIFFUSION = Family(prepare, encode, predict, latent_shape, decode, encode_image, times, distilled)
 
 
 class StableDiffusionPipeline(DiffusionPipeline):
@@ -138,3 +157,42 @@ class StableDiffusionInpaintPipeline(DiffusionPipeline):
     task = staticmethod(inpaint)
     finish = staticmethod(paste_back)
     defaults = {**DiffusionPipeline.defaults, "strength": 1.0}
+
+
+class StableDiffusionInstructPix2PixPipeline(DiffusionPipeline):
+    """Change a picture as an instruction says; `image_guidance_scale` is how closely to follow the picture."""
+
+    family = STABLE_DIFFUSION
+    task = staticmethod(edit)
+    defaults = {"num_inference_steps": 100, "guidance_scale": 7.5, "image_guidance_scale": 1.5}
+
+
+class StableDiffusionDepth2ImgPipeline(DiffusionPipeline):
+    """Image to image that keeps the depth of the scene."""
+
+    family = STABLE_DIFFUSION
+    task = staticmethod(depth_to_image)
+    defaults = StableDiffusionImg2ImgPipeline.defaults
+
+
+class StableDiffusionUpscalePipeline(DiffusionPipeline):
+    """A picture four times as high and wide."""
+
+    family = STABLE_DIFFUSION
+    task = staticmethod(upscale)
+    defaults = {"num_inference_steps": 75, "guidance_scale": 9.0}
+
+
+class LatentConsistencyModelPipeline(DiffusionPipeline):
+    """Text to image in a few steps, with a U-Net that was distilled with the strength of guidance."""
+
+    family = STABLE_DIFFUSION
+    defaults = {"num_inference_steps": 4, "guidance_scale": 8.5}
+
+
+class LatentConsistencyModelImg2ImgPipeline(DiffusionPipeline):
+    """Image to image in a few steps, with a U-Net that was distilled with the strength of guidance."""
+
+    family = STABLE_DIFFUSION
+    task = staticmethod(distilled_image_to_image)
+    defaults = {**LatentConsistencyModelPipeline.defaults, "strength": 0.8}

@@ -17,6 +17,7 @@ from flaxdiff.pipelines import stable_diffusion
 from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
 from flaxdiff.pipelines.tasks import image_to_image
+from flaxdiff.pipelines.tasks.edit import edit
 from flaxdiff.pipelines.tasks.inpaint import inpaint, paste_back
 from flaxdiff.pipelines.text import check_prompts, texts
 
@@ -115,7 +116,7 @@ def _added(cond: Cond) -> dict[str, jax.Array]:
 
 def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
     """What the U-Net makes of times [N] and of the conditions."""
-    return networks("unet", timesteps[:, None], _added(cond), method="times")
+    return networks("unet", timesteps[:, None], _added(cond), method="times", **stable_diffusion.told(cond))
 
 
 def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
@@ -150,3 +151,11 @@ class StableDiffusionXLInpaintPipeline(DiffusionPipeline):
     task = staticmethod(inpaint)
     finish = staticmethod(paste_back)
     defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "strength": 0.9999}
+
+
+class StableDiffusionXLInstructPix2PixPipeline(DiffusionPipeline):
+    """Change a picture as an instruction says; `image_guidance_scale` is how closely to follow the picture."""
+
+    family = STABLE_DIFFUSION_XL
+    task = staticmethod(edit)
+    defaults = {"num_inference_steps": 100, "guidance_scale": 5.0, "image_guidance_scale": 1.5}

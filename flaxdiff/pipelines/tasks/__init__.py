@@ -59,8 +59,7 @@ def image_to_image(
     Raises:
       ValueError: no picture, a size that the networks do not divide, a strength outside (0, 1].
     """
-    if image is None:
-        raise ValueError(f"{type(pipe).__name__} starts from a picture; give image=.")
+    need(pipe, image)
     if strength is not None and denoising_start is not None:
         raise ValueError("strength and denoising_start both say where to begin; give one of them.")
     if strength is not None and not 0 < strength <= 1:
@@ -75,6 +74,30 @@ def image_to_image(
     window = {"strength": strength or pipe.defaults["strength"]} if denoising_start is None else {}
     window |= {} if denoising_start is None else {"denoising_start": denoising_start}
     return size, start | noise(pipe, size, latents), window
+
+
+def distilled_image_to_image(
+    pipe: "DiffusionPipeline", image: Any = None, strength: float | None = None, latents: jax.Array | None = None
+) -> Prepared:
+    """As `image_to_image`, but all steps are run, spread over that share of the times the network was distilled at."""
+    size, arrays, window = image_to_image(pipe, image, strength, None, latents)
+    return size, arrays, {"origin_share": window["strength"]}
+
+
+def need(pipe: "DiffusionPipeline", image: Any) -> None:
+    """Raise ValueError where there is no picture."""
+    if image is None:
+        raise ValueError(f"{type(pipe).__name__} starts from a picture; give image=.")
+
+
+def check_channels(pipe: "DiffusionPipeline", beside: int) -> None:
+    """Raise ValueError unless the denoiser takes so many channels beside the sample."""
+    channels, latent = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if channels != latent + beside:
+        raise ValueError(
+            f"{type(pipe).__name__} gives the U-Net {latent} channels of the sample and {beside} beside it, but it "
+            f"takes {channels}; use a checkpoint that was trained for this task."
+        )
 
 
 def is_latents(pipe: "DiffusionPipeline", image: Any) -> bool:
