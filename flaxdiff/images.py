@@ -19,7 +19,10 @@ def to_pil(images: np.ndarray) -> list[Image.Image]:
 
 
 def to_array(
-    images: Image.Image | np.ndarray | Sequence, height: int | None = None, width: int | None = None, box: Box | None = None
+    images: Image.Image | np.ndarray | Sequence,
+    height: int | None = None,
+    width: int | None = None,
+    box: Box | None = None,
 ) -> np.ndarray:
     """Pictures as float32 [B, H, W, 3] in [-1, 1], resized where a size is given.
 
@@ -47,7 +50,10 @@ def to_array(
 
 
 def to_mask(
-    masks: Image.Image | np.ndarray | Sequence, height: int | None = None, width: int | None = None, box: Box | None = None
+    masks: Image.Image | np.ndarray | Sequence,
+    height: int | None = None,
+    width: int | None = None,
+    box: Box | None = None,
 ) -> np.ndarray:
     """Masks as float32 [B, H, W, 1], 1 where they are at least half white and 0 elsewhere.
 
@@ -87,7 +93,9 @@ def nearest(array: np.ndarray, height: int | None = None, width: int | None = No
     >>> nearest(np.arange(4.0).reshape(1, 2, 2, 1), 1, 1).item()
     0.0
     """
-    source = lambda n, old: np.minimum(np.floor(np.arange(n, dtype=np.float32) * np.float32(old / n)), old - 1).astype(int)
+    source = lambda n, old: np.minimum(np.floor(np.arange(n, dtype=np.float32) * np.float32(old / n)), old - 1).astype(
+        int
+    )
     rows, columns = (source(n or old, old) for n, old in zip((height, width), array.shape[1:3]))
     return array[:, rows][:, :, columns]
 

@@ -21,6 +21,11 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "other": {
         "flaxdiff.checkpoint.pipelines": ("EMOJI",),
         "flaxdiff.core": ("Spec",),
+        "flaxdiff.pipelines.auto": (
+            "AutoPipelineForImage2Image",
+            "AutoPipelineForInpainting",
+            "AutoPipelineForText2Image",
+        ),
         "flaxdiff.schedulers": ("AysSchedules", "KarrasDiffusionSchedulers", "SchedulerMixin"),
         "flaxdiff.weights": ("Int8", "LoRA"),
     },
@@ -83,6 +88,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "pipeline": {
+        "flaxdiff.pipelines.k_diffusion": ("StableDiffusionKDiffusionPipeline", "StableDiffusionXLKDiffusionPipeline"),
         "flaxdiff.pipelines.pipeline": ("DiffusionPipeline",),
         "flaxdiff.pipelines.stable_diffusion": (
             "LatentConsistencyModelImg2ImgPipeline",
@@ -117,6 +123,20 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "transformers": ("CLIPTokenizer", "CLIPTokenizerFast"),
     },
 }
+# the classes that do the same with other beginnings: what each of them is for -> its name
+COUNTERPARTS: tuple[dict[str, str], ...] = (
+    {
+        "text2image": "StableDiffusionPipeline",
+        "image2image": "StableDiffusionImg2ImgPipeline",
+        "inpainting": "StableDiffusionInpaintPipeline",
+    },
+    {
+        "text2image": "StableDiffusionXLPipeline",
+        "image2image": "StableDiffusionXLImg2ImgPipeline",
+        "inpainting": "StableDiffusionXLInpaintPipeline",
+    },
+    {"text2image": "LatentConsistencyModelPipeline", "image2image": "LatentConsistencyModelImg2ImgPipeline"},
+)
 PUBLIC = {
     name: module
     for sort, modules in TABLE.items()
@@ -155,6 +175,20 @@ def sort_of(name: str, *sorts: str) -> str:
     near = difflib.get_close_matches(str(name), known, 3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(f"flaxdiff has no {' or '.join(sorts)} called {name!r}; {hint}It has {', '.join(known)}.")
+
+
+def counterpart(name: str, purpose: str) -> str:
+    """The class for a purpose that belongs to the same models as a class at hand. Raises ValueError if there is none.
+
+    >>> counterpart("StableDiffusionXLPipeline", "inpainting")
+    'StableDiffusionXLInpaintPipeline'
+    """
+    sort_of(name, "pipeline")
+    for row in COUNTERPARTS:
+        if name in row.values() and purpose in row:
+            return row[purpose]
+    has = sorted(row[purpose] for row in COUNTERPARTS if purpose in row)
+    raise ValueError(f"There is no pipeline for {purpose} beside {name}; there are {', '.join(has)}.")
 
 
 def find(name: str, *sorts: str) -> Any:

@@ -6,6 +6,7 @@ import numpy as np
 import peers
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
@@ -103,6 +104,17 @@ def test_inpainting(name, build, channels, scheduler, monkeypatch):
         assert pipe(params, KEY, **options).images[0].size == (30, 24)
 
 
+def test_an_ensemble_inpaints(monkeypatch):
+    """The second half of the denoising goes on from latents that the first left as noisy as they were."""
+    build, name = peers.stable_diffusion_xl, "StableDiffusionXLInpaintPipeline"
+    pipe, params, peer = made(build, name, "EulerDiscreteScheduler", unet=other(build, in_channels=4))
+    image = normal(1, 8, 8, 4)
+    options = dict(prompt="cat", num_inference_steps=6, image=image, mask_image=MASK, denoising_start=0.5)
+    assert (
+        compare(monkeypatch, pipe, params, peer, options, normal(1, 8, 8, 4), theirs=dict(height=16, width=16)) < 1e-3
+    )
+
+
 # --- other tasks -----------------------------------------------------------------------------------------------------
 
 
@@ -175,3 +187,129 @@ def test_depth_to_image(monkeypatch):
     options = dict(prompt="cat", num_inference_steps=4, image=PICTURE, strength=0.6, depth_map=depth)
     there = dict(depth_map=torch.tensor(depth), image=torch.tensor(PICTURE).permute(0, 3, 1, 2))
     assert compare(monkeypatch, pipe, params, peer, options, normal(1, 8, 8, 4), theirs=there) < 1e-3
+
+
+# --- what holds of all -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    return flaxdiff.load()
+
+
+def test_nothing_recompiles(emoji):
+    """Picture, mask, strength and what guides are values."""
+    from flaxdiff.pipelines import pipeline
+
+    pipe, params = emoji
+    pipe = flaxdiff.AutoPipelineForInpainting.from_pipe(pipe).replace(progress=False)
+    black, white = np.zeros((16, 16, 3)), np.ones((16, 16, 3))
+    size, sizes = dict(height=16, width=16, num_inference_steps=2, output_type="np"), []
+    runs = [
+        dict(image=black, mask_image=MASK[0]),
+        dict(image=white, mask_image=1 - MASK[0], strength=0.5),
+        dict(image=black, mask_image=Image.new("L", (16, 16)), guidance_scale=2.0),
+    ]
+    pictures = []
+    for run in runs:
+        pictures.append(pipe(params, KEY, prompt="red apple", **run, **size).images)
+        sizes.append([f._cache_size() for f in (pipeline._begin, pipeline._step, pipeline._decode)])
+    assert sizes[0] == sizes[1] == sizes[2]
+    assert all(np.abs(a - b).max() > 1e-2 for a, b in zip(pictures, pictures[1:]))
+
+
+def test_what_the_mask_leaves_alone_stays(emoji):
+    pipe, _ = emoji
+    pipe = flaxdiff.StableDiffusionInpaintPipeline.from_pipe(pipe)
+    inputs = pipe.prepare_inputs(prompt="x", image=np.zeros((64, 64, 3)), mask_image=np.eye(64), num_inference_steps=2)
+    assert inputs["mask"].shape == (1, 16, 16, 1) and inputs["image"].min() == inputs["image"].max() == -1
+    small = pipe.prepare_inputs(
+        prompt=["x", "y"], image=np.zeros((2, 16, 16, 3)), mask_image=np.ones((16, 16)), num_images_per_prompt=2
+    )
+    assert small["image"].shape == (4, 64, 64, 3) and small["mask"].shape == (4, 16, 16, 1)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        ("Inpaint", dict(image=PICTURE), r"give both image= and mask_image= \(mask_image is missing\)"),
+        ("Inpaint", dict(mask_image=MASK), r"\(image is missing\)"),
+        ("Inpaint", dict(image=PICTURE, mask_image=PICTURE), r"Expected masks \[B, H, W, 1\]"),
+        ("Inpaint", dict(image=PICTURE, mask_image=MASK, strength=0), "strength=0 must lie in"),
+        ("Inpaint", dict(image=PICTURE, mask_image=MASK, padding_mask_crop=2), "one Pillow picture"),
+        (
+            "Inpaint",
+            dict(image=Image.new("RGB", (9, 9)), mask_image=Image.new("L", (8, 9)), padding_mask_crop=2),
+            "mask of the picture's size",
+        ),
+        (
+            "Inpaint",
+            dict(image=Image.new("RGB", (9, 9)), mask_image=Image.new("L", (9, 9)), padding_mask_crop=2),
+            "black all over",
+        ),
+        ("InstructPix2Pix", dict(image=PICTURE), "8 channels of the sample and 8 beside it, but it takes 8"),
+        ("InstructPix2Pix", dict(), "starts from a picture"),
+        ("Depth2Img", dict(image=PICTURE), "it takes 8"),
+        ("Upscale", dict(), "starts from a picture"),
+    ],
+)
+def test_bad_input(emoji, cls, options, message):
+    pipe, _ = emoji
+    pipe = getattr(flaxdiff, f"StableDiffusion{cls}Pipeline").from_pipe(pipe)
+    with pytest.raises(ValueError, match=message):
+        pipe.prepare_inputs(prompt="x", **options)
+
+
+def test_no_counterpart(emoji):
+    pipe, _ = emoji
+    upscaler = flaxdiff.StableDiffusionUpscalePipeline.from_pipe(pipe)
+    with pytest.raises(ValueError, match="no pipeline for inpainting beside StableDiffusionUpscalePipeline"):
+        flaxdiff.AutoPipelineForInpainting.from_pipe(upscaler)
+    with pytest.raises(ValueError, match="'sample_foo' is no sampler of k-diffusion"):
+        flaxdiff.StableDiffusionKDiffusionPipeline.from_pipe(pipe).set_scheduler("sample_foo")
+
+
+def test_k_diffusion_names_schedulers(emoji):
+    from flaxdiff.schedulers.names import K_SAMPLERS
+
+    pipe, _ = emoji
+    pipe = flaxdiff.StableDiffusionKDiffusionPipeline.from_pipe(pipe)
+    for name in K_SAMPLERS:
+        swapped = pipe.set_scheduler(name)
+        assert swapped.scheduler.beta_end == pipe.scheduler.beta_end and swapped.program is pipe.program
+    assert pipe.set_scheduler("sample_dpmpp_2m", use_karras_sigmas=True).scheduler.use_karras_sigmas
+
+
+# --- pictures on the host --------------------------------------------------------------------------------------------
+
+
+def test_masks_are_processed_as_theirs():
+    """Boxes, sizes, thresholds and overlays of random pictures, pixel for pixel."""
+    plain = VaeImageProcessor(vae_scale_factor=2)
+    masks = VaeImageProcessor(vae_scale_factor=2, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+    for _ in range(40):
+        (w, h), (width, height), pad = (
+            rng.integers(6, 60, 2),
+            map(int, rng.integers(3, 24, 2) * 2),
+            int(rng.integers(9)),
+        )
+        x, y = rng.integers(0, w - 1), rng.integers(0, h - 1)
+        marked = np.zeros((h, w), np.uint8)
+        marked[y : y + rng.integers(1, h), x : x + rng.integers(1, w)] = rng.integers(1, 255)
+        picture, mask = pillow(h, w, 3), Image.fromarray(marked)
+        box = images.crop_region(mask, width, height, pad)
+        assert box == tuple(map(int, plain.get_crop_region(mask, width, height, pad)))
+        for part, mode in ((None, "default"), (box, "fill")):
+            theirs = peers.nhwc(plain.preprocess(picture, height, width, mode, part))
+            np.testing.assert_allclose(images.to_array(picture, height, width, part), theirs, atol=1e-6)
+            theirs = peers.nhwc(masks.preprocess(mask, height, width, mode, part))
+            np.testing.assert_array_equal(images.to_mask(mask, height, width, part), theirs)
+        array = np.float32(rng.uniform(size=(2, h, w, 3)))
+        theirs = peers.nhwc(plain.preprocess(array, height, width))
+        np.testing.assert_allclose(images.to_array(array, height, width), theirs, atol=1e-6)
+        painted = pillow(height, width, 3)
+        theirs = plain.apply_overlay(mask, picture, painted, box)
+        np.testing.assert_array_equal(np.asarray(images.apply_overlay(mask, picture, painted, box)), np.asarray(theirs))
+        np.testing.assert_array_equal(np.asarray(images.blur(mask, 3)), np.asarray(plain.blur(mask, 3)))
+        theirs = torch.nn.functional.interpolate(peers.nchw(array), (height, width), mode="bicubic")
+        np.testing.assert_allclose(images.bicubic(array, height, width), peers.nhwc(theirs), atol=1e-5)

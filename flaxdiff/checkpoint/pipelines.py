@@ -66,8 +66,7 @@ def load_pipeline(
     download = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
     root = hub.fetch(repo, [files.PIPELINE], **download)
     class_name, components, settings = read_index(root)
-    if not hasattr(cls, "family"):
-        cls = registry.find(class_name, "pipeline")
+    cls = cls.resolve(class_name)
     if not Path(repo).expanduser().is_dir():
         download["revision"] = root.name  # the commit: all components come from the same one
 

@@ -38,9 +38,7 @@ def tell(
     return branches
 
 
-def _channels(
-    family: "Family", networks: "Networks", keys: jax.Array, inputs: Mapping[str, Any]
-) -> list[jax.Array]:
+def _channels(family: "Family", networks: "Networks", keys: jax.Array, inputs: Mapping[str, Any]) -> list[jax.Array]:
     """The further channels, in their order."""
     folded = lambda n: jax.vmap(jax.random.fold_in, (0, None))(keys, n)
     parts = []

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from flaxdiff import images as pictures
+from flaxdiff import registry
 from flaxdiff.core import Params, Spec
 from flaxdiff.guidance import Guidance, standard
 from flaxdiff.pipelines import ahead
@@ -80,7 +81,9 @@ class DiffusionPipeline:
 
     family: ClassVar[Family]
     task: ClassVar[Callable] = staticmethod(text_to_image)
-    finish: ClassVar[Callable] = staticmethod(lambda images, options: images)  # Pillow's pictures -> what a call returns
+    finish: ClassVar[Callable] = staticmethod(
+        lambda images, options: images
+    )  # Pillow's pictures -> what a call returns
     defaults: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 7.5}
 
     # --- loading, saving, changing -----------------------------------------------------------------------------------
@@ -91,6 +94,29 @@ class DiffusionPipeline:
         from flaxdiff import checkpoint
 
         return checkpoint.load_pipeline(cls, repo, **options)
+
+    @classmethod
+    def resolve(cls, named: str) -> type["DiffusionPipeline"]:
+        """The class to use for a checkpoint that names one."""
+        return cls if hasattr(cls, "family") else registry.find(named, "pipeline")
+
+    @classmethod
+    def from_pipe(cls, pipe: "DiffusionPipeline", **changes: Any) -> Self:
+        """A pipeline of this class with the parts of another, whose parameters it shares.
+
+        Args:
+          pipe: any that has the networks which this class needs.
+          **changes: parts to take instead, as of `replace`; specs of further networks too.
+
+        >>> import flaxdiff
+        >>> pipe, params = flaxdiff.load()
+        >>> flaxdiff.StableDiffusionInpaintPipeline.from_pipe(pipe).specs == pipe.specs
+        True
+        """
+        more = {k: v for k, v in changes.items() if isinstance(v, Spec) and k not in dict(pipe.specs)}
+        fields = {f.name: getattr(pipe, f.name) for f in dataclasses.fields(pipe)}
+        made = cls(**(fields | {"specs": (*pipe.specs, *more.items())}))
+        return made.replace(**{k: v for k, v in changes.items() if k not in more})
 
     def __getattr__(self, name: str) -> Any:
         for components in (self.specs, self.tokenizers, self.settings) if not name.startswith("_") else ():

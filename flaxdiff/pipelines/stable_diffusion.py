@@ -102,9 +102,7 @@ def decode(networks: Networks, latents: jax.Array) -> jax.Array:
     return networks("vae", latents / vae.scaling_factor + (vae.shift_factor or 0), method="decode")
 
 
-def encode_image(
-    networks: Networks, images: jax.Array, keys: jax.Array, spread: jax.Array | float = 1.0
-) -> jax.Array:
+def encode_image(networks: Networks, images: jax.Array, keys: jax.Array, spread: jax.Array | float = 1.0) -> jax.Array:
     """Images in [-1, 1] -> latents as the denoiser knows them, drawn from the posterior, one key for each image."""
     vae = networks.config("vae")
     posterior = networks("vae", images, method="encode")
@@ -150,7 +148,7 @@ class StableDiffusionInpaintPipeline(DiffusionPipeline):
     >>> pipe, params = flaxdiff.StableDiffusionInpaintPipeline.from_pretrained(flaxdiff.EMOJI)
     >>> inputs = pipe.prepare_inputs(prompt="red apple", image=np.ones((64, 64, 3)), mask_image=np.eye(64))
     >>> inputs["mask"].shape
-    (1, 8, 8, 1)
+    (1, 16, 16, 1)
     """
 
     family = STABLE_DIFFUSION

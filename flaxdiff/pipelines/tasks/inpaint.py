@@ -50,7 +50,9 @@ def inpaint(
     name, native = type(pipe).__name__, native_size(pipe)
     if image is None or mask_image is None:
         absent = "image" if image is None else "mask_image"
-        raise ValueError(f"{name} paints over a part of a picture; give both image= and mask_image= ({absent} is missing).")
+        raise ValueError(
+            f"{name} paints over a part of a picture; give both image= and mask_image= ({absent} is missing)."
+        )
     size = Size(height or native.height, width or native.width)
     if is_latents(pipe, image):
         size = Size(*(side * vae_factor(pipe) for side in image.shape[1:3]))
@@ -85,7 +87,9 @@ def _beside(small: np.ndarray, mask: np.ndarray, image: Any, masked_image_latent
     if masked_image_latents is not None:
         masked = np.asarray(masked_image_latents, np.float32)
         if masked.shape[1:3] != small.shape[1:3]:
-            raise ValueError(f"masked_image_latents have shape {masked.shape}, and the mask of the latents {small.shape}.")
+            raise ValueError(
+                f"masked_image_latents have shape {masked.shape}, and the mask of the latents {small.shape}."
+            )
         batch = max(len(masked), len(small))
         joined = [np.broadcast_to(a, (batch, *a.shape[1:])) for a in (small, masked)]
         return {"beside": np.concatenate(joined, -1)}
