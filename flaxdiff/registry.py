@@ -14,6 +14,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.core": ("abstract", "apply", "init", "layout"),
         "flaxdiff.checkpoint": ("load", "save"),
         "flaxdiff.images": ("make_image_grid",),
+        "flaxdiff.memory": ("cast", "offload", "quantize", "residency"),
         "flaxdiff.schedulers": ("scheduler",),
         "flaxdiff.parallel": ("distribute", "make_mesh", "replicate", "shard", "shardings"),
         "flaxdiff.planning.plan": ("plan",),
@@ -27,7 +28,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "AutoPipelineForText2Image",
         ),
         "flaxdiff.schedulers": ("AysSchedules", "KarrasDiffusionSchedulers", "SchedulerMixin"),
-        "flaxdiff.weights": ("Int8", "LoRA"),
+        "flaxdiff.weights": ("Float8", "Int8", "LoRA"),
     },
     "model": {
         "flaxdiff.models.autoencoder_asym_kl": ("AsymmetricAutoencoderKL",),
