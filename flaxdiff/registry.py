@@ -30,6 +30,8 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.autoencoder_tiny": ("AutoencoderTiny",),
         "flaxdiff.models.consistency_decoder_vae": ("ConsistencyDecoderVAE",),
         "flaxdiff.models.clip": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+        "flaxdiff.models.clip_vision": ("CLIPVisionModelWithProjection",),
+        "flaxdiff.models.controlnet": ("ControlNetModel",),
         "flaxdiff.models.unet_2d": ("UNet2DModel",),
         "flaxdiff.models.unet_2d_condition": ("UNet2DConditionModel",),
         "flaxdiff.models.vq_model": ("VQModel",),
