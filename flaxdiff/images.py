@@ -223,6 +223,33 @@ def apply_overlay(mask: Image.Image, original: Image.Image, image: Image.Image, 
     return image.convert("RGB")
 
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def clip_pixels(images: Image.Image | np.ndarray | Sequence, size: int = 224) -> np.ndarray:
+    """Pictures as CLIP's image encoders read them, float32 [B, S, S, 3].
+
+    The shorter side is brought to `size`, the middle is cut out, and each channel normalised.
+
+    Args:
+      images: one picture or several: Pillow's, or arrays [H, W, 3] or [B, H, W, 3] of floats in [0, 1].
+      size: side in pixels.
+
+    >>> clip_pixels(Image.new("RGB", (400, 300), "white")).shape
+    (1, 224, 224, 3)
+    """
+    if isinstance(images, np.ndarray) or hasattr(images, "ndim"):
+        images = to_pil(images if images.ndim == 4 else images[None])
+    cut = []
+    for image in [images] if isinstance(images, Image.Image) else images:
+        scale = size / min(image.size)
+        width, height = (max(int(side * scale), size) for side in image.size)
+        resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - size) // 2, (height - size) // 2
+        cut.append(np.asarray(resized.crop((left, top, left + size, top + size)), np.float32) / 255)
+    return ((np.stack(cut) - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)).astype(np.float32)
+
+
 def make_image_grid(images: Sequence[Image.Image], rows: int, cols: int, resize: int | None = None) -> Image.Image:
     """Pictures side by side, row after row, on one sheet.
 

@@ -36,6 +36,8 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.autoencoder_tiny": ("AutoencoderTiny",),
         "flaxdiff.models.consistency_decoder_vae": ("ConsistencyDecoderVAE",),
         "flaxdiff.models.clip": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+        "flaxdiff.models.clip_vision": ("CLIPVisionModelWithProjection",),
+        "flaxdiff.models.controlnet": ("ControlNetModel",),
         "flaxdiff.models.unet_2d": ("UNet2DModel",),
         "flaxdiff.models.unet_2d_condition": ("UNet2DConditionModel",),
         "flaxdiff.models.vq_model": ("VQModel",),
@@ -89,6 +91,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "pipeline": {
+        "flaxdiff.pipelines.image_variation": ("StableDiffusionImageVariationPipeline",),
         "flaxdiff.pipelines.k_diffusion": ("StableDiffusionKDiffusionPipeline", "StableDiffusionXLKDiffusionPipeline"),
         "flaxdiff.pipelines.pipeline": ("DiffusionPipeline",),
         "flaxdiff.pipelines.stable_diffusion": (

@@ -189,3 +189,27 @@ def saved(build) -> str:
 def saved_config(build) -> dict:
     """The scheduler's configuration as the folder has it: defaults that were written down count as chosen."""
     return json.loads((Path(saved(build)) / "scheduler" / "scheduler_config.json").read_text())
+
+
+def controlnet(net, seed: int = 0, **options):
+    """A ControlNet for a U-Net; what begins at zero is drawn, so that there is something to compare."""
+    torch.manual_seed(seed)
+    made = diffusers.ControlNetModel.from_unet(net, conditioning_embedding_out_channels=(8, 16), **options).eval()
+    for name, p in made.named_parameters():
+        if name.startswith("controlnet"):
+            torch.nn.init.normal_(p, std=0.2)
+    return made
+
+
+def image_encoder(seed: int = 0):
+    torch.manual_seed(seed)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=20,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+    )
+    return transformers.CLIPVisionModelWithProjection(config).eval()

@@ -8,7 +8,14 @@ import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
-from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    DPTConfig,
+    DPTForDepthEstimation,
+    DPTImageProcessor,
+)
 
 import flaxdiff
 from flaxdiff import images
@@ -189,6 +196,29 @@ def test_depth_to_image(monkeypatch):
     assert compare(monkeypatch, pipe, params, peer, options, normal(1, 8, 8, 4), theirs=there) < 1e-3
 
 
+def test_image_variation(monkeypatch):
+    build = peers.stable_diffusion_1
+    torch.manual_seed(0)
+    encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            projection_dim=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=16,
+        )
+    ).eval()
+    extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    parts = dict(image_encoder=encoder, feature_extractor=extractor, safety_checker=None)
+    pipe, params, peer = made(build, "StableDiffusionImageVariationPipeline", "DDIMScheduler", **parts)
+    options = dict(image=pillow(50, 40, 3), num_inference_steps=3)
+    assert compare(monkeypatch, pipe, params, peer, options, normal(1, 8, 8, 4)) < 1e-3
+    with pytest.raises(ValueError, match="starts from a picture"):
+        pipe.prepare_inputs()
+
+
 # --- what holds of all -----------------------------------------------------------------------------------------------
 
 
@@ -258,6 +288,19 @@ def test_bad_input(emoji, cls, options, message):
     pipe = getattr(flaxdiff, f"StableDiffusion{cls}Pipeline").from_pipe(pipe)
     with pytest.raises(ValueError, match=message):
         pipe.prepare_inputs(prompt="x", **options)
+
+
+@pytest.mark.parametrize("cls", ["Inpaint", "Img2Img"])
+def test_blank_inputs_have_the_shapes_of_a_call(emoji, cls):
+    """What is compiled ahead of a call serves it."""
+    from flaxdiff.pipelines.tasks import blank_inputs
+
+    pipe = getattr(flaxdiff, f"StableDiffusion{cls}Pipeline").from_pipe(emoji[0])
+    mask = dict(mask_image=MASK[0], height=16, width=16) if cls == "Inpaint" else {}
+    there = blank_inputs(pipe, height=16, width=16)
+    here = pipe.prepare_inputs(prompt="x", image=PICTURE, **mask)
+    shapes = lambda inputs: jax.tree.map(lambda a: (np.shape(a), np.asarray(a).dtype), inputs)
+    assert shapes(there) == shapes(here)
 
 
 def test_no_counterpart(emoji):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
 
 EMOJI = Path(__file__).parent.parent / "assets" / "emoji"
-SKIPPED = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator")  # no pipeline here needs them
+# passed over, but by a pipeline whose `reads` names them
+SKIPPED = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator")
 SCHEDULER = "scheduler_config.json"
 DEFAULTS = "_defaults"  # how the checkpoint likes to be sampled; PyTorch's diffusers skips what begins so
 SORTS = ("model", "scheduler", "tokenizer")
@@ -67,6 +68,7 @@ def load_pipeline(
     root = hub.fetch(repo, [files.PIPELINE], **download)
     class_name, components, settings = read_index(root)
     cls = cls.resolve(class_name)
+    components = {name: named for name, named in components.items() if name not in SKIPPED or name in cls.reads}
     if not Path(repo).expanduser().is_dir():
         download["revision"] = root.name  # the commit: all components come from the same one
 
@@ -139,7 +141,7 @@ def read_index(folder: Path) -> tuple[str, dict[str, str], dict[str, Any]]:
             raise damaged(path, f"its {DEFAULTS} is no object")
         settings["defaults"] = frozen(index[DEFAULTS])
     for name, value in index.items():
-        if name.startswith("_") or name in SKIPPED:
+        if name.startswith("_"):
             continue
         if not name.isidentifier():
             raise ValueError(

@@ -84,6 +84,7 @@ class DiffusionPipeline:
     finish: ClassVar[Callable] = staticmethod(
         lambda images, options: images
     )  # Pillow's pictures -> what a call returns
+    reads: ClassVar[tuple[str, ...]] = ()  # components of a checkpoint that most pipelines pass over
     defaults: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 7.5}
 
     # --- loading, saving, changing -----------------------------------------------------------------------------------
