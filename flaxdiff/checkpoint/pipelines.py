@@ -68,7 +68,7 @@ def load_pipeline(
     root = hub.fetch(repo, [files.PIPELINE], **download)
     class_name, components, settings = read_index(root)
     cls = cls.resolve(class_name)
-    components = {name: named for name, named in components.items() if name not in SKIPPED or name in cls.reads}
+    components = read_by(cls, components)
     if not Path(repo).expanduser().is_dir():
         download["revision"] = root.name  # the commit: all components come from the same one
 
@@ -119,6 +119,11 @@ def _check(parts: Mapping[str, Any], sorts: Mapping[str, str]) -> None:
             )
     if "scheduler" not in parts:
         raise ValueError("A pipeline needs a scheduler, and there is none; take a complete folder, or give scheduler=.")
+
+
+def read_by(cls: type["DiffusionPipeline"], components: Mapping[str, str]) -> dict[str, str]:
+    """The components that a pipeline has a use for."""
+    return {name: named for name, named in components.items() if name not in SKIPPED or name in cls.reads}
 
 
 def read_index(folder: Path) -> tuple[str, dict[str, str], dict[str, Any]]:

@@ -210,7 +210,7 @@ class DiffusionPipeline:
         ahead.keep_compiled()
         defaults = {**self.defaults, **dict(dict(self.settings).get("defaults", ()))}
         scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-        distilled = self.family.distilled(dict(self.specs), scale)
+        distilled = self.family.distilled(dict(self.specs), scale) if self.family.distilled else {}
         guided = bool(np.max(scale) > 1) and not distilled
         options["prompt"] = prompt
         take = lambda function: {
