@@ -22,6 +22,7 @@ from flaxdiff import images
 
 rng = np.random.default_rng(0)
 normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 KEY = jax.random.key(0)
 PICTURE = rng.uniform(size=(1, 16, 16, 3)).astype(np.float32)
 MASK = np.zeros((1, 16, 16, 1), np.float32)
@@ -89,9 +90,9 @@ def other(build, part="unet", seed=5, **config):
     ("name", "build", "channels", "scheduler"),
     [
         ("StableDiffusionInpaintPipeline", peers.stable_diffusion_1, 4, "PNDMScheduler"),
-        ("StableDiffusionInpaintPipeline", peers.stable_diffusion_1, 9, "DDIMScheduler"),
+        slow("StableDiffusionInpaintPipeline", peers.stable_diffusion_1, 9, "DDIMScheduler"),
         ("StableDiffusionXLInpaintPipeline", peers.stable_diffusion_xl, 4, "EulerDiscreteScheduler"),
-        ("StableDiffusionXLInpaintPipeline", peers.stable_diffusion_xl, 9, "EulerDiscreteScheduler"),
+        slow("StableDiffusionXLInpaintPipeline", peers.stable_diffusion_xl, 9, "EulerDiscreteScheduler"),
     ],
 )
 def test_inpainting(name, build, channels, scheduler, monkeypatch):
@@ -111,6 +112,7 @@ def test_inpainting(name, build, channels, scheduler, monkeypatch):
         assert pipe(params, KEY, **options).images[0].size == (30, 24)
 
 
+@pytest.mark.slow
 def test_an_ensemble_inpaints(monkeypatch):
     """The second half of the denoising goes on from latents that the first left as noisy as they were."""
     build, name = peers.stable_diffusion_xl, "StableDiffusionXLInpaintPipeline"
@@ -129,7 +131,7 @@ def test_an_ensemble_inpaints(monkeypatch):
     ("name", "build"),
     [
         ("StableDiffusionInstructPix2PixPipeline", peers.stable_diffusion_1),
-        ("StableDiffusionXLInstructPix2PixPipeline", peers.stable_diffusion_xl),
+        slow("StableDiffusionXLInstructPix2PixPipeline", peers.stable_diffusion_xl),
     ],
 )
 def test_edit(name, build, monkeypatch):
@@ -155,6 +157,7 @@ def test_latent_consistency(name, monkeypatch):
     np.testing.assert_array_equal(inputs["plan"].timesteps[:3], peer.scheduler.timesteps)
 
 
+@pytest.mark.slow
 def test_upscale(monkeypatch):
     build = peers.stable_diffusion_2
     parts = dict(
@@ -187,6 +190,7 @@ ESTIMATOR = DPTForDepthEstimation(
 )
 
 
+@pytest.mark.slow
 def test_depth_to_image(monkeypatch):
     build, depth = peers.stable_diffusion_2, normal(1, 11, 13)
     parts = dict(unet=other(build, in_channels=5), depth_estimator=ESTIMATOR, feature_extractor=DPTImageProcessor())
