@@ -158,7 +158,7 @@ def test_latent_consistency(name, monkeypatch):
 
 
 @pytest.mark.slow
-def test_upscale(monkeypatch):
+def test_upscale(monkeypatch, tmp_path):
     build = peers.stable_diffusion_2
     parts = dict(
         unet=other(build, in_channels=7, num_class_embeds=1000),
@@ -171,6 +171,9 @@ def test_upscale(monkeypatch):
     small = np.asarray(jax.random.normal(jax.random.fold_in(key, 3), (8, 8, 3)))[None]  # the noise that our key gives
     there = dict(image=torch.tensor(options["image"]).permute(0, 3, 1, 2))
     assert compare(monkeypatch, pipe, params, peer, options, [small, normal(1, 8, 8, 4)], theirs=there) < 1e-3
+    flaxdiff.save(tmp_path / "saved", pipe, params)  # with its second scheduler
+    again, _ = flaxdiff.load(tmp_path / "saved")
+    assert again.low_res_scheduler == pipe.low_res_scheduler and again.scheduler == pipe.scheduler
     with pytest.raises(ValueError, match="noise_level=900 must lie between 0 and 350"):
         pipe.prepare_inputs(prompt="cat", image=PICTURE, noise_level=900)
 
@@ -252,7 +255,7 @@ def test_nothing_recompiles(emoji):
     assert all(np.abs(a - b).max() > 1e-2 for a, b in zip(pictures, pictures[1:]))
 
 
-def test_what_the_mask_leaves_alone_stays(emoji):
+def test_each_picture_has_its_mask_and_prompt(emoji):
     pipe, _ = emoji
     pipe = flaxdiff.StableDiffusionInpaintPipeline.from_pipe(pipe)
     inputs = pipe.prepare_inputs(prompt="x", image=np.zeros((64, 64, 3)), mask_image=np.eye(64), num_inference_steps=2)
