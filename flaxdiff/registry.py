@@ -32,6 +32,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.clip": ("CLIPTextModel", "CLIPTextModelWithProjection"),
         "flaxdiff.models.clip_vision": ("CLIPVisionModelWithProjection",),
         "flaxdiff.models.controlnet": ("ControlNetModel",),
+        "flaxdiff.models.t2i_adapter": ("T2IAdapter",),
         "flaxdiff.models.unet_2d": ("UNet2DModel",),
         "flaxdiff.models.unet_2d_condition": ("UNet2DConditionModel",),
         "flaxdiff.models.vq_model": ("VQModel",),
@@ -86,8 +87,20 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "pipeline": {
         "flaxdiff.pipelines.pipeline": ("DiffusionPipeline",),
-        "flaxdiff.pipelines.stable_diffusion": ("StableDiffusionImg2ImgPipeline", "StableDiffusionPipeline"),
-        "flaxdiff.pipelines.stable_diffusion_xl": ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLPipeline"),
+        "flaxdiff.pipelines.stable_diffusion": (
+            "StableDiffusionAdapterPipeline",
+            "StableDiffusionControlNetImg2ImgPipeline",
+            "StableDiffusionControlNetPipeline",
+            "StableDiffusionImg2ImgPipeline",
+            "StableDiffusionPipeline",
+        ),
+        "flaxdiff.pipelines.stable_diffusion_xl": (
+            "StableDiffusionXLAdapterPipeline",
+            "StableDiffusionXLControlNetImg2ImgPipeline",
+            "StableDiffusionXLControlNetPipeline",
+            "StableDiffusionXLImg2ImgPipeline",
+            "StableDiffusionXLPipeline",
+        ),
         "flaxdiff.pipelines.unconditional": ("DDIMPipeline", "DDPMPipeline"),
     },
     "flax": {

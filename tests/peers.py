@@ -213,3 +213,10 @@ def image_encoder(seed: int = 0):
         patch_size=16,
     )
     return transformers.CLIPVisionModelWithProjection(config).eval()
+
+
+def adapter(kind: str = "full_adapter", seed: int = 0, **options):
+    """A T2I-Adapter for the tiny U-Nets."""
+    torch.manual_seed(seed)
+    options = {"channels": [16, 32], "num_res_blocks": 1, "downscale_factor": 2} | options
+    return diffusers.T2IAdapter(adapter_type=kind, **options).eval()

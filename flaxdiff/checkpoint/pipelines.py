@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
 
 EMOJI = Path(__file__).parent.parent / "assets" / "emoji"
-SKIPPED = ("safety_checker", "feature_extractor", "image_encoder")  # no pipeline here needs them
+SKIPPED = ("safety_checker", "feature_extractor")  # no pipeline here needs them
+SEVERAL = {"MultiControlNetModel": "ControlNetModel", "MultiAdapter": "T2IAdapter"}  # in folders name, name_1, …
 SCHEDULER = "scheduler_config.json"
 DEFAULTS = "_defaults"  # how the checkpoint likes to be sampled; PyTorch's diffusers skips what begins so
 SORTS = ("model", "scheduler", "tokenizer")
@@ -71,6 +72,14 @@ def load_pipeline(
         download["revision"] = root.name  # the commit: all components come from the same one
 
     given = {name: changes.pop(name) for name in (*components, *SKIPPED) if name in changes}
+    for name, class_of in cls.steers.items():  # the folder of what is to be steered may not know of them
+        if name in changes or name in given:
+            several = given.pop(name, None) or changes.pop(name)
+            named = {
+                f"{name}_{i}" if i else name: part
+                for i, part in enumerate(several if isinstance(several, list) else [several])
+            }
+            given, components = given | named, components | dict.fromkeys(named, class_of)
     sorts = {name: registry.sort_of(named, *SORTS) for name, named in components.items()}
     of = lambda sort: [name for name in components if sorts[name] == sort and name not in given]
     models = {name: registry.find(components[name], "model") for name in of("model")}
@@ -143,7 +152,10 @@ def read_index(folder: Path) -> tuple[str, dict[str, str], dict[str, Any]]:
                 f"{path} names a component {name!r}, which cannot be a subfolder; do not trust this folder."
             )
         if isinstance(value, list) and len(value) == 2 and all(isinstance(v, str | None) for v in value):
-            if value[1] is not None:  # [null, null]: the pipeline can do without
+            if value[1] in SEVERAL:
+                there = [name, *sorted(path.name for path in folder.glob(f"{name}_*") if path.is_dir())]
+                components |= dict.fromkeys(there, SEVERAL[value[1]])
+            elif value[1] is not None:  # [null, null]: the pipeline can do without
                 components[name] = value[1].removeprefix(FLAX)
         else:
             settings[name] = frozen(value)
@@ -206,6 +218,10 @@ def save_pipeline(
             (stage / name).mkdir()
             options = {"dtype": dtype, "max_shard_size": max_shard_size, "variant": variant}
             writing.write_model(stage / name, spec, params[name], **options)
+        for several, one in SEVERAL.items():
+            for name in [n for n, part in index.items() if part == ["diffusers", one] and f"{n}_1" in index]:
+                index[name][1] = several
+                index = {n: part for n, part in index.items() if not n.startswith(f"{name}_")}
         for name, tokenizer in pipe.tokenizers:
             index[name] = ["transformers", tokenizer.class_name]
             tokenizer.save(stage / name)

@@ -79,6 +79,8 @@ class DiffusionPipeline:
 
     family: ClassVar[Family]
     task: ClassVar[Callable] = staticmethod(text_to_image)
+    extras: ClassVar[tuple[Callable, ...]] = ()  # further (pipe, size, guided, …) -> arrays, beside the family's
+    steers: ClassVar[Mapping[str, str]] = {}  # component -> class of those of which there may be one or a list
     defaults: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 7.5}
 
     # --- loading, saving, changing -----------------------------------------------------------------------------------
@@ -166,11 +168,13 @@ class DiffusionPipeline:
         scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         guided = bool(np.max(scale) > 1)
         options["prompt"] = prompt
-        take = lambda function: {
-            k: options.pop(k) for k in list(options) if k in inspect.signature(function).parameters
-        }
-        size, arrays, window = self.task(self, **take(self.task))
-        arrays |= self.family.prepare(self, size, guided, **take(self.family.prepare))
+        takes = lambda function: {k: v for k, v in options.items() if k in inspect.signature(function).parameters}
+        size, arrays, window = self.task(self, **takes(self.task))
+        prepares = (self.family.prepare, *self.extras)
+        for prepare in prepares:
+            arrays |= prepare(self, size, guided, **takes(prepare))
+        taken = {k for function in (self.task, *prepares) for k in takes(function)}
+        options = {k: v for k, v in options.items() if k not in taken}
         if options.pop("prompt", None) is not None:
             raise TypeError(f"{type(self).__name__} takes no prompt.")
         if num_images_per_prompt < 1:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxdiff import core
+from flaxdiff.adapters import control
 from flaxdiff.pipelines.generate import Cond, Family, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
 from flaxdiff.pipelines.tasks import image_to_image
@@ -55,18 +56,20 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
             text = networks("text_encoder", inputs[f"{prefix}prompt_ids"], skip, method="skip")
         else:
             continue
-        cond[branch] = {"text": networks("unet", text, method="keys_values")}
+        steered = control.encode(networks, inputs, text, branch)
+        cond[branch] = {"text": networks("unet", text, method="keys_values"), **steered}
     return cond
 
 
 def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
     """What the U-Net makes of times [N]."""
-    return networks("unet", timesteps[:, None], method="times")
+    return control.times(networks, timesteps, cond, networks("unet", timesteps[:, None], method="times"))
 
 
 def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
     """The U-Net's output."""
-    return networks("unet", x, t, cond["text"])
+    t, residuals = control.residuals(networks, x, t, cond)
+    return networks("unet", x, t, cond["text"], **residuals)
 
 
 def latent_shape(specs: Mapping[str, core.Spec], size: Size) -> tuple[int, int, int]:
@@ -119,3 +122,28 @@ class StableDiffusionImg2ImgPipeline(DiffusionPipeline):
     family = STABLE_DIFFUSION
     task = staticmethod(image_to_image)
     defaults = {**DiffusionPipeline.defaults, "strength": 0.8}
+
+
+class StableDiffusionControlNetPipeline(DiffusionPipeline):
+    """Text to image with Stable Diffusion 1 or 2, led by pictures through ControlNets."""
+
+    family = STABLE_DIFFUSION
+    task = staticmethod(control.text_to_image)
+    extras = (control.prepare_controlnets,)
+    steers = {"controlnet": "ControlNetModel"}
+
+
+class StableDiffusionControlNetImg2ImgPipeline(StableDiffusionControlNetPipeline):
+    """Image to image with Stable Diffusion 1 or 2, led by `control_image` through ControlNets."""
+
+    task = staticmethod(image_to_image)
+    defaults = {**StableDiffusionImg2ImgPipeline.defaults, "controlnet_conditioning_scale": 0.8}
+
+
+class StableDiffusionAdapterPipeline(DiffusionPipeline):
+    """Text to image with Stable Diffusion 1 or 2, led by pictures through T2I-Adapters."""
+
+    family = STABLE_DIFFUSION
+    task = staticmethod(control.text_to_image)
+    extras = (control.prepare_adapters,)
+    steers = {"adapter": "T2IAdapter"}

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxdiff.adapters import control
 from flaxdiff.pipelines import stable_diffusion
 from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
@@ -103,8 +104,9 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
             if prefix:
                 keep = jnp.asarray(inputs["negative_keep"]).astype(text.dtype)
                 text, pooled = text * keep, pooled * keep
+        steered = control.encode(networks, inputs, text, branch)
         text = networks("unet", text, method="keys_values")
-        cond[branch] = {"text": text, "pooled": pooled, "time_ids": inputs[f"{prefix}time_ids"]}
+        cond[branch] = {"text": text, "pooled": pooled, "time_ids": inputs[f"{prefix}time_ids"], **steered}
     return cond
 
 
@@ -114,12 +116,14 @@ def _added(cond: Cond) -> dict[str, jax.Array]:
 
 def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
     """What the U-Net makes of times [N] and of the conditions."""
-    return networks("unet", timesteps[:, None], _added(cond), method="times")
+    of_unet = networks("unet", timesteps[:, None], _added(cond), method="times")
+    return control.times(networks, timesteps, cond, of_unet, _added(cond))
 
 
 def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
     """The U-Net's output."""
-    return networks("unet", x, t, cond["text"], _added(cond))
+    t, residuals = control.residuals(networks, x, t, cond)
+    return networks("unet", x, t, cond["text"], _added(cond), **residuals)
 
 
 STABLE_DIFFUSION_XL = stable_diffusion.STABLE_DIFFUSION._replace(
@@ -140,3 +144,30 @@ class StableDiffusionXLImg2ImgPipeline(DiffusionPipeline):
     family = STABLE_DIFFUSION_XL
     task = staticmethod(image_to_image)
     defaults = {**StableDiffusionXLPipeline.defaults, "strength": 0.3}
+
+
+class StableDiffusionXLControlNetPipeline(DiffusionPipeline):
+    """Text to image with Stable Diffusion XL, led by pictures through ControlNets."""
+
+    family = STABLE_DIFFUSION_XL
+    task = staticmethod(control.text_to_image)
+    extras = (control.prepare_controlnets,)
+    steers = {"controlnet": "ControlNetModel"}
+    defaults = StableDiffusionXLPipeline.defaults
+
+
+class StableDiffusionXLControlNetImg2ImgPipeline(StableDiffusionXLControlNetPipeline):
+    """Image to image with Stable Diffusion XL, led by `control_image` through ControlNets."""
+
+    task = staticmethod(image_to_image)
+    defaults = {**StableDiffusionXLPipeline.defaults, "strength": 0.8, "controlnet_conditioning_scale": 0.8}
+
+
+class StableDiffusionXLAdapterPipeline(DiffusionPipeline):
+    """Text to image with Stable Diffusion XL, led by pictures through T2I-Adapters."""
+
+    family = STABLE_DIFFUSION_XL
+    task = staticmethod(control.text_to_image)
+    extras = (control.prepare_adapters,)
+    steers = {"adapter": "T2IAdapter"}
+    defaults = StableDiffusionXLPipeline.defaults
