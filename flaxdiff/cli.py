@@ -37,6 +37,11 @@ def parser() -> argparse.ArgumentParser:
     add("--width", type=int, help="in pixels; what the model was trained on if left out")
     add("--steps", type=int, help="steps of the scheduler; the model's own number if left out")
     add("--train", action="store_true", help="plan a training step, optimiser included")
+    add(
+        "--remat",
+        default="none",
+        help="what a training step computes again on the way back: none (default), dots, full",
+    )
     add("--dtype", default="bfloat16", help="what networks compute in: bfloat16 (default) or float32")
     add("--json", action="store_true", help="print JSON")
     return top

@@ -110,7 +110,7 @@ RULES: Rules = (
     (r"upsamplers.*weight", Split({"fsdp": -2})),  # its outputs for even and odd pixels are laid side by side
     (_VAE, Split({"fsdp": None})),
     (rf"{_FIRST}bias$", Split({"tensor": -1})),
-    (r"bias$", whole),
+    (rf"bias$|{_SECOND}\.scale$", whole),  # a scale of 8 bits has no side of inputs
     (_FIRST, Split({"tensor": -1, "fsdp": None})),
     (_SECOND, Split({"tensor": -2, "fsdp": None})),
     (r"", Split({"fsdp": None})),

@@ -14,6 +14,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.core": ("abstract", "apply", "init", "layout"),
         "flaxdiff.checkpoint": ("load", "save"),
         "flaxdiff.images": ("make_image_grid",),
+        "flaxdiff.memory": ("cast", "offload", "quantize", "residency"),
         "flaxdiff.schedulers": ("scheduler",),
         "flaxdiff.parallel": ("distribute", "make_mesh", "replicate", "shard", "shardings"),
         "flaxdiff.planning.plan": ("plan",),
@@ -21,8 +22,13 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "other": {
         "flaxdiff.checkpoint.pipelines": ("EMOJI",),
         "flaxdiff.core": ("Spec",),
+        "flaxdiff.pipelines.auto": (
+            "AutoPipelineForImage2Image",
+            "AutoPipelineForInpainting",
+            "AutoPipelineForText2Image",
+        ),
         "flaxdiff.schedulers": ("AysSchedules", "KarrasDiffusionSchedulers", "SchedulerMixin"),
-        "flaxdiff.weights": ("Int8", "LoRA"),
+        "flaxdiff.weights": ("Float8", "Int8", "LoRA"),
     },
     "model": {
         "flaxdiff.models.autoencoder_asym_kl": ("AsymmetricAutoencoderKL",),
@@ -86,19 +92,32 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "pipeline": {
-        "flaxdiff.pipelines.pipeline": ("DiffusionPipeline",),
-        "flaxdiff.pipelines.stable_diffusion": (
+        "flaxdiff.pipelines.controlled": (
             "StableDiffusionAdapterPipeline",
             "StableDiffusionControlNetImg2ImgPipeline",
+            "StableDiffusionControlNetInpaintPipeline",
             "StableDiffusionControlNetPipeline",
-            "StableDiffusionImg2ImgPipeline",
-            "StableDiffusionPipeline",
-        ),
-        "flaxdiff.pipelines.stable_diffusion_xl": (
             "StableDiffusionXLAdapterPipeline",
             "StableDiffusionXLControlNetImg2ImgPipeline",
+            "StableDiffusionXLControlNetInpaintPipeline",
             "StableDiffusionXLControlNetPipeline",
+        ),
+        "flaxdiff.pipelines.k_diffusion": ("StableDiffusionKDiffusionPipeline", "StableDiffusionXLKDiffusionPipeline"),
+        "flaxdiff.pipelines.pipeline": ("DiffusionPipeline",),
+        "flaxdiff.pipelines.stable_diffusion": (
+            "LatentConsistencyModelImg2ImgPipeline",
+            "LatentConsistencyModelPipeline",
+            "StableDiffusionDepth2ImgPipeline",
+            "StableDiffusionImg2ImgPipeline",
+            "StableDiffusionInpaintPipeline",
+            "StableDiffusionInstructPix2PixPipeline",
+            "StableDiffusionPipeline",
+            "StableDiffusionUpscalePipeline",
+        ),
+        "flaxdiff.pipelines.stable_diffusion_xl": (
             "StableDiffusionXLImg2ImgPipeline",
+            "StableDiffusionXLInpaintPipeline",
+            "StableDiffusionXLInstructPix2PixPipeline",
             "StableDiffusionXLPipeline",
         ),
         "flaxdiff.pipelines.unconditional": ("DDIMPipeline", "DDPMPipeline"),
@@ -118,6 +137,20 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "transformers": ("CLIPTokenizer", "CLIPTokenizerFast"),
     },
 }
+# the classes that do the same with other beginnings: what each of them is for -> its name
+COUNTERPARTS: tuple[dict[str, str], ...] = (
+    {
+        "text2image": "StableDiffusionPipeline",
+        "image2image": "StableDiffusionImg2ImgPipeline",
+        "inpainting": "StableDiffusionInpaintPipeline",
+    },
+    {
+        "text2image": "StableDiffusionXLPipeline",
+        "image2image": "StableDiffusionXLImg2ImgPipeline",
+        "inpainting": "StableDiffusionXLInpaintPipeline",
+    },
+    {"text2image": "LatentConsistencyModelPipeline", "image2image": "LatentConsistencyModelImg2ImgPipeline"},
+)
 PUBLIC = {
     name: module
     for sort, modules in TABLE.items()
@@ -156,6 +189,20 @@ def sort_of(name: str, *sorts: str) -> str:
     near = difflib.get_close_matches(str(name), known, 3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(f"flaxdiff has no {' or '.join(sorts)} called {name!r}; {hint}It has {', '.join(known)}.")
+
+
+def counterpart(name: str, purpose: str) -> str:
+    """The class for a purpose that belongs to the same models as a class at hand. Raises ValueError if there is none.
+
+    >>> counterpart("StableDiffusionXLPipeline", "inpainting")
+    'StableDiffusionXLInpaintPipeline'
+    """
+    sort_of(name, "pipeline")
+    for row in COUNTERPARTS:
+        if name in row.values() and purpose in row:
+            return row[purpose]
+    has = sorted(row[purpose] for row in COUNTERPARTS if purpose in row)
+    raise ValueError(f"There is no pipeline for {purpose} beside {name}; there are {', '.join(has)}.")
 
 
 def find(name: str, *sorts: str) -> Any:

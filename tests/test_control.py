@@ -97,7 +97,8 @@ def pair(name, folder, **steers):
     base = BASES[name.split("Pipeline")[0].split("ControlNet")[0].split("Adapter")[0]]
     parts = {k: v for k, v in base().components.items() if k != "image_encoder"}
     checker = {} if "XL" in name else {"requires_safety_checker": False}
-    peer = getattr(diffusers, name)(**parts, **checker, **steers)
+    given = {k: diffusers.MultiAdapter(v) if k == "adapter" and isinstance(v, list) else v for k, v in steers.items()}
+    peer = getattr(diffusers, name)(**parts, **checker, **given)
     peer.scheduler = diffusers.DDIMScheduler.from_config(peer.scheduler.config)
     peer.set_progress_bar_config(disable=True)
     peer.text_encoder.__dict__["text_model"] = peer.text_encoder  # diffusers looks for it where transformers 4 had it

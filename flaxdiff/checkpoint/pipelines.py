@@ -16,12 +16,13 @@ from flaxdiff import parallel, registry
 from flaxdiff.checkpoint import files, hub, reading, writing
 from flaxdiff.checkpoint.tensors import damaged
 from flaxdiff.core import Model, Params, Spec, frozen
+from flaxdiff.schedulers import Scheduler
 
 if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
 
 EMOJI = Path(__file__).parent.parent / "assets" / "emoji"
-SKIPPED = ("safety_checker", "feature_extractor")  # no pipeline here needs them
+SKIPPED = ("safety_checker", "feature_extractor", "depth_estimator")  # no pipeline here needs them
 SEVERAL = {"MultiControlNetModel": "ControlNetModel", "MultiAdapter": "T2IAdapter"}  # in folders name, name_1, …
 SCHEDULER = "scheduler_config.json"
 DEFAULTS = "_defaults"  # how the checkpoint likes to be sampled; PyTorch's diffusers skips what begins so
@@ -66,8 +67,7 @@ def load_pipeline(
     download = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
     root = hub.fetch(repo, [files.PIPELINE], **download)
     class_name, components, settings = read_index(root)
-    if not hasattr(cls, "family"):
-        cls = registry.find(class_name, "pipeline")
+    cls = cls.resolve(class_name)
     if not Path(repo).expanduser().is_dir():
         download["revision"] = root.name  # the commit: all components come from the same one
 
@@ -99,9 +99,12 @@ def load_pipeline(
     _check(parts, sorts)
 
     networks = {name: parts[name] for name in components if name in parts and sorts[name] == "model"}
+    schedulers = {name: part for name, part in parts.items() if sorts[name] == "scheduler"}
+    scheduler = schedulers.pop("scheduler")
+    settings |= schedulers  # a second one, such as the upscaler's for what it is given, is no sampler
     pipe = cls(
         specs=tuple((name, spec) for name, (spec, _) in networks.items()),
-        scheduler=next(part for name, part in parts.items() if sorts[name] == "scheduler"),
+        scheduler=scheduler,
         tokenizers=tuple((name, parts[name]) for name in components if name in parts and sorts[name] == "tokenizer"),
         settings=tuple(settings.items()),
     )
@@ -121,7 +124,7 @@ def _check(parts: Mapping[str, Any], sorts: Mapping[str, str]) -> None:
             raise ValueError(
                 f"{name}= is a {type(part).__name__}; give (spec, params), as {name}=….from_pretrained returns."
             )
-    if "scheduler" not in {sorts[name] for name in parts}:
+    if "scheduler" not in parts:
         raise ValueError("A pipeline needs a scheduler, and there is none; take a complete folder, or give scheduler=.")
 
 
@@ -211,7 +214,10 @@ def save_pipeline(
         raise ValueError(f"params lacks {files.listed(absent)}; give the parameters of every component by its name.")
     settings = dict(pipe.settings)
     defaults = {DEFAULTS: dict(settings.pop("defaults"))} if "defaults" in settings else {}
-    index: dict[str, Any] = {"_class_name": type(pipe).__name__, **defaults, **settings}
+    schedulers = {name: value for name, value in settings.items() if isinstance(value, Scheduler)}
+    schedulers["scheduler"] = pipe.scheduler
+    plain = {name: value for name, value in settings.items() if name not in schedulers}
+    index: dict[str, Any] = {"_class_name": type(pipe).__name__, **defaults, **plain}
     with files.staged(Path(folder)) as stage:
         for name, spec in pipe.specs:
             index[name] = [spec.module.library, spec.module.__name__]
@@ -225,8 +231,9 @@ def save_pipeline(
         for name, tokenizer in pipe.tokenizers:
             index[name] = ["transformers", tokenizer.class_name]
             tokenizer.save(stage / name)
-        index["scheduler"] = ["diffusers", type(pipe.scheduler).__name__]
-        pipe.scheduler.save_config(stage / "scheduler")
+        for name, scheduler in schedulers.items():
+            index[name] = ["diffusers", type(scheduler).__name__]
+            scheduler.save_config(stage / name)
         files.write_json(stage / files.PIPELINE, index)
 
 

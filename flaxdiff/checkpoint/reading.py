@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from flaxdiff import parallel
+from flaxdiff import memory, parallel
 from flaxdiff.checkpoint import convert, files, hub
 from flaxdiff.checkpoint.tensors import Tensors, network_dtype
 from flaxdiff.core import Model, Params, Spec, abstract
@@ -46,7 +47,8 @@ def load_model(
       cls: the class of the model.
       repo: a folder, or the id of a Hub repository such as "owner/name".
       subfolder: where in it the model lies, e.g. "unet".
-      dtype: of the parameters, and so of the computation; by default float32 on CPU and bfloat16 elsewhere.
+      dtype: of the parameters, and so of the computation; by default float32 on CPU and bfloat16 elsewhere. Or rules
+        by path, e.g. `[("^vae|norm", "float32"), ("", "bfloat16")]`, where None is the default.
       variant: of the files, e.g. "fp16" for `diffusion_pytorch_model.fp16.safetensors`.
       mesh: the devices to load onto, of this process or of many; where on them each parameter lies, `rules` say.
       rules: (regex, choice), first match wins; see `parallel.shardings`.
@@ -93,16 +95,14 @@ def find(
     overrides: Mapping[str, Any],
 ) -> Found:
     """A model on this machine, downloaded if need be; arguments as of `load_model`."""
-    if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    dtype = network_dtype(dtype)
+    dtypes = [(path, _default() if to is None else network_dtype(to)) for path, to in memory.rules_of(dtype)]
     folder = fetch(repo, subfolder or "", cls.library, variant, download)
     spec = cls.from_config(files.read_json(folder / files.CONFIG) | _overrides(cls, overrides))
     weights = files.weight_file(folder, cls.library, variant)
-    shapes = abstract(spec, dtype)
+    shapes = _shapes(spec, dtypes, subfolder)
     places = sharding(shapes) if callable(sharding) else sharding
     laid = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=(places or {}).get(k)) for k, s in shapes.items()}
-    load = lambda: place(spec, files.open_weights(weights), dtype, places, str(weights))
+    load = lambda: place(spec, files.open_weights(weights), shapes, places, str(weights))
     return Found(spec, laid, load)
 
 
@@ -147,10 +147,27 @@ def fetch(
     return folder
 
 
-def place(spec: Spec, tensors: Tensors, dtype: np.dtype, sharding: Shardings | None, source: str) -> Params:
-    """Put the tensors of a checkpoint on the devices as the parameters of `spec`; arguments as of `load_model`."""
+def _default() -> np.dtype:
+    return np.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def _shapes(spec: Spec, dtypes: memory.Rules, subfolder: str | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters in the dtypes of their paths, which begin with the subfolder."""
+    cast = functools.partial(memory.cast, rules=dtypes)
+    if not subfolder:
+        return jax.eval_shape(cast, abstract(spec))
+    return jax.eval_shape(cast, {subfolder: abstract(spec)})[subfolder]
+
+
+def place(
+    spec: Spec,
+    tensors: Tensors,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    sharding: Shardings | None,
+    source: str,
+) -> Params:
+    """Put the tensors of a checkpoint on the devices as parameters of these shapes; arguments as of `load_model`."""
     places = convert.match(spec, tensors, source)
-    shapes = abstract(spec, dtype)
     shardings = sharding(shapes) if callable(sharding) else sharding
     if shardings is not None and (without := [name for name in shapes if name not in shardings]):
         raise ValueError(

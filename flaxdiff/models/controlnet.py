@@ -31,6 +31,7 @@ class ControlNetConfig(EncoderConfig):
     global_pool_conditions: bool = False
     class_embed_type: str | None = only(None)
     num_class_embeds: int | None = only(None)
+    time_cond_proj_dim: int | None = only(None)
 
 
 class ControlNetOutput(NamedTuple):
@@ -82,7 +83,8 @@ class ControlNetModel(UNetEncoder):
     @classmethod
     def to_config(cls, config: ControlNetConfig) -> dict[str, Any]:
         """As of every model, without the settings that diffusers' class does not have."""
-        return {k: v for k, v in super().to_config(config).items() if k != "time_embedding_dim" or v is not None}
+        absent = [k for k in ("time_embedding_dim", "time_cond_proj_dim") if getattr(config, k) is None]
+        return {k: v for k, v in super().to_config(config).items() if k not in absent}
 
     def __init__(self, config: ControlNetConfig):
         super().__init__(config)

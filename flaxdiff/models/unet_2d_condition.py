@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxdiff import weights
-from flaxdiff.core import Config, Model, only
+from flaxdiff.core import Config, Model, only, setting
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.attention import Attention, KeysValues
 from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
-from flaxdiff.nn.layers import Conv, GroupNorm, LayerNorm, Linear, value
+from flaxdiff.nn.layers import Conv, Embedding, GroupNorm, LayerNorm, Linear, value
 from flaxdiff.nn.stack import over, run, stack
 from flaxdiff.nn.unet import Each, MidBlock, ResnetBlock2D, Stage, check_stages, down_fans, times, up_fans
 from flaxdiff.parallel import constrain
@@ -52,11 +52,15 @@ class EncoderConfig(Config):
     use_linear_projection: bool = False
     addition_embed_type: str | None = only(None, "text_time")
     addition_time_embed_dim: int | None = None
+    num_class_embeds: int | None = None
     upcast_attention: bool = False  # softmax runs in float32 here either way
     resnet_time_scale_shift: str = only("default", "scale_shift")
     projection_class_embeddings_input_dim: int | None = None
     time_embedding_dim: int | None = None  # diffusers' ControlNet has no choice of it
+    time_cond_proj_dim: int | None = None
     addition_embed_type_num_heads: int = 64
+    # (chunk_size, dim): so many tokens (dim 1) or pictures (dim 0) at a time go through the feed-forward
+    forward_chunking: tuple[int, int] | None = setting(None)
 
     def __post_init__(self):
         up = ("CrossAttnUpBlock2D", "UpBlock2D") if hasattr(self, "up_block_types") else None
@@ -84,13 +88,11 @@ class UNet2DConditionConfig(EncoderConfig):
     reverse_transformer_layers_per_block: tuple[int, ...] | None = only(None)
     dual_cross_attention: bool = only(False)
     class_embed_type: str | None = only(None)
-    num_class_embeds: int | None = only(None)
     resnet_skip_time_act: bool = only(False)
     resnet_out_scale_factor: float = only(1.0)
     time_embedding_type: str = only("positional")
     time_embedding_act_fn: str | None = only(None)
     timestep_post_act: str | None = only(None)
-    time_cond_proj_dim: int | None = only(None)
     conv_in_kernel: int = only(3)
     conv_out_kernel: int = only(3)
     attention_type: str = only("default")
@@ -111,22 +113,27 @@ class GEGLU(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Gated expansion to four times the width and back."""
+    """Gated expansion to four times the width and back; `chunking` as in the configuration."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, chunking: tuple[int, int] | None = None):
         self.net = nnx.List([GEGLU(width, 4 * width), None, Linear(4 * width, width)])  # dropout keeps its number
+        self.chunking = chunking
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.net[2](self.net[0](x))
+        run = lambda x: self.net[2](self.net[0](x))
+        if self.chunking is None:
+            return run(x)
+        size, dim = self.chunking
+        return jnp.moveaxis(jax.lax.map(run, jnp.moveaxis(x, dim, 0), batch_size=size), 0, dim)
 
 
 class BasicTransformerBlock(nnx.Module):
     """Self-attention, attention to the context, feed-forward; each added to what it reads normalised."""
 
-    def __init__(self, width: int, heads: int, context: int):
+    def __init__(self, width: int, heads: int, context: int, chunking: tuple[int, int] | None):
         self.norm1, self.attn1 = LayerNorm(width), Attention(width, heads, width // heads)
         self.norm2, self.attn2 = LayerNorm(width), Attention(width, heads, width // heads, context)
-        self.norm3, self.ff = LayerNorm(width), FeedForward(width)
+        self.norm3, self.ff = LayerNorm(width), FeedForward(width, chunking)
 
     def __call__(self, x: jax.Array, context: KeysValues) -> jax.Array:
         x = x + self.attn1(self.norm1(x))
@@ -139,7 +146,7 @@ class Transformer2DModel(nnx.Module):
 
     def __init__(self, width: int, heads: int, depth: int, c: EncoderConfig):
         project = Linear if c.use_linear_projection else functools.partial(Conv, kernel=1, padding=0)
-        block = functools.partial(BasicTransformerBlock, width, heads, c.cross_attention_dim)
+        block = functools.partial(BasicTransformerBlock, width, heads, c.cross_attention_dim, c.forward_chunking)
         self.norm = GroupNorm(width, c.norm_num_groups, 1e-6)
         self.proj_in = project(width, width)
         self.transformer_blocks = stack(block, depth, c.scan_layers)
@@ -165,7 +172,8 @@ class UNetEncoder(Model):
         c, width = config, config.block_out_channels
         temb, last = self.temb(c), len(width) - 1
         self.conv_in = Conv(c.in_channels, width[0])
-        self.time_embedding = TimestepEmbedding(width[0], temb, c.act_fn)
+        self.time_embedding = TimestepEmbedding(width[0], temb, c.act_fn, c.time_cond_proj_dim)
+        self.class_embedding = None if c.num_class_embeds is None else Embedding(c.num_class_embeds, temb)
         text_time = c.addition_embed_type == "text_time"
         self.add_embedding = TimestepEmbedding(c.projection_class_embeddings_input_dim, temb) if text_time else None
         self.down_blocks = nnx.List(
@@ -206,10 +214,11 @@ class UNetEncoder(Model):
         timestep: jax.Array | float | tuple[jax.Array, ...],
         text: jax.Array | tuple[KeysValues, ...],
         added: Mapping[str, jax.Array] | None,
+        **told: jax.Array | None,
     ) -> tuple[jax.Array, Each, Each]:
         """The first convolution of a sample, and what each block in turn reads of time and text; see `__call__`."""
         if not isinstance(timestep, tuple):
-            timestep = self.times(jnp.broadcast_to(timestep, sample.shape[:1]), added)
+            timestep = self.times(jnp.broadcast_to(timestep, sample.shape[:1]), added, **told)
         x = self.conv_in(sample.astype(weights.dtype(value(self.conv_in.weight))))
         return x, iter(timestep), iter(text if isinstance(text, tuple) else self.keys_values(text))
 
@@ -224,16 +233,27 @@ class UNetEncoder(Model):
         return tuple(attention.keys_values(text) for stage in self.stages for attention in stage.attentions or ())
 
     def times(
-        self, timestep: jax.Array, added_cond_kwargs: Mapping[str, jax.Array] | None = None
+        self, timestep: jax.Array, added_cond_kwargs: Mapping[str, jax.Array] | None = None, **told: jax.Array | None
     ) -> tuple[jax.Array, ...]:
         """What the residual blocks make of times [B], or [N, 1] for N steps at once: [..., B, C] each, in order."""
-        return times(self.stages, self.embed(timestep, added_cond_kwargs))
+        return times(self.stages, self.embed(timestep, added_cond_kwargs, **told))
 
-    def embed(self, t: jax.Array, added: Mapping[str, jax.Array] | None) -> jax.Array:
-        """The embedding of times [..., B], and of SDXL's conditions: [..., B, T]."""
+    def embed(
+        self,
+        t: jax.Array,
+        added: Mapping[str, jax.Array] | None,
+        class_labels: jax.Array | None = None,
+        timestep_cond: jax.Array | None = None,
+    ) -> jax.Array:
+        """The embedding of times [..., B], of a class, and of SDXL's conditions: [..., B, T]."""
         c, dtype = self.config, weights.dtype(value(self.conv_in.weight))
         waves = functools.partial(sinusoids, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
-        temb = self.time_embedding(waves(t, c.block_out_channels[0]).astype(dtype))
+        condition = None if timestep_cond is None else timestep_cond.astype(dtype)
+        temb = self.time_embedding(waves(t, c.block_out_channels[0]).astype(dtype), condition)
+        if self.class_embedding is not None:
+            if class_labels is None:
+                raise ValueError(f"This UNet is conditioned on one of {c.num_class_embeds} classes: give class_labels.")
+            temb = temb + self.class_embedding(class_labels).astype(dtype)
         if self.add_embedding is None:
             return temb
         if added is None or not {"text_embeds", "time_ids"} <= set(added):
@@ -279,6 +299,8 @@ class UNet2DConditionModel(UNetEncoder):
         down_block_additional_residuals: Sequence[jax.Array] | None = None,
         mid_block_additional_residual: jax.Array | None = None,
         down_intrablock_additional_residuals: Sequence[jax.Array] = (),
+        class_labels: jax.Array | None = None,
+        timestep_cond: jax.Array | None = None,
     ) -> jax.Array:
         """Run the network.
 
@@ -292,14 +314,17 @@ class UNet2DConditionModel(UNetEncoder):
             middle.
           down_intrablock_additional_residuals: what a T2I-Adapter adds in each down stage; in the middle, if one is
             left over that has its shape.
+          class_labels: [B] int32, for networks with classes, e.g. the noise in the picture to upscale.
+          timestep_cond: [B, D], the strength of guidance for networks that were distilled with it.
 
         Returns:
           The prediction [B, H, W, C], in the dtype of the parameters.
 
         Raises:
-          ValueError: SDXL's conditions are missing.
+          ValueError: SDXL's conditions are missing, or the class is.
         """
-        x, projected, contexts = self.entered(sample, timestep, encoder_hidden_states, added_cond_kwargs)
+        told = dict(class_labels=class_labels, timestep_cond=timestep_cond)
+        x, projected, contexts = self.entered(sample, timestep, encoder_hidden_states, added_cond_kwargs, **told)
         x = constrain(x, "batch", "context")
         skips, more = [x], iter(down_intrablock_additional_residuals)
         for block in self.down_blocks:

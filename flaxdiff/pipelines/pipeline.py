@@ -19,6 +19,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from flaxdiff import images as pictures
+from flaxdiff import memory, registry
 from flaxdiff.core import Params, Spec
 from flaxdiff.guidance import Guidance, standard
 from flaxdiff.pipelines import ahead
@@ -28,7 +29,8 @@ from flaxdiff.schedulers import Scheduler
 
 ROWS = 64  # length of the scheduler's tables: runs of up to so many evaluations share a compiled program
 
-STARTS = ("latents", "image", "image_latents", "noisy_latents")  # given for each image, or for each prompt
+# given for each image, or for each prompt
+STARTS = ("latents", "image", "image_latents", "noisy_latents", "mask", "beside", "beside_image")
 
 _begin = jax.jit(Program.begin, static_argnums=0)
 _step = jax.jit(Program.step, static_argnums=0)
@@ -81,6 +83,9 @@ class DiffusionPipeline:
     task: ClassVar[Callable] = staticmethod(text_to_image)
     extras: ClassVar[tuple[Callable, ...]] = ()  # further (pipe, size, guided, …) -> arrays, beside the family's
     steers: ClassVar[Mapping[str, str]] = {}  # component -> class of those of which there may be one or a list
+    finish: ClassVar[Callable] = staticmethod(
+        lambda images, options: images
+    )  # Pillow's pictures -> what a call returns
     defaults: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 7.5}
 
     # --- loading, saving, changing -----------------------------------------------------------------------------------
@@ -91,6 +96,29 @@ class DiffusionPipeline:
         from flaxdiff import checkpoint
 
         return checkpoint.load_pipeline(cls, repo, **options)
+
+    @classmethod
+    def resolve(cls, named: str) -> type["DiffusionPipeline"]:
+        """The class to use for a checkpoint that names one."""
+        return cls if hasattr(cls, "family") else registry.find(named, "pipeline")
+
+    @classmethod
+    def from_pipe(cls, pipe: "DiffusionPipeline", **changes: Any) -> Self:
+        """A pipeline of this class with the parts of another, whose parameters it shares.
+
+        Args:
+          pipe: any that has the networks which this class needs.
+          **changes: parts to take instead, as of `replace`; specs of further networks too.
+
+        >>> import flaxdiff
+        >>> pipe, params = flaxdiff.load()
+        >>> flaxdiff.StableDiffusionInpaintPipeline.from_pipe(pipe).specs == pipe.specs
+        True
+        """
+        more = {k: v for k, v in changes.items() if isinstance(v, Spec) and k not in dict(pipe.specs)}
+        fields = {f.name: getattr(pipe, f.name) for f in dataclasses.fields(pipe)}
+        made = cls(**(fields | {"specs": (*pipe.specs, *more.items())}))
+        return made.replace(**{k: v for k, v in changes.items() if k not in more})
 
     def __getattr__(self, name: str) -> Any:
         for components in (self.specs, self.tokenizers, self.settings) if not name.startswith("_") else ():
@@ -120,6 +148,23 @@ class DiffusionPipeline:
     def enable_attention_slicing(self) -> Self:
         """The same pipeline with attention computed in slices: less memory, some time."""
         return self.replace(**{name: spec.replace(attention="sliced") for name, spec in self.specs})
+
+    def enable_vae_slicing(self) -> Self:
+        """The same pipeline with pictures encoded and decoded one at a time: the memory of one, whatever the batch."""
+        return self.replace(vae=self.vae.replace(slicing=True))
+
+    def enable_vae_tiling(self, side: int | None = None) -> Self:
+        """The same pipeline with large pictures encoded and decoded in tiles that overlap, see `nn/tiling.py`.
+
+        Args:
+          side: of a tile in pixels; by default, as in diffusers, what the autoencoder was trained on.
+
+        >>> import flaxdiff
+        >>> flaxdiff.load()[0].enable_vae_tiling().vae.config.tiling
+        64
+        """
+        size = self.vae.config.sample_size
+        return self.replace(vae=self.vae.replace(tiling=side or (size[0] if isinstance(size, tuple) else size)))
 
     # --- sampling ----------------------------------------------------------------------------------------------------
 
@@ -166,10 +211,12 @@ class DiffusionPipeline:
         ahead.keep_compiled()
         defaults = {**self.defaults, **dict(dict(self.settings).get("defaults", ()))}
         scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-        guided = bool(np.max(scale) > 1)
+        distilled = self.family.distilled(dict(self.specs), scale)
+        guided = bool(np.max(scale) > 1) and not distilled
         options["prompt"] = prompt
         takes = lambda function: {k: v for k, v in options.items() if k in inspect.signature(function).parameters}
         size, arrays, window = self.task(self, **takes(self.task))
+        arrays |= distilled
         prepares = (self.family.prepare, *self.extras)
         for prepare in prepares:
             arrays |= prepare(self, size, guided, **takes(prepare))
@@ -193,6 +240,7 @@ class DiffusionPipeline:
         inputs |= {"index": np.arange(batch, dtype=np.int32), "size": size, "plan": plan.pad(rows)}
         if guided:
             strengths = {"guidance_scale": scale, "guidance_rescale": guidance_rescale}
+            strengths |= {k: inputs.pop(k) for k in ("image_guidance_scale",) if k in inputs}
             inputs["guidance"] = {k: np.asarray(v, np.float32) for k, v in strengths.items()}
         return inputs
 
@@ -247,7 +295,7 @@ class DiffusionPipeline:
         """Make pictures.
 
         Args:
-          params: component -> parameters.
+          params: component -> parameters, on the device or on the host, see `memory.offload`.
           key: one PRNG key, or one for each image: a picture that pleases is made again, and refined, by its own key.
           output_type: "pil", "np" (float32 [B, H, W, C] in [0, 1]), or "latent" (not decoded).
           callback_on_step_end: called as (pipe, step, timestep, {"latents": …}) after each step; latents that it
@@ -264,9 +312,10 @@ class DiffusionPipeline:
         run = ahead.find(program, params, key, inputs) or _jitted(program)
         conditions, state = run.begin(params, key, inputs)
         timesteps = np.asarray(inputs["plan"].timesteps)
+        looped = memory.offload(params, dict.fromkeys(self.family.loop, "device"))
         with tqdm(total=int(inputs["plan"].steps), disable=not self.progress) as bar:
             for i in range(bar.total):
-                before, state = state, run.step(params, conditions, state)
+                before, state = state, run.step(looped, conditions, state)
                 if callback_on_step_end is not None:
                     told = callback_on_step_end(self, i, float(timesteps[i]), {"latents": state.sampler.sample})
                     if told and "latents" in told:
@@ -274,10 +323,13 @@ class DiffusionPipeline:
                         state = state._replace(sampler=state.sampler._replace(slots=slots))
                 jax.block_until_ready(before)  # one step behind, so that the bar is true and the device never waits
                 bar.update()
+        del looped  # what came from the host makes room for the decoder
         if output_type == "latent":
             return PipelineOutput(state.sampler.sample)
         images = np.asarray(run.decode(params, state.sampler.sample))
-        return PipelineOutput(pictures.to_pil(images) if output_type == "pil" else images)
+        if output_type == "np":
+            return PipelineOutput(images)
+        return PipelineOutput(self.finish(pictures.to_pil(images), options))
 
 
 def _per_image(name: str, array: Any, prompts: int, copies: int) -> np.ndarray | jax.Array:

@@ -18,6 +18,8 @@ from flaxdiff.pipelines import stable_diffusion
 from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
 from flaxdiff.pipelines.tasks import image_to_image
+from flaxdiff.pipelines.tasks.edit import edit
+from flaxdiff.pipelines.tasks.inpaint import inpaint, paste_back
 from flaxdiff.pipelines.text import check_prompts, texts
 
 Pair = tuple[int, int]
@@ -116,7 +118,7 @@ def _added(cond: Cond) -> dict[str, jax.Array]:
 
 def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
     """What the U-Net makes of times [N] and of the conditions."""
-    of_unet = networks("unet", timesteps[:, None], _added(cond), method="times")
+    of_unet = networks("unet", timesteps[:, None], _added(cond), method="times", **stable_diffusion.told(cond))
     return control.times(networks, timesteps, cond, of_unet, _added(cond))
 
 
@@ -146,28 +148,18 @@ class StableDiffusionXLImg2ImgPipeline(DiffusionPipeline):
     defaults = {**StableDiffusionXLPipeline.defaults, "strength": 0.3}
 
 
-class StableDiffusionXLControlNetPipeline(DiffusionPipeline):
-    """Text to image with Stable Diffusion XL, led by pictures through ControlNets."""
+class StableDiffusionXLInpaintPipeline(DiffusionPipeline):
+    """Paint over a part of a picture with Stable Diffusion XL, its refiner, or a U-Net made for that."""
 
     family = STABLE_DIFFUSION_XL
-    task = staticmethod(control.text_to_image)
-    extras = (control.prepare_controlnets,)
-    steers = {"controlnet": "ControlNetModel"}
-    defaults = StableDiffusionXLPipeline.defaults
+    task = staticmethod(inpaint)
+    finish = staticmethod(paste_back)
+    defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "strength": 0.9999}
 
 
-class StableDiffusionXLControlNetImg2ImgPipeline(StableDiffusionXLControlNetPipeline):
-    """Image to image with Stable Diffusion XL, led by `control_image` through ControlNets."""
-
-    task = staticmethod(image_to_image)
-    defaults = {**StableDiffusionXLPipeline.defaults, "strength": 0.8, "controlnet_conditioning_scale": 0.8}
-
-
-class StableDiffusionXLAdapterPipeline(DiffusionPipeline):
-    """Text to image with Stable Diffusion XL, led by pictures through T2I-Adapters."""
+class StableDiffusionXLInstructPix2PixPipeline(DiffusionPipeline):
+    """Change a picture as an instruction says; `image_guidance_scale` is how closely to follow the picture."""
 
     family = STABLE_DIFFUSION_XL
-    task = staticmethod(control.text_to_image)
-    extras = (control.prepare_adapters,)
-    steers = {"adapter": "T2IAdapter"}
-    defaults = StableDiffusionXLPipeline.defaults
+    task = staticmethod(edit)
+    defaults = {"num_inference_steps": 100, "guidance_scale": 5.0, "image_guidance_scale": 1.5}

@@ -49,6 +49,7 @@ def plan(
     steps: int | None = None,
     train: bool = False,
     dtype: str = "bfloat16",
+    remat: str = "none",
 ) -> Report:
     """Compile a run ahead of time for TPUs that need not exist, and say whether it fits and what bounds its speed.
 
@@ -62,6 +63,7 @@ def plan(
       steps: of the scheduler; by default the model's own. Not for training.
       train: a training step of the denoiser instead: AdamW and the moving average in float32, the network in `dtype`.
       dtype: that networks compute in, "bfloat16" or "float32".
+      remat: what a training step computes again on the way back, "none", "dots" or "full": see nn/stack.py.
 
     Raises:
       ValueError: an unknown model, topology, preset or dtype, a mesh that the slice does not hold, a batch or a size
@@ -76,7 +78,10 @@ def plan(
         raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}.")
     if train and steps is not None:
         raise ValueError(f"steps={steps} is for sampling; leave it out to plan a training step.")
+    if remat != "none" and not train:
+        raise ValueError(f"remat={remat!r} is for training; leave it out to plan a sampling run.")
     pipe = model if isinstance(model, DiffusionPipeline) else pipeline(model)
+    pipe = pipe.replace(unet=pipe.unet.replace(remat=remat)) if train else pipe
     place = chips.describe(topology)
     mesh = parallel.make_mesh(preset, place.devices)
     axes = parallel.batch_axes(mesh)
@@ -96,9 +101,9 @@ def plan(
 
     state = programs[0].arguments[0]
     size = run.inputs()["size"]
-    name = type(pipe).__name__ if pipe is model else model
+    name = type(pipe).__name__ if isinstance(model, DiffusionPipeline) else model
     what = f"{name}, {'a training step on' if train else 'sampling'} {batch} pictures of {size.height} × {size.width}"
-    what += f" in {dtype} on {topology}, {preset}"
+    what += f" in {dtype} on {topology}, {preset}" + (f", remat {remat}" if remat != "none" else "")
     where = (place.chip, place.chips, len(place.devices), dict(mesh.shape))
     report = Report(what, *where, batch, weight(state, mesh), parts, tuple(_notes(run, parts)))
     return report if report.fits else advised(report, state, shards)
