@@ -13,6 +13,17 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "function": {
         "flaxdiff.core": ("abstract", "apply", "init", "layout"),
         "flaxdiff.checkpoint": ("load", "save"),
+        "flaxdiff.adapters.lora": (
+            "adapter_of",
+            "fuse_lora",
+            "load_lora",
+            "read_lora",
+            "save_lora",
+            "set_adapters",
+            "unfuse_lora",
+            "unload_lora",
+        ),
+        "flaxdiff.adapters.merge": ("merge_adapters",),
         "flaxdiff.images": ("make_image_grid",),
         "flaxdiff.schedulers": ("scheduler",),
         "flaxdiff.parallel": ("distribute", "make_mesh", "replicate", "shard", "shardings"),
