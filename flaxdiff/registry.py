@@ -13,6 +13,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "function": {
         "flaxdiff.core": ("abstract", "apply", "init", "layout"),
         "flaxdiff.checkpoint": ("load", "save"),
+        "flaxdiff.adapters.custom_diffusion": ("load_custom_diffusion",),
         "flaxdiff.adapters.lora": (
             "adapter_of",
             "fuse_lora",
@@ -24,6 +25,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "unload_lora",
         ),
         "flaxdiff.adapters.merge": ("merge_adapters",),
+        "flaxdiff.adapters.textual_inversion": ("load_textual_inversion",),
         "flaxdiff.images": ("make_image_grid",),
         "flaxdiff.schedulers": ("scheduler",),
         "flaxdiff.parallel": ("distribute", "make_mesh", "replicate", "shard", "shardings"),

@@ -144,7 +144,7 @@ def conv(
 
 
 def _scaled(low: jax.Array, scale: jax.Array) -> jax.Array:
-    """low [B, ..., rank] times a scalar, [rank], or [images, rank] where B is so many images for each of some branches."""
+    """low [B, ..., rank] times a scalar, [rank], or [images, rank] where B is that many images in each branch."""
     scale = scale.astype(low.dtype)
     if scale.ndim < 2:
         return low * scale

@@ -73,7 +73,7 @@ def modules(tensors: Tensors) -> tuple[dict[str, dict[str, str]], list[str]]:
     return found, unknown
 
 
-# --- the tensors of a module as two factors -----------------------------------------------------------------------------
+# --- the tensors of a module as two factors ---------------------------------------------------------------------------
 
 
 def _flat(a: np.ndarray) -> np.ndarray:
@@ -144,7 +144,7 @@ def factors(tensors: Tensors, keys: Mapping[str, str], alpha: float | None = Non
     return Factors(down.astype(np.float32), up.astype(np.float32), scale)
 
 
-# --- what a configuration beside the numbers says -----------------------------------------------------------------------
+# --- what a configuration beside the numbers says ---------------------------------------------------------------------
 
 
 def configured(path: Path) -> dict[str, Any]:

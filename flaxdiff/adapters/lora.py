@@ -63,9 +63,9 @@ def load_lora(
 
     >>> import flaxdiff, tempfile
     >>> pipe, params = flaxdiff.load()
-    >>> name = "mid_block.attentions.0.proj_in.weight"
-    >>> width = params["unet"][name].shape[-1]
-    >>> style = {"unet": {name: LoRA(None, jnp.ones((1, 1, width, 2)), jnp.ones((1, 1, 2, width)), jnp.ones(2))}}
+    >>> name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight"
+    >>> width = params["unet"][name].shape[0]
+    >>> style = {"unet": {name: LoRA(None, jnp.ones((width, 2)), jnp.ones((2, width)), jnp.ones(2))}}
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     flaxdiff.save_lora(folder, pipe, style)
     ...     adapted = load_lora(pipe, params, folder, scale=0.5)
@@ -92,7 +92,7 @@ def read_lora(
       FileNotFoundError: there is no such file.
       ValueError: keys without a place, or of another shape (a LoRA for another model), all listed; or a damaged file.
     """
-    path = _locate(source, weight_name, download)
+    path = hub.locate(source, NAMES if weight_name is None else (weight_name,), "adapter_config.json", **download)
     tensors = safetensors.read(path) if path.suffix == ".safetensors" else pickles.read(path)
     adapter, report = assemble(dict(getattr(pipe, "specs", pipe)), tensors, formats.configured(path), str(path))
     if not strict:
@@ -100,18 +100,6 @@ def read_lora(
     if any(report):
         raise ValueError(_complaint(str(path), report))
     return adapter
-
-
-def _locate(source: str | os.PathLike[str], weight_name: str | None, download: Mapping[str, Any]) -> Path:
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    names = NAMES if weight_name is None else (weight_name,)
-    folder = hub.fetch(source, (*names, "adapter_config.json"), **download)
-    if found := [folder / name for name in names if (folder / name).is_file()]:
-        return found[0]
-    there = sorted(p.name for p in folder.iterdir())
-    raise FileNotFoundError(f"{source} has none of {list(names)}; it has {there}. Give weight_name= one of them.")
 
 
 def _complaint(source: str, report: Report) -> str:
@@ -194,7 +182,7 @@ def _update(leaf: Leaf, layers: Mapping[int | None, formats.Factors]) -> LoRA:
     return LoRA(None, *(jnp.asarray(np.stack(arrays)) for arrays in stacked))
 
 
-# --- putting on, weighing, taking off -----------------------------------------------------------------------------------
+# --- putting on, weighing, taking off ---------------------------------------------------------------------------------
 
 
 def set_adapters(
@@ -248,7 +236,7 @@ def set_adapters(
                 for adapter, weight in zip(adapters, adapter_weights)
                 if name in adapter.get(component, {})
             ]
-            adapted[component][name] = _beside(adapted[component][name], parts)
+            adapted[component][name] = _beside(f"{component}'s {name}", adapted[component][name], parts)
     return adapted
 
 
@@ -286,9 +274,14 @@ def _weighed(lora: LoRA, weight: Weight, name: str) -> LoRA:
     return LoRA(None, lora.down, lora.up, scale)
 
 
-def _beside(base: Any, parts: Sequence[LoRA]) -> LoRA:
+def _beside(name: str, base: Any, parts: Sequence[LoRA]) -> LoRA:
     """A weight with several updates, their ranks side by side."""
-    dtype = weights.dtype(base)
+    dtype, whole = weights.dtype(base), jax.eval_shape(weights.dense, base).shape
+    for part in parts:
+        if (shape := (*part.down.shape[:-1], part.up.shape[-1])) != whole:
+            raise ValueError(
+                f"An adapter updates {name} of {list(shape)}, and it is {list(whole)}: another base model."
+            )
     shape = np.broadcast_shapes(*(part.scale.shape[:-1] for part in _aligned(parts)))
     scales = [jnp.broadcast_to(part.scale, (*shape, part.scale.shape[-1])) for part in _aligned(parts)]
     down = jnp.concatenate([part.down for part in parts], -1).astype(dtype)
@@ -365,9 +358,8 @@ def save_lora(folder: str | os.PathLike[str], pipe: Any, adapter: Adapter) -> No
             for i, file_name in enumerate(convert.names_in_file(name, leaf)):
                 if not np.any(layers.scale[i]):
                     continue  # a layer that it leaves alone
-                module, back = f"{component}.{file_name.removesuffix('.weight')}", np.argsort(
-                    convert.axes(leaf.kind, layers.down.ndim - 1)
-                )
+                module = f"{component}.{file_name.removesuffix('.weight')}"
+                back = np.argsort(convert.axes(leaf.kind, layers.down.ndim - 1))
                 up = np.swapaxes(np.swapaxes(layers.up[i], -1, -2) * layers.scale[i], -1, -2)
                 for role, array in (("A", layers.down[i]), ("B", up)):
                     arrays[f"{module}.lora_{role}.weight"] = np.ascontiguousarray(array.transpose(back))

@@ -7,6 +7,7 @@ Reference: Yadav et al., TIES-Merging: Resolving Interference When Merging Model
 Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch (DARE), 2024.
 """
 
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,7 +40,7 @@ def _agreed(factors: jax.Array, weights: jax.Array) -> jax.Array:
 
 def _at_random(factors: jax.Array, key: jax.Array, density: float) -> jax.Array:
     """Factors of which a share is kept at random, and made larger by what was dropped."""
-    return factors * jax.random.bernoulli(key, density, factors.shape) / density
+    return jnp.where(jax.random.bernoulli(key, density, factors.shape), factors / density, 0)
 
 
 def _pruned(factors: jax.Array, density: float) -> jax.Array:
@@ -106,22 +107,27 @@ def _merged(name: str, loras: Sequence[LoRA], weights: Sequence[float], kind: st
     if len(shapes := {lora.down.shape for lora in loras}) > 1:
         ranks = sorted(shape[-1] for shape in shapes)
         raise ValueError(f"{name}: adapters of ranks {ranks} can be joined by 'cat' only; {kind!r} needs equal ranks.")
-    scales, stack = jnp.stack(signed), loras[0].scale.ndim - 1
+    scales, stack = jnp.stack(signed), loras[0].scale.ndim > 1
     roots = jnp.sqrt(jnp.abs(scales))
     keys = (None, None) if key is None else jax.random.split(key)
-
-    def factor(arrays: list[jax.Array], roots: jax.Array, along: int, key: Any) -> jax.Array:
-        def layer(factors: jax.Array, roots: jax.Array, key: Any) -> jax.Array:
-            shape = [1] * factors.ndim
-            shape[0], shape[along] = factors.shape[0], factors.shape[along]
-            return RULES[kind](factors, roots.reshape(shape), key, density)
-
-        factors = jnp.stack(arrays)
-        if not stack:
-            return layer(factors, roots, key)
-        each = None if key is None else jax.random.split(key, factors.shape[1])
-        return jax.vmap(layer, (1, 1, None if key is None else 0))(factors, roots, each)
-
-    down = factor([lora.down for lora in loras], roots * jnp.sign(scales), -1, keys[0])
-    up = factor([lora.up for lora in loras], roots, -2, keys[1])
+    factor = functools.partial(_factor, kind=kind, density=density, stack=stack)
+    down = factor(jnp.stack([lora.down for lora in loras]), roots * jnp.sign(scales), keys[0], along=-1)
+    up = factor(jnp.stack([lora.up for lora in loras]), roots, keys[1], along=-2)
     return LoRA(None, down, up, jnp.ones_like(loras[0].scale))
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "density", "stack", "along"))
+def _factor(
+    factors: jax.Array, roots: jax.Array, key: jax.Array | None, *, kind: str, density: float, stack: bool, along: int
+) -> jax.Array:
+    """One factor of several adapters [n, ...], layer by layer in a stack, with roots of weights [n, ..., rank]."""
+
+    def layer(factors: jax.Array, roots: jax.Array, key: jax.Array | None) -> jax.Array:
+        shape = [1] * factors.ndim
+        shape[0], shape[along] = roots.shape
+        return RULES[kind](factors, roots.reshape(shape), key, density)
+
+    if not stack:
+        return layer(factors, roots, key)
+    each = None if key is None else jax.random.split(key, factors.shape[1])
+    return jax.vmap(layer, (1, 1, None if key is None else 0))(factors, roots, each)
