@@ -8,6 +8,8 @@ from flaxdiff.adapters import control
 from flaxdiff.pipelines import stable_diffusion as sd
 from flaxdiff.pipelines import stable_diffusion_xl as xl
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
+from flaxdiff.pipelines.tasks import image_to_image
+from flaxdiff.pipelines.tasks.inpaint import inpaint, paste_back
 
 
 class StableDiffusionControlNetPipeline(DiffusionPipeline):
@@ -30,14 +32,14 @@ class StableDiffusionControlNetPipeline(DiffusionPipeline):
 class StableDiffusionControlNetImg2ImgPipeline(StableDiffusionControlNetPipeline):
     """Image to image with Stable Diffusion 1 or 2, led by `control_image` through ControlNets."""
 
-    task = sd.StableDiffusionImg2ImgPipeline.task
+    task = staticmethod(image_to_image)
     defaults = {**sd.StableDiffusionImg2ImgPipeline.defaults, "controlnet_conditioning_scale": 0.8}
 
 
 class StableDiffusionControlNetInpaintPipeline(StableDiffusionControlNetPipeline):
     """Paint over a part of a picture with Stable Diffusion 1 or 2, led by `control_image` through ControlNets."""
 
-    task, finish = sd.StableDiffusionInpaintPipeline.task, sd.StableDiffusionInpaintPipeline.finish
+    task, finish = staticmethod(inpaint), staticmethod(paste_back)
     defaults = {**sd.StableDiffusionInpaintPipeline.defaults, "controlnet_conditioning_scale": 0.5}
 
 

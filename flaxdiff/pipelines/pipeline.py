@@ -22,6 +22,7 @@ from flaxdiff import images as pictures
 from flaxdiff import memory, registry
 from flaxdiff.core import Params, Spec
 from flaxdiff.guidance import Guidance, standard
+from flaxdiff.adapters import ip_adapter
 from flaxdiff.pipelines import ahead
 from flaxdiff.pipelines.generate import Family, Program
 from flaxdiff.pipelines.tasks import blank_inputs, text_to_image
@@ -217,7 +218,7 @@ class DiffusionPipeline:
         takes = lambda function: {k: v for k, v in options.items() if k in inspect.signature(function).parameters}
         size, arrays, window = self.task(self, **takes(self.task))
         arrays |= distilled
-        prepares = (self.family.prepare, *self.extras)
+        prepares = (self.family.prepare, ip_adapter.prepare, *self.extras)
         for prepare in prepares:
             arrays |= prepare(self, size, guided, **takes(prepare))
         taken = {k for function in (self.task, *prepares) for k in takes(function)}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxdiff import core
-from flaxdiff.adapters import control
+from flaxdiff.adapters import control, ip_adapter
 from flaxdiff.nn.embeddings import sinusoids
 from flaxdiff.pipelines.generate import Cond, Family, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
@@ -63,7 +63,9 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
         else:
             continue
         steered = control.encode(networks, inputs, text, branch)
-        cond[branch] = {"text": networks("unet", text, method="keys_values"), **steered}
+        contexts = networks("unet", text, method="keys_values")
+        contexts = ip_adapter.encode(networks, inputs, branch, contexts, latent_shape(networks.specs, inputs["size"]))
+        cond[branch] = {"text": contexts, **steered}
     return cond
 
 

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxdiff.adapters import control
+from flaxdiff.adapters import control, ip_adapter
 from flaxdiff.pipelines import stable_diffusion
 from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
 from flaxdiff.pipelines.tasks import image_to_image
 from flaxdiff.pipelines.tasks.edit import edit
 from flaxdiff.pipelines.tasks.inpaint import inpaint, paste_back
+from flaxdiff.pipelines.stable_diffusion import latent_shape
 from flaxdiff.pipelines.text import check_prompts, texts
 
 Pair = tuple[int, int]
@@ -107,7 +108,8 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
                 keep = jnp.asarray(inputs["negative_keep"]).astype(text.dtype)
                 text, pooled = text * keep, pooled * keep
         steered = control.encode(networks, inputs, text, branch)
-        text = networks("unet", text, method="keys_values")
+        text, latent = networks("unet", text, method="keys_values"), latent_shape(networks.specs, inputs["size"])
+        text = ip_adapter.encode(networks, inputs, branch, text, latent)
         cond[branch] = {"text": text, "pooled": pooled, "time_ids": inputs[f"{prefix}time_ids"], **steered}
     return cond
 
