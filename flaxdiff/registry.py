@@ -34,6 +34,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.planning.plan": ("plan",),
     },
     "other": {
+        "flaxdiff.adapters.control": ("MultiAdapter", "MultiControlNetModel"),
         "flaxdiff.checkpoint.pipelines": ("EMOJI",),
         "flaxdiff.core": ("Spec",),
         "flaxdiff.pipelines.auto": (
@@ -163,6 +164,16 @@ COUNTERPARTS: tuple[dict[str, str], ...] = (
         "text2image": "StableDiffusionXLPipeline",
         "image2image": "StableDiffusionXLImg2ImgPipeline",
         "inpainting": "StableDiffusionXLInpaintPipeline",
+    },
+    {
+        "text2image": "StableDiffusionControlNetPipeline",
+        "image2image": "StableDiffusionControlNetImg2ImgPipeline",
+        "inpainting": "StableDiffusionControlNetInpaintPipeline",
+    },
+    {
+        "text2image": "StableDiffusionXLControlNetPipeline",
+        "image2image": "StableDiffusionXLControlNetImg2ImgPipeline",
+        "inpainting": "StableDiffusionXLControlNetInpaintPipeline",
     },
     {"text2image": "LatentConsistencyModelPipeline", "image2image": "LatentConsistencyModelImg2ImgPipeline"},
 )

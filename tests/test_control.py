@@ -9,6 +9,7 @@ import numpy as np
 import peers
 import pytest
 import torch
+from PIL import Image
 
 import flaxdiff
 
@@ -128,6 +129,29 @@ def compare(pair, options, noise, monkeypatch, **pictures):
     return peers.relative(ours, theirs)
 
 
+@pytest.mark.parametrize("base", ["StableDiffusion", pytest.param("StableDiffusionXL", marks=pytest.mark.slow)])
+def test_controlnet_inpaints(base, tmp_path, monkeypatch):
+    """By blending, and of a part around the mask, for which the control image is cut as well."""
+    one = peers.controlnet(BASES[base]().unet)
+    single = pair(f"{base}ControlNetInpaintPipeline", tmp_path, controlnet=one)
+    mask = np.zeros((2, 16, 16, 1), np.float32)
+    mask[:, 4:11, 3:14] = 1
+    starts = dict(image=uniform(2, 16, 16, 3), control_image=uniform(2, 16, 16, 3), mask_image=mask)
+    options = TEXT | dict(strength=0.7, control_guidance_end=0.7, height=16, width=16)
+    assert compare(single, options, normal(2, 8, 8, 4), monkeypatch, **starts) < 1e-3
+    picture, control = (Image.fromarray(rng.integers(0, 255, (24, 30, 3), np.uint8)) for _ in range(2))
+    mask = Image.new("L", (30, 24))
+    mask.paste(255, (10, 8, 16, 13))
+    options |= dict(prompt="cat", negative_prompt="ugly", image=picture, mask_image=mask, control_image=control)
+    options |= dict(padding_mask_crop=2)
+    noise = normal(1, 8, 8, 4)
+    with torch.no_grad():
+        theirs = single.peer(**options, latents=peers.nchw(noise)).images[0]
+    ours = single.pipe(single.params, KEY, **options, latents=noise).images[0]
+    assert np.abs(np.int32(ours) - np.int32(theirs)).max() <= 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES)
 def test_controlnet_pipelines(base, tmp_path, monkeypatch):
     """Two nets with scales and windows of their own, then image to image; guess mode."""
@@ -193,6 +217,9 @@ def test_folders_of_several_nets(tmp_path):
     pipe, params = flaxdiff.load(tmp_path / "theirs")
     assert type(pipe).__name__ == type(peer).__name__ and {"controlnet", "controlnet_1"} <= set(params)
     flaxdiff.save(tmp_path / "ours", pipe, params)
+    several = flaxdiff.MultiControlNetModel.from_pretrained(tmp_path / "theirs" / "controlnet")
+    assert [spec for spec, _ in several] == [pipe.controlnet, pipe.controlnet_1]
+    assert all((several[1][1][name] == array).all() for name, array in params["controlnet_1"].items())
     again = diffusers.StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "ours")
     for mine, its in zip(again.controlnet.nets, nets, strict=True):
         assert all((p == q).all() for p, q in zip(mine.parameters(), its.parameters(), strict=True))

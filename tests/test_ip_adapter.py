@@ -156,6 +156,16 @@ def test_nothing_recompiles(tmp_path):
     assert sizes() == before
 
 
+def test_saved_without(tmp_path):
+    """diffusers' layout has no place for an adapter; the rest is saved as it was."""
+    pipe, params = flaxdiff.load(peers.saved(peers.stable_diffusion_1))
+    path = write(peers.ip_adapter("base", peers.stable_diffusion_1().unet), tmp_path / "base.bin")
+    more, added = flaxdiff.load_ip_adapter(pipe, params, path, image_encoder_folder=None)
+    assert set(added) == {*params, "ip_adapter"} and all(added[name] is params[name] for name in params)
+    flaxdiff.save(tmp_path / "saved", more, added)
+    assert flaxdiff.load(tmp_path / "saved")[0].specs == pipe.specs
+
+
 def test_bad_input(tmp_path):
     peer = peers.stable_diffusion_1()
     pipe, params = flaxdiff.load(peers.saved(peers.stable_diffusion_1))

@@ -5,17 +5,24 @@ picture, a scale and a window of the run in which it counts; all are arguments o
 depend on the time is worked out once: a T2I-Adapter's features, the first convolutions of a ControlNet.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from flaxdiff.core import Model, Params, Spec
+from flaxdiff.images import Box, to_array
+from flaxdiff.models.controlnet import ControlNetModel
+from flaxdiff.models.t2i_adapter import T2IAdapter
 from flaxdiff.pipelines import tasks
 from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
+from flaxdiff.pipelines.tasks.inpaint import region
 
 if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
@@ -34,6 +41,36 @@ def named(components: Iterable[str], kind: str) -> list[str]:
     return sorted(
         (n for n in components if re.fullmatch(rf"{kind}(_\d+)?", n)), key=lambda n: int("0" + n[len(kind) + 1 :])
     )
+
+
+class Several(list[tuple[Spec, Params]]):
+    """Networks that steer one U-Net together: a list of (spec, params), for `from_pretrained` of a pipeline."""
+
+    member: ClassVar[type[Model]]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> "Several":
+        """Those in `folder`, `folder_1`, …, as PyTorch's class of this name saves them; options as of `load_model`.
+
+        Raises:
+          FileNotFoundError: there is no such folder.
+        """
+        found = cls([cls.member.from_pretrained(folder, **options)])
+        while Path(further := f"{folder}_{len(found)}").is_dir():
+            found.append(cls.member.from_pretrained(further, **options))
+        return found
+
+
+class MultiControlNetModel(Several):
+    """Several ControlNets."""
+
+    member = ControlNetModel
+
+
+class MultiAdapter(Several):
+    """Several T2I-Adapters."""
+
+    member = T2IAdapter
 
 
 # --- on the host -----------------------------------------------------------------------------------------------------
@@ -72,6 +109,8 @@ def prepare_controlnets(
     control_guidance_start: Each = 0.0,
     control_guidance_end: Each = 1.0,
     guess_mode: bool = False,
+    mask_image: Any = None,
+    padding_mask_crop: int | None = None,
 ) -> dict[str, Any]:
     """What the ControlNets see, and how much each counts when.
 
@@ -83,6 +122,7 @@ def prepare_controlnets(
       control_guidance_start, control_guidance_end: from which share of the steps on, and up to which.
       guess_mode: the ControlNet leads even without a prompt: it counts in the positive branch only, and less for what
         is fine.
+      mask_image, padding_mask_crop: as of inpainting; Pillow's control images are cut as the picture is.
 
     Raises:
       ValueError: no picture, not one for each ControlNet, one of another size, or a window that is none.
@@ -91,7 +131,9 @@ def prepare_controlnets(
     if scale is None:
         scale = pipe.defaults.get("controlnet_conditioning_scale", 1.0)
     starts = "strength" in pipe.defaults  # then `image` is what the run starts from
-    arrays = _pictures(pipe, size, names, control_image if starts else image, "control_image" if starts else "image")
+    given, option = (control_image, "control_image") if starts else (image, "image")
+    box = region(image, mask_image, size, padding_mask_crop)
+    arrays = _pictures(pipe, size, names, given, option, box)
     arrays |= _windows(names, scale, control_guidance_start, control_guidance_end)
     guess_mode |= any(dict(pipe.specs)[name].config.global_pool_conditions for name in names[:1])
     return arrays | {"guess_mode": np.asarray([guess_mode])}
@@ -121,7 +163,12 @@ def prepare_adapters(
 
 
 def _pictures(
-    pipe: "DiffusionPipeline", size: Size, names: Sequence[str], given: Pictures | None, option: str
+    pipe: "DiffusionPipeline",
+    size: Size,
+    names: Sequence[str],
+    given: Pictures | None,
+    option: str,
+    box: Box | None = None,
 ) -> dict[str, np.ndarray]:
     """The picture of each network, [1 or B, H, W, C] in [0, 1]."""
     if not names:
@@ -137,13 +184,15 @@ def _pictures(
         raise ValueError(
             f"{option} holds pictures for {many} of {len(names)} networks; give a list with those of each."
         )
-    return {f"{n}_image": _picture(dict(pipe.specs)[n].config, size, g, option) for n, g in zip(names, given)}
+    return {f"{n}_image": _picture(dict(pipe.specs)[n].config, size, g, option, box) for n, g in zip(names, given)}
 
 
-def _picture(config: Any, size: Size, given: Pictures, option: str) -> np.ndarray:
+def _picture(config: Any, size: Size, given: Pictures, option: str, box: Box | None) -> np.ndarray:
     channels = getattr(config, "conditioning_channels", None) or config.in_channels
     given = list(given) if isinstance(given, list | tuple) else [given]
-    if all(isinstance(g, Image.Image) for g in given):
+    if box is not None:
+        array = (to_array(given, size.height, size.width, box) + 1) / 2
+    elif all(isinstance(g, Image.Image) for g in given):
         resized = [
             g.convert("RGB" if channels == 3 else "L").resize((size.width, size.height), Image.Resampling.LANCZOS)
             for g in given

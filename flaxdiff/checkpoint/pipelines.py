@@ -207,6 +207,8 @@ def save_pipeline(
 ) -> None:
     """Write a pipeline in diffusers' layout; PyTorch's diffusers loads it. Arguments and care as of `save_model`.
 
+    An IP-Adapter has no place in that layout: it stays in its own file, to be put on again.
+
     Raises:
       ValueError: the parameters of a component are missing, or are not those of its spec.
     """
@@ -220,6 +222,8 @@ def save_pipeline(
     index: dict[str, Any] = {"_class_name": type(pipe).__name__, **defaults, **plain}
     with files.staged(Path(folder)) as stage:
         for name, spec in pipe.specs:
+            if spec.module.library is None:
+                continue
             index[name] = [spec.module.library, spec.module.__name__]
             (stage / name).mkdir()
             options = {"dtype": dtype, "max_shard_size": max_shard_size, "variant": variant}

@@ -147,6 +147,7 @@ class IPAdapter(Model):
     """
 
     config_class = IPAdapterConfig
+    library = None
 
     def __init__(self, config: IPAdapterConfig):
         self.image_proj = PROJECTIONS[config.kind](config)
