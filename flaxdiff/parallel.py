@@ -107,7 +107,6 @@ _FIRST = r"(to_[qkv]|[qkv]_proj|ff\.net\.0\.proj|mlp\.fc1|token_embedding|resnet
 _SECOND = r"(to_out\.0|out_proj|ff\.net\.2|mlp\.fc2|resnets\.\d+\.conv2)\.weight"
 RULES: Rules = (
     (rf"norm|{_VAE}.*bias$", whole),
-    (r"upsamplers.*weight", Split({"fsdp": -2})),  # its outputs for even and odd pixels are laid side by side
     (_VAE, Split({"fsdp": None})),
     (rf"{_FIRST}bias$", Split({"tensor": -1})),
     (rf"bias$|{_SECOND}\.scale$", whole),  # a scale of 8 bits has no side of inputs
@@ -236,17 +235,19 @@ def splits(shape: tuple[int, ...], wishes: Sequence[str | None]) -> tuple[tuple[
 
     Args:
       shape: of an array.
-      wishes: for each dimension an axis of the mesh; "batch" for its `batch_axes`, "rest" for every axis, "whole" or
-        None for none. An axis that is missing, taken or does not divide is passed over.
+      wishes: for each dimension an axis of the mesh; "batch" for its `batch_axes`; "rest" for these and "context", for
+        "context" alone where layers are split as well; "whole" or None for none. An axis that is missing, taken or does
+        not divide is passed over.
 
     >>> splits((8, 4), ("batch", "rest"))  # no mesh in context
     ((), ())
     """
-    free, mesh = _free(), jax.sharding.get_abstract_mesh()
+    free, batch = _free(), batch_axes(jax.sharding.get_abstract_mesh())
+    known = {"batch": batch, "rest": ("context",) if "tensor" in free else (*batch, "context")}
     found = []
     for length, wish in zip(shape, wishes):
         axes: list[str] = []
-        for axis in {"batch": batch_axes(mesh), "rest": mesh.axis_names}.get(wish, (wish,)):
+        for axis in known.get(wish, (wish,)):
             if axis in free and length % free[axis] == 0:
                 length //= free.pop(axis)
                 axes.append(axis)
@@ -269,6 +270,16 @@ def constrain(x: jax.Array, *wishes: str | None) -> jax.Array:
     open_ = PartitionSpec.UNCONSTRAINED
     dims = [a or (None if wish == "whole" else open_) for a, wish in zip(axes, wishes)]
     return _laid(x, PartitionSpec(*dims, *[open_] * (x.ndim - len(dims))))
+
+
+def gathered(weight: jax.Array) -> jax.Array:
+    """The weight of a convolution, whole on every device if the mesh in context may split the rows of pictures.
+
+    XLA gives wrong numbers where both rows and weights are split.
+    """
+    free = _free()
+    rows = "context" in free or "tensor" not in free
+    return constrain(weight, *["whole"] * weight.ndim) if rows else weight
 
 
 # outside of a compiled function too

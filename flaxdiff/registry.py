@@ -118,6 +118,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "StableDiffusionXLControlNetInpaintPipeline",
             "StableDiffusionXLControlNetPipeline",
         ),
+        "flaxdiff.pipelines.image_variation": ("StableDiffusionImageVariationPipeline",),
         "flaxdiff.pipelines.k_diffusion": ("StableDiffusionKDiffusionPipeline", "StableDiffusionXLKDiffusionPipeline"),
         "flaxdiff.pipelines.pipeline": ("DiffusionPipeline",),
         "flaxdiff.pipelines.stable_diffusion": (

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxdiff import parallel
+
 HOST = jax.memory.Space.Host
 
 
@@ -184,11 +186,11 @@ def conv(
         case Quantized(q, scale):
             return conv(x, q.astype(x.dtype), **options) * scale
         case _ if doubled:
-            return _doubled(x, weight)
+            return _doubled(x, parallel.gathered(weight))
         case _ if weight.shape[:2] == strides == (1, 1) and not np.any(padding):
             return dot(x, weight[0, 0])
         case _:
-            return _convolve(x, weight, strides, padding)
+            return _convolve(x, parallel.gathered(weight), strides, padding)
 
 
 def _scaled(low: jax.Array, scale: jax.Array) -> jax.Array:

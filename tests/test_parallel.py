@@ -50,17 +50,17 @@ def test_wishes():
     assert parallel.constrain(x, "batch", "rest") is x
     with jax.set_mesh(mesh_of(data=2, context=2, tensor=2)):
         assert parallel.splits((4, 8), ("batch", "context")) == (("data",), ("context",))
-        assert parallel.splits((4, 8), ("batch", "rest")) == (("data",), ("context", "tensor"))
-        assert parallel.splits((3, 8), ("batch", "rest")) == ((), ("data", "context", "tensor"))
-        assert parallel.splits((3, 6, 5), ("batch", "rest", "tensor")) == ((), ("data",), ())
+        assert parallel.splits((3, 8, 6), ("batch", "rest", "tensor")) == ((), ("context",), ("tensor",))
         assert parallel.splits((8, 8), (None, "fsdp")) == ((), ())
         laid = jax.jit(lambda x: parallel.constrain(2 * x, "batch", "context", "tensor"))(x)
         assert laid.sharding.spec == PartitionSpec("data", "context", "tensor")
         inside = lambda x: parallel.constrain(x, "batch", "rest") + 1  # whose axes are the function's own affair
         whole = PartitionSpec("data", "context", "tensor")
         close(jax.jit(jax.shard_map(inside, in_specs=whole, out_specs=whole))(x), x + 1, 0)
-    with jax.set_mesh(mesh_of(data=2, fsdp=4)):
-        assert parallel.splits((4,), ("batch",)) == (("data",),)
+    with jax.set_mesh(mesh_of(data=2, fsdp=2, context=2)):
+        assert parallel.splits((4, 8), ("batch", "rest")) == (("data", "fsdp"), ("context",))
+        assert parallel.splits((2, 8), ("batch", "rest")) == (("data",), ("fsdp", "context"))
+        assert parallel.splits((3, 6), ("batch", "rest")) == ((), ("data",))
 
 
 def test_presets_with_context():
@@ -205,13 +205,34 @@ def test_pictures_are_decoded_in_rows(platform, side, attends):
     assert moved["all-reduce"][1] < 1e4  # moments of the normalisations
 
 
-def test_rows_decode_to_the_same_picture():
-    params, z = flaxdiff.init(VAE, KEY), jax.random.normal(KEY, (2, 16, 16, 4))
-    mesh = mesh_of(data=2, tensor=4)
+@pytest.mark.parametrize(
+    "axes", [{"fsdp": 2, "context": 4}, {"data": 4, "fsdp": 2}, {"fsdp": 8}, {"tensor": 8}], ids=str
+)
+def test_rows_decode_to_the_same_picture(axes):
+    """Also where weights are split."""
+    params, z, mesh = flaxdiff.init(VAE, KEY), jax.random.normal(KEY, (2, 16, 16, 4)), mesh_of(**axes)
     with jax.set_mesh(mesh):
-        rows = jax.jit(decode)(flaxdiff.distribute(params, mesh), flaxdiff.shard(z, mesh))
-    assert rows.sharding.spec == PartitionSpec("data", "tensor")
+        rows = jax.jit(decode)(flaxdiff.distribute(params, mesh), flaxdiff.replicate(z, mesh))
     close(rows, jax.jit(decode)(params, z), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["fsdp=2+cp", "fsdp=2+tp=2+cp", "fsdp=2+tp"])
+def test_gradients_with_everything_split(preset):
+    """Weights over some axes, rows and heads over others: the shipped UNet and its gradients as on one device."""
+    pipe, params = flaxdiff.load()
+    spec, params, mesh = pipe.unet, params["unet"], flaxdiff.make_mesh(preset)
+    rng = np.random.default_rng(0)
+    x, text = (rng.standard_normal(s).astype(np.float32) for s in ((2, 16, 16, 8), (2, 7, 256)))
+
+    def both(params, x, text):
+        run = lambda params: flaxdiff.apply(spec, params, x, 7, text)
+        return run(params), jax.grad(lambda params: jnp.square(run(params)).mean())(params)
+
+    wanted = jax.jit(both)(params, x, text)
+    with jax.set_mesh(mesh):
+        ours = jax.jit(both)(flaxdiff.distribute(params, mesh), *flaxdiff.shard((x, text), mesh))
+    close(ours, wanted, 1e-5)
 
 
 def test_each_branch_of_guidance_on_its_own_device():

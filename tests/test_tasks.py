@@ -8,13 +8,21 @@ import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
-from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    DPTConfig,
+    DPTForDepthEstimation,
+    DPTImageProcessor,
+)
 
 import flaxdiff
 from flaxdiff import images
 
 rng = np.random.default_rng(0)
 normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 KEY = jax.random.key(0)
 PICTURE = rng.uniform(size=(1, 16, 16, 3)).astype(np.float32)
 MASK = np.zeros((1, 16, 16, 1), np.float32)
@@ -82,9 +90,9 @@ def other(build, part="unet", seed=5, **config):
     ("name", "build", "channels", "scheduler"),
     [
         ("StableDiffusionInpaintPipeline", peers.stable_diffusion_1, 4, "PNDMScheduler"),
-        ("StableDiffusionInpaintPipeline", peers.stable_diffusion_1, 9, "DDIMScheduler"),
+        slow("StableDiffusionInpaintPipeline", peers.stable_diffusion_1, 9, "DDIMScheduler"),
         ("StableDiffusionXLInpaintPipeline", peers.stable_diffusion_xl, 4, "EulerDiscreteScheduler"),
-        ("StableDiffusionXLInpaintPipeline", peers.stable_diffusion_xl, 9, "EulerDiscreteScheduler"),
+        slow("StableDiffusionXLInpaintPipeline", peers.stable_diffusion_xl, 9, "EulerDiscreteScheduler"),
     ],
 )
 def test_inpainting(name, build, channels, scheduler, monkeypatch):
@@ -104,6 +112,7 @@ def test_inpainting(name, build, channels, scheduler, monkeypatch):
         assert pipe(params, KEY, **options).images[0].size == (30, 24)
 
 
+@pytest.mark.slow
 def test_an_ensemble_inpaints(monkeypatch):
     """The second half of the denoising goes on from latents that the first left as noisy as they were."""
     build, name = peers.stable_diffusion_xl, "StableDiffusionXLInpaintPipeline"
@@ -122,7 +131,7 @@ def test_an_ensemble_inpaints(monkeypatch):
     ("name", "build"),
     [
         ("StableDiffusionInstructPix2PixPipeline", peers.stable_diffusion_1),
-        ("StableDiffusionXLInstructPix2PixPipeline", peers.stable_diffusion_xl),
+        slow("StableDiffusionXLInstructPix2PixPipeline", peers.stable_diffusion_xl),
     ],
 )
 def test_edit(name, build, monkeypatch):
@@ -148,6 +157,7 @@ def test_latent_consistency(name, monkeypatch):
     np.testing.assert_array_equal(inputs["plan"].timesteps[:3], peer.scheduler.timesteps)
 
 
+@pytest.mark.slow
 def test_upscale(monkeypatch):
     build = peers.stable_diffusion_2
     parts = dict(
@@ -180,6 +190,7 @@ ESTIMATOR = DPTForDepthEstimation(
 )
 
 
+@pytest.mark.slow
 def test_depth_to_image(monkeypatch):
     build, depth = peers.stable_diffusion_2, normal(1, 11, 13)
     parts = dict(unet=other(build, in_channels=5), depth_estimator=ESTIMATOR, feature_extractor=DPTImageProcessor())
@@ -187,6 +198,29 @@ def test_depth_to_image(monkeypatch):
     options = dict(prompt="cat", num_inference_steps=4, image=PICTURE, strength=0.6, depth_map=depth)
     there = dict(depth_map=torch.tensor(depth), image=torch.tensor(PICTURE).permute(0, 3, 1, 2))
     assert compare(monkeypatch, pipe, params, peer, options, normal(1, 8, 8, 4), theirs=there) < 1e-3
+
+
+def test_image_variation(monkeypatch):
+    build = peers.stable_diffusion_1
+    torch.manual_seed(0)
+    encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            projection_dim=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=16,
+        )
+    ).eval()
+    extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    parts = dict(image_encoder=encoder, feature_extractor=extractor, safety_checker=None)
+    pipe, params, peer = made(build, "StableDiffusionImageVariationPipeline", "DDIMScheduler", **parts)
+    options = dict(image=pillow(50, 40, 3), num_inference_steps=3)
+    assert compare(monkeypatch, pipe, params, peer, options, normal(1, 8, 8, 4)) < 1e-3
+    with pytest.raises(ValueError, match="starts from a picture"):
+        pipe.prepare_inputs()
 
 
 # --- what holds of all -----------------------------------------------------------------------------------------------
@@ -258,6 +292,19 @@ def test_bad_input(emoji, cls, options, message):
     pipe = getattr(flaxdiff, f"StableDiffusion{cls}Pipeline").from_pipe(pipe)
     with pytest.raises(ValueError, match=message):
         pipe.prepare_inputs(prompt="x", **options)
+
+
+@pytest.mark.parametrize("cls", ["Inpaint", "Img2Img"])
+def test_blank_inputs_have_the_shapes_of_a_call(emoji, cls):
+    """What is compiled ahead of a call serves it."""
+    from flaxdiff.pipelines.tasks import blank_inputs
+
+    pipe = getattr(flaxdiff, f"StableDiffusion{cls}Pipeline").from_pipe(emoji[0])
+    mask = dict(mask_image=MASK[0], height=16, width=16) if cls == "Inpaint" else {}
+    there = blank_inputs(pipe, height=16, width=16)
+    here = pipe.prepare_inputs(prompt="x", image=PICTURE, **mask)
+    shapes = lambda inputs: jax.tree.map(lambda a: (np.shape(a), np.asarray(a).dtype), inputs)
+    assert shapes(there) == shapes(here)
 
 
 def test_no_counterpart(emoji):

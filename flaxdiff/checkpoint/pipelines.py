@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
 
 EMOJI = Path(__file__).parent.parent / "assets" / "emoji"
-SKIPPED = ("safety_checker", "feature_extractor", "depth_estimator")  # no pipeline here needs them
+# passed over, but by a pipeline whose `reads` names them
+SKIPPED = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator")
 SEVERAL = {"MultiControlNetModel": "ControlNetModel", "MultiAdapter": "T2IAdapter"}  # in folders name, name_1, …
 SCHEDULER = "scheduler_config.json"
 DEFAULTS = "_defaults"  # how the checkpoint likes to be sampled; PyTorch's diffusers skips what begins so
@@ -68,6 +69,7 @@ def load_pipeline(
     root = hub.fetch(repo, [files.PIPELINE], **download)
     class_name, components, settings = read_index(root)
     cls = cls.resolve(class_name)
+    components = read_by(cls, components)
     if not Path(repo).expanduser().is_dir():
         download["revision"] = root.name  # the commit: all components come from the same one
 
@@ -128,6 +130,11 @@ def _check(parts: Mapping[str, Any], sorts: Mapping[str, str]) -> None:
         raise ValueError("A pipeline needs a scheduler, and there is none; take a complete folder, or give scheduler=.")
 
 
+def read_by(cls: type["DiffusionPipeline"], components: Mapping[str, str]) -> dict[str, str]:
+    """The components that a pipeline has a use for."""
+    return {name: named for name, named in components.items() if name not in SKIPPED or name in cls.reads}
+
+
 def read_index(folder: Path) -> tuple[str, dict[str, str], dict[str, Any]]:
     """What a folder's `model_index.json` says: the pipeline's class, component -> class, and the other settings.
 
@@ -148,7 +155,7 @@ def read_index(folder: Path) -> tuple[str, dict[str, str], dict[str, Any]]:
             raise damaged(path, f"its {DEFAULTS} is no object")
         settings["defaults"] = frozen(index[DEFAULTS])
     for name, value in index.items():
-        if name.startswith("_") or name in SKIPPED:
+        if name.startswith("_"):
             continue
         if not name.isidentifier():
             raise ValueError(

@@ -83,8 +83,8 @@ class ControlNetModel(UNetEncoder):
     @classmethod
     def to_config(cls, config: ControlNetConfig) -> dict[str, Any]:
         """As of every model, without the settings that diffusers' class does not have."""
-        absent = [k for k in ("time_embedding_dim", "time_cond_proj_dim") if getattr(config, k) is None]
-        return {k: v for k, v in super().to_config(config).items() if k not in absent}
+        absent = ("time_embedding_dim", "time_cond_proj_dim")
+        return {k: v for k, v in super().to_config(config).items() if k not in absent or v is not None}
 
     def __init__(self, config: ControlNetConfig):
         super().__init__(config)

@@ -55,9 +55,9 @@ class EncoderConfig(Config):
     num_class_embeds: int | None = None
     upcast_attention: bool = False  # softmax runs in float32 here either way
     resnet_time_scale_shift: str = only("default", "scale_shift")
+    time_cond_proj_dim: int | None = None  # this and time_embedding_dim: diffusers' ControlNet has no choice of them
     projection_class_embeddings_input_dim: int | None = None
-    time_embedding_dim: int | None = None  # diffusers' ControlNet has no choice of it
-    time_cond_proj_dim: int | None = None
+    time_embedding_dim: int | None = None
     addition_embed_type_num_heads: int = 64
     # (chunk_size, dim): so many tokens (dim 1) or pictures (dim 0) at a time go through the feed-forward
     forward_chunking: tuple[int, int] | None = setting(None)

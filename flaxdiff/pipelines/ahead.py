@@ -209,7 +209,7 @@ def _kept(program: Program, arguments: Any, folder: Path) -> dict[str, Part]:
             parts = _built(program, arguments, stage)
             files.write_json(stage / MANIFEST, {"conditions": conditions, "sha256": _checksums(stage)})
         return parts
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, TypeError, ValueError) as error:
         _note(f"Programs are compiled for this process only, and not kept in {folder}: {error}")
         return _built(program, arguments)
 
@@ -306,7 +306,13 @@ def _conditions(program: Program, arguments: Any) -> dict[str, Any]:
 
 
 def _named(part: Any) -> str:
-    """The name of one of the library's functions or classes."""
+    """What a program is made of, in words: the library's functions and classes by name, plain data as it is.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    if not callable(part):
+        return json.dumps(part)
     name = f"{part.__module__}.{getattr(part, '__qualname__', part)}"
     found = functools.reduce(lambda at, step: getattr(at, step, None), name.split(".")[1:], flaxdiff)
     if name.split(".")[0] != "flaxdiff" or found is not part:

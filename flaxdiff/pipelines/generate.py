@@ -70,7 +70,7 @@ class Family(NamedTuple):
       times: (networks, timesteps [N], cond) -> what the network makes of each time, [N, …], worked out once for all
         steps; None where it makes nothing of it that is worth keeping.
       distilled: (networks' specs, guidance_scale) -> what to tell a network that was distilled with guidance, arrays
-        for the inputs, in place of a second branch; none for others.
+        for the inputs, in place of a second branch; none for others. None where no network is.
       loop: the networks that `predict` calls.
     """
 
@@ -81,7 +81,7 @@ class Family(NamedTuple):
     decode: Callable[[Networks, jax.Array], jax.Array]
     encode_image: Callable[..., jax.Array] | None = None
     times: Callable[[Networks, jax.Array, Cond], Any] | None = None
-    distilled: Callable[[Mapping[str, core.Spec], Any], dict[str, Any]] = lambda specs, scale: {}
+    distilled: Callable[[Mapping[str, core.Spec], Any], dict[str, Any]] | None = None
     loop: tuple[str, ...] = ("unet",)
 
 

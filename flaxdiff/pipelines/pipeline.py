@@ -87,6 +87,7 @@ class DiffusionPipeline:
     finish: ClassVar[Callable] = staticmethod(
         lambda images, options: images
     )  # Pillow's pictures -> what a call returns
+    reads: ClassVar[tuple[str, ...]] = ()  # components of a checkpoint that most pipelines pass over
     defaults: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 7.5}
 
     # --- loading, saving, changing -----------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ class DiffusionPipeline:
         ahead.keep_compiled()
         defaults = {**self.defaults, **dict(dict(self.settings).get("defaults", ()))}
         scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-        distilled = self.family.distilled(dict(self.specs), scale)
+        distilled = self.family.distilled(dict(self.specs), scale) if self.family.distilled else {}
         guided = bool(np.max(scale) > 1) and not distilled
         options["prompt"] = prompt
         takes = lambda function: {k: v for k, v in options.items() if k in inspect.signature(function).parameters}

@@ -135,13 +135,15 @@ def blank_inputs(pipe: "DiffusionPipeline", batch: int = 1, **options: Any) -> d
       batch: pictures to make.
       **options: height, width, and others of `prepare_inputs`.
     """
-    takes = lambda function: inspect.signature(function).parameters
-    options |= {"prompt": [""] * batch} if "prompt" in takes(pipe.family.prepare) else {"batch_size": batch}
-    if "image" in takes(pipe.task):
+    takes = {**inspect.signature(pipe.family.prepare).parameters, **inspect.signature(pipe.task).parameters}
+    options |= {"prompt": [""] * batch} if "prompt" in takes else {}
+    options |= {"batch_size": batch} if "batch_size" in takes else {}
+    if "image" in takes:
         size = native_size(pipe)
-        height, width = (options.pop(side, None) or getattr(size, side) for side in ("height", "width"))
+        asked = options.get if "height" in takes else options.pop
+        height, width = (asked(side, None) or getattr(size, side) for side in ("height", "width"))
         options["image"] = np.zeros((batch, height, width, 3), np.float32)
-        if "mask_image" in takes(pipe.task):
+        if "mask_image" in takes:
             options["mask_image"] = np.ones((batch, height, width, 1), np.float32)
         nets = sum(name.split("_")[0] in pipe.steers for name, _ in pipe.specs)
         if nets:
