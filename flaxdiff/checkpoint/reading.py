@@ -90,7 +90,7 @@ def find(
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     dtype = network_dtype(dtype)
     folder = fetch(repo, subfolder or "", cls.library, variant, download)
-    spec = cls.from_config(files.read_json(folder / files.CONFIG) | _overrides(cls, overrides))
+    spec = cls.from_config(files.read_json(folder / files.CONFIG) | settings(cls, overrides))
     weights = files.weight_file(folder, cls.library, variant)
     shapes = abstract(spec, dtype)
     places = sharding(shapes) if callable(sharding) else sharding
@@ -99,7 +99,7 @@ def find(
     return Found(spec, laid, load)
 
 
-def _overrides(cls: type[Model], overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+def settings(cls: type[Model], overrides: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings that a caller gives instead of the file's: each must be one that the model has."""
     fields = [field.name for field in dataclasses.fields(cls.config_class)]
     for key in overrides:
