@@ -31,12 +31,17 @@ def parser() -> argparse.ArgumentParser:
     add = plan.add_argument
     add("--model", default="emoji", help="emoji, sd15, sd21, sdxl, sdxl-refiner, or a folder with configurations")
     add("--topology", required=True, help="kind of chip and shape of the slice, e.g. v5e:2x4")
-    add("--preset", default="fsdp", help="dp, fsdp, tp, or a product such as dp+fsdp or fsdp+tp=4 (default: fsdp)")
+    add("--preset", default="fsdp", help="dp, fsdp, tp, cp, or a product such as dp+fsdp or fsdp+tp=4 (default: fsdp)")
     add("--batch", type=int, help="pictures in all; one for each part that a batch is split into if left out")
     add("--height", type=int, help="in pixels; what the model was trained on if left out")
     add("--width", type=int, help="in pixels; what the model was trained on if left out")
     add("--steps", type=int, help="steps of the scheduler; the model's own number if left out")
     add("--train", action="store_true", help="plan a training step, optimiser included")
+    add(
+        "--remat",
+        default="none",
+        help="what a training step computes again on the way back: none (default), dots, full",
+    )
     add("--dtype", default="bfloat16", help="what networks compute in: bfloat16 (default) or float32")
     add("--json", action="store_true", help="print JSON")
     return top

@@ -21,9 +21,10 @@ from flax import nnx
 
 Params = dict[str, Any]  # name in the checkpoint -> array, or another kind of weight (see weights.py)
 
-# How attention is computed: the one setting that reaches every layer without being handed along. `apply` sets it from
-# the spec while it traces, so it is part of what is compiled.
+# How attention is computed, and what is computed again on the way back: settings that reach every layer without being
+# handed along. `apply` sets them from the spec while it traces, so they are part of what is compiled.
 attention_backend: contextvars.ContextVar[str] = contextvars.ContextVar("attention_backend", default="auto")
+rematerialised: contextvars.ContextVar[str] = contextvars.ContextVar("rematerialised", default="none")
 
 
 class Spec(NamedTuple):
@@ -50,12 +51,18 @@ class Leaf(NamedTuple):
     stack: str | None = None
 
 
+def setting(default: Any) -> Any:
+    """A configuration field that is ours: how to compute, not what; no `config.json` holds it."""
+    return dataclasses.field(default=default, metadata={"setting": True})
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What every model's configuration has beside its own fields."""
 
-    scan_layers: bool = True  # equal blocks in a row: stacked parameters and one scan, or a loop
-    attention: str = "auto"  # how attention is computed, see nn/attention.py
+    scan_layers: bool = setting(True)  # equal blocks in a row: stacked parameters and one scan, or a loop
+    attention: str = setting("auto")  # how attention is computed, see nn/attention.py
+    remat: str = setting("none")  # what the way back computes again rather than keeps, see nn/stack.py
 
 
 def only(default: Any, *others: Any) -> Any:
@@ -77,7 +84,7 @@ class Model(nnx.Module):
 
         Args:
           config: the dictionary, with diffusers' keys; what is left out takes diffusers' default. Keys that begin with
-            an underscore are notes of the writer. `scan_layers` and `attention` are ours.
+            an underscore are notes of the writer. Settings of ours, such as `scan_layers`, may be among them.
 
         Raises:
           ValueError: a key that the model does not have (unless it is switched off), or a value not implemented.
@@ -122,8 +129,8 @@ class Model(nnx.Module):
     @classmethod
     def to_config(cls, config: Config) -> dict[str, Any]:
         """The `config.json` of this configuration: diffusers' keys, and who wrote it."""
-        ours = {f.name for f in dataclasses.fields(Config)}
-        keys = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in ours}
+        fields = [f.name for f in dataclasses.fields(config) if "setting" not in f.metadata]
+        keys = {name: getattr(config, name) for name in fields}
         return {"_class_name": cls.__name__, **keys}
 
     def __init__(self, config: Any): ...
@@ -241,8 +248,10 @@ def apply(spec: Spec, params: Params, *args: Any, method: str = "__call__", **kw
             "params must hold every name in flaxdiff.abstract(spec)."
         )
     module = nnx.merge(graph, jax.tree.unflatten(tree, [params[name] for name in leaves]))
-    token = attention_backend.set(spec.config.attention)
-    try:
+
+    def run() -> Any:
+        attention_backend.set(spec.config.attention)
+        rematerialised.set(spec.config.remat)
         return getattr(module, method)(*args, **kwargs)
-    finally:
-        attention_backend.reset(token)
+
+    return contextvars.copy_context().run(run)  # the settings end with the call

@@ -5,13 +5,17 @@ serves sharding, freezing, learning rates and every other choice by name. With p
 `jax.jit(pipe.generate)` runs on one device or on all: XLA inserts the communication. For `jax.pmap`, `replicate` and
 `shard` add the leading axis of devices.
 
-A mesh has up to three axes. The batch is split over "data" and "fsdp", weights over "fsdp" (gathered where they are
-used) and "tensor" (each device computes a part of a layer's channels). `RULES` knows all three and passes over axes
-that a mesh does not have, so a `preset` is no more than the sizes of the axes.
+A mesh has up to four axes. The batch is split over "data" and "fsdp", weights over "fsdp" (gathered where they are
+used) and "tensor" (each device computes a part of a layer's channels), tokens and the rows of pictures over "context".
+`RULES` and `constrain` know all four and pass over axes that a mesh does not have, so a `preset` is no more than the
+sizes of the axes. `start` joins the processes of many hosts, whose devices then make one mesh.
 """
 
 import dataclasses
+import functools
+import logging
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flaxdiff.core import Params
 from flaxdiff.schedulers import Plan
@@ -45,26 +49,28 @@ def first_match(rules: Rules, name: str) -> Any:
     )
 
 
-def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(shape: Mapping[str, int] | str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over devices with named axes; by default all of them along "data".
 
     Args:
-      shape: axis -> size, e.g. {"data": 2, "fsdp": 4}.
+      shape: axis -> size, e.g. {"data": 2, "fsdp": 4}; or a `preset`, e.g. "fsdp+cp=4".
       devices: by default all, of all hosts.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or there is no such preset.
 
-    >>> make_mesh({"data": 1}, jax.devices()[:1]).axis_names
-    ('data',)
+    >>> make_mesh("fsdp", jax.devices()[:1]).axis_names
+    ('fsdp',)
     """
     devices = jax.devices() if devices is None else devices
+    if isinstance(shape, str):
+        shape = preset(shape, len(devices))
     shape = {"data": len(devices)} if shape is None else shape
     if np.prod(list(shape.values())) != len(devices):
         raise ValueError(
             f"A mesh of {dict(shape)} does not hold {len(devices)} devices; the sizes must multiply to that."
         )
-    return Mesh(np.asarray(devices).reshape(*shape.values()), tuple(shape))
+    return Mesh(np.asarray(devices).reshape(*shape.values()), tuple(shape), (AxisType.Auto,) * len(shape))
 
 
 def whole(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -89,8 +95,8 @@ class Split:
         for axis, wish in self.wishes.items():
             dims = range(len(shape)) if wish is None else [len(shape) + wish] if len(shape) + wish >= 0 else []
             free = [d for d in dims if axis in mesh.shape and axes[d] is None and shape[d] % mesh.shape[axis] == 0]
-            if free:
-                axes[max(free, key=lambda d: shape[d])] = axis
+            if free:  # of equal ones the last, which for most weights lies in one piece in a file
+                axes[max(free, key=lambda d: (shape[d], d))] = axis
         return PartitionSpec(*axes)
 
 
@@ -103,18 +109,19 @@ RULES: Rules = (
     (rf"norm|{_VAE}.*bias$", whole),
     (_VAE, Split({"fsdp": None})),
     (rf"{_FIRST}bias$", Split({"tensor": -1})),
-    (r"bias$", whole),
+    (rf"bias$|{_SECOND}\.scale$", whole),  # a scale of 8 bits has no side of inputs
     (_FIRST, Split({"tensor": -1, "fsdp": None})),
     (_SECOND, Split({"tensor": -2, "fsdp": None})),
     (r"", Split({"fsdp": None})),
 )
 
 
-def shardings(params: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> dict[str, Any]:
+def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """Where each parameter lies, for `jax.device_put`, `jax.jit(init, out_shardings=…)` or a loader.
 
     Args:
-      params: name -> array, abstract array, or another kind of weight; or component -> such a dictionary.
+      tree: name -> array, abstract array, or another kind of weight; component -> such a dictionary; or a training
+        state, whose moments and averages carry the names of the parameters.
       mesh: the devices.
       rules: (regex, choice), first match wins.
 
@@ -122,14 +129,18 @@ def shardings(params: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> di
     >>> tuple(shardings({"proj.weight": jnp.zeros((4, 8))}, mesh)["proj.weight"].spec)
     (None, 'fsdp')
     """
-    if all(isinstance(value, Mapping) for value in params.values()):
-        return {component: shardings(values, mesh, rules) for component, values in params.items()}
-    place = lambda name: lambda leaf: NamedSharding(mesh, first_match(rules, name)(leaf.shape, mesh))
-    return {name: jax.tree.map(place(name), weight) for name, weight in params.items()}
+    place = lambda path, leaf: NamedSharding(mesh, first_match(rules, _name(path))(leaf.shape, mesh))
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def distribute(params: Params, mesh: Mesh, rules: Rules = RULES) -> Params:
-    """Parameters put where the rules say."""
+    """Parameters put where the rules say; a log line tells which ones an axis does not divide."""
+    for note in notes(params, mesh, rules):
+        tell(note)
     return jax.device_put(params, shardings(params, mesh, rules))
 
 
@@ -142,25 +153,35 @@ def unmet(params: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> dict[s
     """
     found: dict[str, list[str]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        choice = first_match(rules, name)
+        choice = first_match(rules, _name(path))
         for axis in getattr(choice, "wishes", ()):
             if mesh.shape.get(axis, 1) > 1 and axis not in choice(leaf.shape, mesh):
-                found.setdefault(axis, []).append(name)
+                found.setdefault(axis, []).append(_name(path))
     return found
+
+
+def notes(params: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> list[str]:
+    """What `unmet` finds, in sentences."""
+    return [
+        f"{mesh.shape[axis]} divides no side of these, not split over {axis}: {len(names)}, e.g. {names[0]}."
+        for axis, names in unmet(params, mesh, rules).items()
+    ]
+
+
+tell = functools.cache(logging.getLogger(__name__).warning)  # the same thing once
 
 
 # --- presets ---------------------------------------------------------------------------------------------------------
 
-AXES = {"dp": "data", "fsdp": "fsdp", "tp": "tensor"}
+AXES = {"dp": "data", "fsdp": "fsdp", "tp": "tensor", "cp": "context"}
 
 
 def preset(text: str, devices: int) -> dict[str, int]:
     """The shape of the mesh that a short name stands for.
 
     Args:
-      text: "dp" (copies of the weights), "fsdp" or "tp", or a product such as "dp+fsdp" or "fsdp+tp=4". Axes without a
-        size share what is left, the later ones taking the larger part.
+      text: "dp" (copies of the weights), "fsdp", "tp" or "cp", or a product such as "dp+fsdp" or "fsdp+cp=4". Axes
+        without a size share what is left, the later ones taking the larger part.
       devices: how many there are.
 
     Raises:
@@ -191,12 +212,78 @@ def preset(text: str, devices: int) -> dict[str, int]:
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes that a batch is split over: all but those that split the layers themselves.
+    """The axes that a batch is split over: all but those that split layers, or a single picture.
 
     >>> batch_axes(make_mesh({"fsdp": 1, "tensor": 1}, jax.devices()[:1]))
     ('fsdp',)
     """
-    return tuple(axis for axis in mesh.axis_names if axis != "tensor")
+    return tuple(axis for axis in mesh.axis_names if axis not in ("tensor", "context"))
+
+
+# --- activations, by the mesh in context -----------------------------------------------------------------------------
+
+
+def _free() -> dict[str, int]:
+    """The axes of the mesh in context that XLA may split over; those of a shard_map are the function's own affair."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = zip(mesh.shape.items(), mesh.axis_types)
+    return {axis: size for (axis, size), kind in types if size > 1 and kind == AxisType.Auto}
+
+
+def splits(shape: tuple[int, ...], wishes: Sequence[str | None]) -> tuple[tuple[str, ...], ...]:
+    """For each dimension, the axes of the mesh in context that it can be split over.
+
+    Args:
+      shape: of an array.
+      wishes: for each dimension an axis of the mesh; "batch" for its `batch_axes`; "rest" for these and "context", for
+        "context" alone where layers are split as well; "whole" or None for none. An axis that is missing, taken or does
+        not divide is passed over.
+
+    >>> splits((8, 4), ("batch", "rest"))  # no mesh in context
+    ((), ())
+    """
+    free, batch = _free(), batch_axes(jax.sharding.get_abstract_mesh())
+    known = {"batch": batch, "rest": ("context",) if "tensor" in free else (*batch, "context")}
+    found = []
+    for length, wish in zip(shape, wishes):
+        axes: list[str] = []
+        for axis in known.get(wish, (wish,)):
+            if axis in free and length % free[axis] == 0:
+                length //= free.pop(axis)
+                axes.append(axis)
+        found.append(tuple(axes))
+    return tuple(found)
+
+
+def constrain(x: jax.Array, *wishes: str | None) -> jax.Array:
+    """x itself, split over the mesh in context (`with jax.set_mesh(mesh)`) as far as `wishes` can be met, see `splits`.
+
+    XLA decides on dimensions that nothing splits, unless "whole" is wished for, and on all where there is no mesh.
+
+    >>> with jax.set_mesh(make_mesh({"data": 1}, jax.devices()[:1])):
+    ...     constrain(jnp.zeros((2, 4, 4, 3)), "batch", "rest").shape
+    (2, 4, 4, 3)
+    """
+    axes = splits(x.shape, wishes)
+    if not any(axes) and not ("whole" in wishes and _free()):
+        return x
+    open_ = PartitionSpec.UNCONSTRAINED
+    dims = [a or (None if wish == "whole" else open_) for a, wish in zip(axes, wishes)]
+    return _laid(x, PartitionSpec(*dims, *[open_] * (x.ndim - len(dims))))
+
+
+def gathered(weight: jax.Array) -> jax.Array:
+    """The weight of a convolution, whole on every device if the mesh in context may split the rows of pictures.
+
+    XLA gives wrong numbers where both rows and weights are split.
+    """
+    free = _free()
+    rows = "context" in free or "tensor" not in free
+    return constrain(weight, *["whole"] * weight.ndim) if rows else weight
+
+
+# outside of a compiled function too
+_laid = jax.jit(jax.lax.with_sharding_constraint, static_argnums=1, inline=True)
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
@@ -226,7 +313,7 @@ def replicate(tree: Any, over: Mesh | int | None = None) -> Any:
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (n, *jnp.shape(a))), tree)
 
 
-def shard(inputs: Any, over: Mesh | int | None = None) -> Any:
+def shard(inputs: Any, over: Mesh | int | None = None, *, part: bool = False) -> Any:
     """Split a batch over devices.
 
     Args:
@@ -234,6 +321,8 @@ def shard(inputs: Any, over: Mesh | int | None = None) -> Any:
         plan are the same for all.
       over: a mesh, for `jax.jit`: arrays are placed, split along its `batch_axes`; or a number of devices (by default
         the local ones), for `jax.pmap`: arrays get a leading axis of devices.
+      part: of a mesh of several processes, whether each gives its own part of the batch, as when each reads its own
+        data. Otherwise all give the same whole batch, and each puts what its devices hold.
 
     Raises:
       ValueError: the batch does not divide.
@@ -241,17 +330,50 @@ def shard(inputs: Any, over: Mesh | int | None = None) -> Any:
     >>> shard({"ids": np.zeros((4, 7)), "scale": np.float32(5)}, 2)["ids"].shape
     (2, 2, 7)
     """
-    axes = batch_axes(over) if isinstance(over, Mesh) else ()
-    n = math.prod(over.shape[a] for a in axes) if isinstance(over, Mesh) else over or jax.local_device_count()
-
-    def check(a: Any) -> Any:
-        if len(a) % n:
-            raise ValueError(f"A batch of {len(a)} does not divide among {n} devices; use a multiple of {n}.")
-        return a
-
     if isinstance(over, Mesh):
-        everywhere, split = NamedSharding(over, PartitionSpec()), NamedSharding(over, PartitionSpec(axes))
-        put = lambda a, where: jax.device_put(a, where)
-        return by_kind(lambda a: put(a, everywhere), lambda a: put(check(a), split), inputs)
+        everywhere, split = NamedSharding(over, PartitionSpec()), NamedSharding(over, PartitionSpec(batch_axes(over)))
+        n = math.prod(over.shape[axis] for axis in batch_axes(over))
+        n = len({str(rows) for rows in split.addressable_devices_indices_map((n,)).values()}) if part else n
+        put = jax.make_array_from_process_local_data if part else lambda where, a: jax.device_put(a, where)
+        return by_kind(lambda a: put(everywhere, a), lambda a: put(split, _divisible(a, n)), inputs)
+    n = over or jax.local_device_count()
     copies = lambda a: np.broadcast_to(a, (n, *np.shape(a)))
-    return by_kind(copies, lambda a: check(a).reshape(n, len(a) // n, *a.shape[1:]), inputs)
+    return by_kind(copies, lambda a: _divisible(a, n).reshape(n, len(a) // n, *a.shape[1:]), inputs)
+
+
+def _divisible(a: Any, n: int) -> Any:
+    if len(a) % n:
+        raise ValueError(f"A batch of {len(a)} does not divide among {n} devices; use a multiple of {n}.")
+    return a
+
+
+# --- many hosts ------------------------------------------------------------------------------------------------------
+
+PLACE = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def start() -> None:
+    """Join the processes of many hosts into one: call it first, in each; after it `jax.devices()` are those of all.
+
+    Where JAX knows the surroundings by itself (TPU pods, also on GKE, SLURM, Open MPI) there is nothing to say.
+    Elsewhere three environment variables tell each process its place: JAX_COORDINATOR_ADDRESS, host and port of the
+    first process; JAX_NUM_PROCESSES; and JAX_PROCESS_ID, from 0 on. On a single machine, and when called again, nothing
+    happens.
+
+    Raises:
+      ValueError: some of the variables are set and others not, or not to numbers.
+    """
+    if jax.distributed.is_initialized():
+        return
+    told = {name: os.environ[name] for name in PLACE if os.environ.get(name)}
+    if not told:
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            if "coordinator_address" not in str(error):  # which JAX misses where it knows of no other processes
+                raise
+        return
+    if len(told) < len(PLACE) or not all(told[name].isdecimal() for name in PLACE[1:]):
+        raise ValueError(f"The environment has {told}; set {', '.join(PLACE)} (host:port and two numbers), or none.")
+    address, count, number = told.values()
+    jax.distributed.initialize(address, int(count), int(number))

@@ -27,6 +27,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.adapters.merge": ("merge_adapters",),
         "flaxdiff.adapters.textual_inversion": ("load_textual_inversion",),
         "flaxdiff.images": ("make_image_grid",),
+        "flaxdiff.memory": ("cast", "offload", "quantize", "residency"),
         "flaxdiff.schedulers": ("scheduler",),
         "flaxdiff.parallel": ("distribute", "make_mesh", "replicate", "shard", "shardings"),
         "flaxdiff.planning.plan": ("plan",),
@@ -35,7 +36,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.checkpoint.pipelines": ("EMOJI",),
         "flaxdiff.core": ("Spec",),
         "flaxdiff.schedulers": ("AysSchedules", "KarrasDiffusionSchedulers", "SchedulerMixin"),
-        "flaxdiff.weights": ("Int8", "LoRA"),
+        "flaxdiff.weights": ("Float8", "Int8", "LoRA"),
     },
     "model": {
         "flaxdiff.models.autoencoder_asym_kl": ("AsymmetricAutoencoderKL",),

@@ -1,19 +1,23 @@
 """Weights are values: the kinds of thing that `params[name]` may be, and the two contractions that know them.
 
-A weight is an array, or a small record that stands for one: `LoRA` (a frozen base and a low-rank update beside it) or
-`Int8` (quantised, one scale per output). Layers never ask which; they call `dot` or `conv`. So an adapter is put on by
-`params | {name: LoRA(...)}` and taken off again by dropping it: no surgery on modules and no second model. Records are
-pytrees, so `jit`, `grad` and `scan` over stacked layers see through them.
+A weight is an array, or a small record that stands for one: `LoRA` (a frozen base and a low-rank update beside it),
+`Int8` or `Float8` (quantised, one scale per output). Layers never ask which; they call `dot` or `conv`. So an adapter
+is put on by `params | {name: LoRA(...)}` and taken off again by dropping it: no surgery on modules and no second model.
+Records are pytrees, so `jit`, `grad` and `scan` over stacked layers see through them.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from flaxdiff import parallel
+
+HOST = jax.memory.Space.Host
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +29,7 @@ class LoRA:
     given for each image is repeated for each branch.
 
     Attributes:
-      base: the weight [..., in, out] (or HWIO of a convolution); may itself be `Int8`.
+      base: the weight [..., in, out] (or HWIO of a convolution); may itself be quantised.
       down: [..., in, rank] (a convolution: HWI, rank).
       up: [..., rank, out] (a convolution: 1, 1, rank, out).
       scale: a scalar, one for each rank [rank], or for each image and rank [B, rank]; stacked layers have an axis
@@ -44,32 +48,58 @@ class LoRA:
     scale: jax.Array
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Int8:
+class Quantized:
     """A weight held in 8 bits: q · scale, with one scale per output channel.
 
     Attributes:
-      q: int8, the shape of the weight.
+      q: `stored`, the shape of the weight; no further from zero than `top`.
       scale: [..., out], in the dtype of the computation.
+    """
+
+    q: jax.Array
+    scale: jax.Array
+
+    stored: ClassVar[Any]
+    top: ClassVar[float]
+
+
+@jax.tree_util.register_dataclass
+class Int8(Quantized):
+    """A weight in integers.
 
     >>> w = quantize(jnp.array([[1.0, -2.0], [0.5, 4.0]]))
     >>> w.q.dtype, w.scale.shape
     (dtype('int8'), (2,))
     """
 
-    q: jax.Array
-    scale: jax.Array
+    stored, top = jnp.int8, 127.0
 
 
-Weight = jax.Array | LoRA | Int8
+@jax.tree_util.register_dataclass
+class Float8(Quantized):
+    """A weight in 8-bit floating point, four bits of exponent and three of mantissa (e4m3).
+
+    >>> quantize(jnp.array([[1.0, -2.0], [0.5, 4.0]]), Float8).q.dtype
+    dtype(float8_e4m3fn)
+
+    Reference: Micikevicius et al., FP8 Formats for Deep Learning, 2022.
+    """
+
+    stored, top = jnp.float8_e4m3fn, 448.0
 
 
-def quantize(weight: jax.Array) -> Int8:
-    """The 8-bit form of a linear [..., in, out] weight: symmetric, one scale per output channel."""
-    peak = jnp.max(jnp.abs(weight), axis=-2)
-    scale = jnp.maximum(peak, jnp.finfo(weight.dtype).tiny) / 127
-    return Int8(jnp.round(weight / scale[..., None, :]).astype(jnp.int8), scale)
+Weight = jax.Array | LoRA | Quantized
+
+
+def quantize(weight: jax.Array, kind: type[Quantized] = Int8) -> Quantized:
+    """The 8-bit form of a linear [..., in, out] or convolution HWIO weight: symmetric, one scale per output channel."""
+    inner = (-4, -3, -2) if weight.ndim >= 4 else (-2,)
+    peak = jnp.max(jnp.abs(weight), inner, keepdims=True)
+    scale = jnp.where(peak > 0, peak / kind.top, 1)
+    q = weight.astype(jnp.float32) / scale.astype(jnp.float32)
+    q = jnp.round(q) if jnp.issubdtype(kind.stored, jnp.integer) else q
+    return kind(q.astype(kind.stored), scale.squeeze(inner))
 
 
 def dense(weight: Weight) -> jax.Array:
@@ -84,8 +114,8 @@ def dense(weight: Weight) -> jax.Array:
             down *= scale.reshape(scale.shape[:stack] + (1,) * (down.ndim - stack - 1) + (scale.shape[stack:] or (1,)))
             update = jnp.matmul(down, up) if down.ndim < 4 else jnp.einsum("hwir,xyro->hwio", down, up)
             return (whole.astype(jnp.float32) + update).astype(whole.dtype)
-        case Int8(q, scale):
-            return q.astype(scale.dtype) * scale[..., None, :]
+        case Quantized(q, scale):
+            return q.astype(scale.dtype) * jnp.expand_dims(scale, range(scale.ndim - 1, q.ndim - 1))
         case _:
             return weight
 
@@ -95,10 +125,30 @@ def dtype(weight: Weight) -> jnp.dtype:
     match weight:
         case LoRA(base):
             return dtype(base)
-        case Int8(_, scale):
+        case Quantized(_, scale):
             return scale.dtype
         case _:
             return weight.dtype
+
+
+def moved(weight: Weight, space: jax.memory.Space) -> Weight:
+    """The weight in the memory of the device or of the host, divided among devices as before."""
+
+    def put(a: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:
+        if on_host(a) == (space == HOST):
+            return a
+        if isinstance(a, jax.ShapeDtypeStruct):
+            return a.update(sharding=a.sharding.with_memory_kind("pinned_host" if space == HOST else "device"))
+        return jax.device_put(a, space)
+
+    return jax.tree.map(put, weight)
+
+
+def on_host(a: Any) -> bool:
+    """Whether an array, or the place of an abstract one, is in the memory of the host."""
+    if isinstance(a, jax.ShapeDtypeStruct):
+        return getattr(a.sharding, "memory_kind", None) == "pinned_host"
+    return jax.typeof(a).memory_space == HOST
 
 
 def dot(x: jax.Array, weight: Weight) -> jax.Array:
@@ -106,7 +156,7 @@ def dot(x: jax.Array, weight: Weight) -> jax.Array:
     match weight:
         case LoRA(base, down, up, scale):
             return dot(x, base) + _scaled(x @ down.astype(x.dtype), scale) @ up.astype(x.dtype)
-        case Int8(q, scale):
+        case Quantized(q, scale):
             return (x @ q.astype(x.dtype)) * scale
         case _:
             return x @ weight
@@ -133,14 +183,14 @@ def conv(
         case LoRA(base, down, up, scale):
             low = conv(x, down.astype(x.dtype), **options)
             return conv(x, base, **options) + dot(_scaled(low, scale), up[0, 0].astype(x.dtype))
-        case Int8(q, scale):
+        case Quantized(q, scale):
             return conv(x, q.astype(x.dtype), **options) * scale
         case _ if doubled:
-            return _doubled(x, weight)
+            return _doubled(x, parallel.gathered(weight))
         case _ if weight.shape[:2] == strides == (1, 1) and not np.any(padding):
             return dot(x, weight[0, 0])
         case _:
-            return _convolve(x, weight, strides, padding)
+            return _convolve(x, parallel.gathered(weight), strides, padding)
 
 
 def _scaled(low: jax.Array, scale: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Programs ahead of time: equal to those compiled when called, kept in a folder, replaced when anything is amiss."""
 
+import functools
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import peers
 import pytest
 
 import flaxdiff
-from flaxdiff import guidance
+from flaxdiff import guidance, registry
 from flaxdiff.pipelines import ahead
 
 SIZE = {"height": 16, "width": 16}
@@ -202,10 +203,24 @@ def test_another_size_is_kept_beside(loaded, copy):
     assert len(list(copy.iterdir())) == 2
 
 
-def test_functions_of_ones_own_are_not_kept(loaded, tmp_path):
+@pytest.mark.parametrize("name", [name for name in registry.names("pipeline") if name != "DiffusionPipeline"])
+def test_every_family_can_be_named(name):
+    """All that a family holds, functions and data, has words for the manifest."""
+    parts = [part for part in registry.find(name).family if part is not None]
+    assert all(json.loads(json.dumps(ahead._named(part))) for part in parts)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda strengths: guidance.cfg(strengths["guidance_scale"]),
+        functools.partial(guidance.standard),
+    ],
+)
+def test_functions_of_ones_own_are_not_kept(rule, loaded, tmp_path):
     """Their code may change under the same name."""
     pipe, params = loaded
-    pipe = pipe.replace(guidance=lambda strengths: guidance.cfg(strengths["guidance_scale"]))
+    pipe = pipe.replace(guidance=rule)
     with pytest.warns(UserWarning, match="a function of your own"):
         assert right(pipe, params, compile_anew(pipe, params, tmp_path))
     assert not list(tmp_path.iterdir())

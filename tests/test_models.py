@@ -1,5 +1,7 @@
 """Every model against PyTorch's class at a tiny configuration, and at full size by shapes alone."""
 
+import functools
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -74,10 +76,10 @@ def test_autoencoder_kl():
 FOUR = dict(norm_num_groups=8, latent_channels=4)
 AUTOENCODERS = {
     "AutoencoderTiny": dict(
-        encoder_block_out_channels=(16,) * 3,
-        decoder_block_out_channels=(16,) * 3,
-        num_encoder_blocks=(1, 2, 1),
-        num_decoder_blocks=(2, 1, 1),
+        encoder_block_out_channels=(16,) * 4,
+        decoder_block_out_channels=(16,) * 4,
+        num_encoder_blocks=(1, 2, 1, 1),
+        num_decoder_blocks=(2, 1, 1, 1),
     ),
     "VQModel": dict(
         **FOUR,
@@ -113,6 +115,17 @@ def test_autoencoders(name, tmp_path):
     assert peers.relative(run(image, method="encode").mean, peers.nhwc(latent)) < 1e-4
     assert peers.relative(run(peers.nhwc(latent), method="decode"), peers.nhwc(decoded)) < 1e-4
     assert peers.relative(run(image), peers.nhwc(whole)) < 1e-4
+    sliced = spec.replace(slicing=True)
+    assert peers.relative(flaxdiff.apply(sliced, params, image), peers.nhwc(whole)) < 1e-4
+    if name == "AutoencoderTiny":  # tiles of its own kind
+        peer.enable_tiling()
+        peer.tile_sample_min_size, peer.tile_latent_min_size = 128, 16
+        large, latent = normal(1, 200, 136, 3), normal(1, 25, 17, 4)
+        with torch.no_grad():
+            encoded, decoded = peer.encode(peers.nchw(large)).latents, peer.decode(peers.nchw(latent)).sample
+        tiled = functools.partial(flaxdiff.apply, spec.replace(tiling=128), params)
+        assert peers.relative(tiled(large, method="encode").mean, peers.nhwc(encoded)) < 1e-4
+        assert peers.relative(tiled(latent, method="decode"), peers.nhwc(decoded)) < 1e-4
     if name == "VQModel":
         with torch.no_grad():
             codes = peer.quantize(latent)[2][2].reshape(2, *latent.shape[2:])

@@ -271,7 +271,7 @@ def test_what_does_not_divide_is_copied_and_noted():
         ({"--preset": "fsdp=3"}, "Preset 'fsdp=3' needs 3 devices or a multiple, of 8 that there are"),
         ({"--preset": "fsdp=4"}, "Preset 'fsdp=4' needs 4 devices"),
         ({"--preset": "dp=16+fsdp"}, "Preset 'dp=16+fsdp' needs 16 devices"),
-        ({"--preset": "zero"}, "'zero' is not known. Join dp, fsdp, tp by +"),
+        ({"--preset": "zero"}, "'zero' is not known. Join dp, fsdp, tp, cp by +"),
         ({"--preset": "fsdp+fsdp"}, "each once"),
         ({"--batch": "12"}, "A batch of 12 does not divide among 8 parts (mesh of fsdp 8); use a multiple of 8"),
         ({"--batch": "0"}, "use a multiple of 8"),

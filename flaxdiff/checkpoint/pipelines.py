@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flaxdiff import registry
+from jax.sharding import Mesh
+
+from flaxdiff import parallel, registry
 from flaxdiff.checkpoint import files, hub, reading, writing
 from flaxdiff.checkpoint.tensors import damaged
 from flaxdiff.core import Model, Params, Spec, frozen
@@ -33,6 +35,8 @@ def load_pipeline(
     *,
     dtype: Any = None,
     variant: str | None = None,
+    mesh: Mesh | None = None,
+    rules: parallel.Rules = parallel.RULES,
     sharding: reading.Shardings | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -45,9 +49,10 @@ def load_pipeline(
 
     Args:
       cls: the class of the pipeline; for `DiffusionPipeline` itself, the class that the folder names.
-      repo, dtype, variant, revision, cache_dir, local_files_only, token: as of `load_model`. Components without files
-        of the variant load their plain ones, as long as one component has it.
-      sharding: a function from the abstract parameters of a component to a sharding for each.
+      repo, dtype, variant, mesh, rules, revision, cache_dir, local_files_only, token: as of `load_model`. Components
+        without files of the variant load their plain ones, as long as one component has it.
+      sharding: instead of a mesh and rules, a function from the abstract parameters of a component to a sharding for
+        each.
       compile: arguments of `DiffusionPipeline.compile`, e.g. `dict(height=512, batch=4)`, to do that while the weights
         are read.
       **changes: components to use instead of those in the folder, `vae=(spec, params)`, `scheduler=…`, or None for one
@@ -75,6 +80,7 @@ def load_pipeline(
 
     parts = {name: read_tokenizer(root / name, components[name]) for name in of("tokenizer")}
     parts |= {name: read_scheduler(root / name, components[name]) for name in of("scheduler")}
+    sharding = sharding or reading.by_rules(mesh, rules)
     found = {
         name: reading.find(model, repo, name, dtype, chosen[name], sharding, download, changes)
         for name, model in models.items()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 
+from flaxdiff import memory, parallel
 from flaxdiff.checkpoint import convert, files, hub
 from flaxdiff.checkpoint.tensors import Tensors, network_dtype
 from flaxdiff.core import Model, Params, Spec, abstract
@@ -26,6 +28,8 @@ def load_model(
     subfolder: str | None = None,
     dtype: Any = None,
     variant: str | None = None,
+    mesh: Mesh | None = None,
+    rules: parallel.Rules = parallel.RULES,
     sharding: Shardings | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -36,15 +40,19 @@ def load_model(
     """A model's spec and parameters, from a folder or a Hub repository in the layout of diffusers or transformers.
 
     The weights pass through memory one tensor at a time, are converted to `dtype` on the way, and go straight to the
-    devices (each its own shards) that `sharding` names. Files are checked before anything is put on a device.
+    devices, each its own shards. A process reads no more than its own devices hold. Files are checked before anything
+    is put on a device; a tensor's checksum, where the file has one, by processes that read all of it.
 
     Args:
       cls: the class of the model.
       repo: a folder, or the id of a Hub repository such as "owner/name".
       subfolder: where in it the model lies, e.g. "unet".
-      dtype: of the parameters, and so of the computation; by default float32 on CPU and bfloat16 elsewhere.
+      dtype: of the parameters, and so of the computation; by default float32 on CPU and bfloat16 elsewhere. Or rules
+        by path, e.g. `[("^vae|norm", "float32"), ("", "bfloat16")]`, where None is the default.
       variant: of the files, e.g. "fp16" for `diffusion_pytorch_model.fp16.safetensors`.
-      sharding: parameter name -> sharding, or a function from the abstract parameters to that.
+      mesh: the devices to load onto, of this process or of many; where on them each parameter lies, `rules` say.
+      rules: (regex, choice), first match wins; see `parallel.shardings`.
+      sharding: instead of those, parameter name -> sharding, or a function from the abstract parameters to that.
       revision, cache_dir, local_files_only, token: of the download, see `hub.fetch`.
       **overrides: settings to use instead of those in the file, such as `scan_layers=False` or `attention="sliced"`.
 
@@ -63,6 +71,7 @@ def load_model(
     (True, dtype(bfloat16))
     """
     download = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+    sharding = sharding or by_rules(mesh, rules)
     found = find(cls, repo, subfolder, dtype, variant, sharding, download, overrides)
     return found.spec, found.load()
 
@@ -86,17 +95,26 @@ def find(
     overrides: Mapping[str, Any],
 ) -> Found:
     """A model on this machine, downloaded if need be; arguments as of `load_model`."""
-    if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    dtype = network_dtype(dtype)
+    dtypes = dtypes_of(dtype)
     folder = fetch(repo, subfolder or "", cls.library, variant, download)
     spec = cls.from_config(files.read_json(folder / files.CONFIG) | settings(cls, overrides))
     weights = files.weight_file(folder, cls.library, variant)
-    shapes = abstract(spec, dtype)
+    shapes = shapes_of(spec, dtypes, subfolder)
     places = sharding(shapes) if callable(sharding) else sharding
     laid = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=(places or {}).get(k)) for k, s in shapes.items()}
-    load = lambda: place(spec, files.open_weights(weights), dtype, places, str(weights))
+    load = lambda: place(spec, files.open_weights(weights), shapes, places, str(weights))
     return Found(spec, laid, load)
+
+
+def by_rules(mesh: Mesh | None, rules: parallel.Rules) -> Shardings | None:
+    """Where on a mesh, if there is one, the rules put parameters; what they leave whole is said once."""
+
+    def places(shapes: Params) -> dict[str, Sharding]:
+        for note in parallel.notes(shapes, mesh, rules):
+            parallel.tell(note)
+        return parallel.shardings(shapes, mesh, rules)
+
+    return None if mesh is None else places
 
 
 def settings(cls: type[Model], overrides: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -129,10 +147,29 @@ def fetch(
     return folder
 
 
-def place(spec: Spec, tensors: Tensors, dtype: np.dtype, sharding: Shardings | None, source: str) -> Params:
-    """Put the tensors of a checkpoint on the devices as the parameters of `spec`; arguments as of `load_model`."""
+def dtypes_of(dtype: Any) -> memory.Rules:
+    """A dtype, or rules by path, with the default where there is None. Raises ValueError for one not supported."""
+    default = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return [(path, network_dtype(default if to is None else to)) for path, to in memory.rules_of(dtype)]
+
+
+def shapes_of(spec: Spec, dtypes: memory.Rules, subfolder: str | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters in the dtypes of their paths, which begin with the subfolder."""
+    cast = functools.partial(memory.cast, rules=dtypes)
+    if not subfolder:
+        return jax.eval_shape(cast, abstract(spec))
+    return jax.eval_shape(cast, {subfolder: abstract(spec)})[subfolder]
+
+
+def place(
+    spec: Spec,
+    tensors: Tensors,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    sharding: Shardings | None,
+    source: str,
+) -> Params:
+    """Put the tensors of a checkpoint on the devices as parameters of these shapes; arguments as of `load_model`."""
     places = convert.match(spec, tensors, source)
-    shapes = abstract(spec, dtype)
     shardings = sharding(shapes) if callable(sharding) else sharding
     if shardings is not None and (without := [name for name in shapes if name not in shardings]):
         raise ValueError(
@@ -148,6 +185,9 @@ def place(spec: Spec, tensors: Tensors, dtype: np.dtype, sharding: Shardings | N
 
 
 def _put(name: str, at: convert.Place, shape: jax.ShapeDtypeStruct, sharding: Sharding | None) -> jax.Array:
+    if sharding is None or sharding.is_fully_addressable:  # so that this process reads all of it
+        for tensor in at.tensors:
+            tensor.check()
     if sharding is None:
         return jax.device_put(convert.read(name, at, shape.dtype))
     parts: dict[str, np.ndarray] = {}  # devices that hold the same part share it

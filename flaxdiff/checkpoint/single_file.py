@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flaxdiff import registry
 from flaxdiff.checkpoint import convert, files, hub, original, pickles, pipelines, reading, safetensors
-from flaxdiff.checkpoint.tensors import Tensors, network_dtype
+from flaxdiff.checkpoint.tensors import Tensors
 from flaxdiff.core import Model, Params, Spec, layout
 
 if TYPE_CHECKING:
@@ -255,8 +255,8 @@ def spec_of(part: Part, kind: Kind | None, config: Mapping[str, Any] | None, ove
     return model.from_config({**config, **reading.settings(model, overrides)})
 
 
-def place(spec: Spec, part: Part, dtype: Any, source: str) -> Params:
-    """The parameters of a network, whichever names the file has."""
+def place(spec: Spec, part: Part, shapes: Mapping[str, Any], source: str) -> Params:
+    """The parameters of a network, of these shapes and dtypes, whichever names the file has."""
     wanted = [name for own, leaf in layout(spec).items() for name in convert.names_in_file(own, leaf)]
     old = original.names(spec, wanted)
     if spec.module.library == "transformers" and "token_embedding.weight" not in part.tensors:
@@ -266,13 +266,7 @@ def place(spec: Spec, part: Part, dtype: Any, source: str) -> Params:
     found = {name: tensor for name in wanted if (tensor := original.find(part.tensors, old[name])) is not None}
     used = {re.sub(r"\[\d\]$|\.T$", "", name) for name in old.values()}
     rest = {n: t for n, t in part.tensors.items() if n not in used and not re.fullmatch(IGNORED, n)}
-    return reading.place(spec, {**found, **rest}, network_dtype(dtype), None, source)
-
-
-def _dtype(dtype: Any) -> Any:
-    import jax
-
-    return ("float32" if jax.default_backend() == "cpu" else "bfloat16") if dtype is None else dtype
+    return reading.place(spec, {**found, **rest}, shapes, None, source)
 
 
 def load_model(
@@ -309,7 +303,7 @@ def load_model(
         name = f"{subfolder}/{files.CONFIG}" if subfolder else files.CONFIG
         config = files.read_json(hub.locate(config, (name,)))
     spec = spec_of(part, kind, config, overrides)
-    return spec, place(spec, part, _dtype(dtype), str(path))
+    return spec, place(spec, part, reading.shapes_of(spec, reading.dtypes_of(dtype), None), str(path))
 
 
 def load_pipeline(
@@ -331,7 +325,7 @@ def load_pipeline(
       source: the file.
       config: a folder or repository of the same model in diffusers' layout, for configurations, scheduler and
         tokenizers; by default all but the tokenizers follow from the file, and these come from the published model.
-      dtype: of the parameters.
+      dtype: of the parameters, or rules by path, as of `checkpoint.load_pipeline`.
       revision, cache_dir, local_files_only, token: of that repository, as of `hub.fetch`.
       **changes: components to use instead, `vae=(spec, params)`, `scheduler=…`, `tokenizer=…`, or more of them, such
         as `controlnet=(spec, params)`; other names are settings of every network, such as `attention="sliced"`.
@@ -358,12 +352,12 @@ def load_pipeline(
     root = hub.fetch(config or kind.tokenizers, wanted, **download) if wanted else None
     if config is not None:
         _, components, settings = pipelines.read_index(root)
-    specs, params = {}, {}
+    dtypes, specs, params = reading.dtypes_of(dtype), {}, {}
     for name, part in parts.items():
         if name not in given:
             known = None if config is None else files.read_json(root / name / files.CONFIG)
             specs[name] = spec_of(part, kind, known, changes)
-            params[name] = place(specs[name], part, _dtype(dtype), str(path))
+            params[name] = place(specs[name], part, reading.shapes_of(specs[name], dtypes, name), str(path))
     for name in set(given) - set(names) - {"scheduler"}:
         if given[name] is not None:
             specs[name], params[name] = given[name]

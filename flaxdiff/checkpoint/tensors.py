@@ -78,17 +78,18 @@ class Tensor:
     strides: tuple[int, ...] | None = None
     crc: int | None = None
 
+    def check(self) -> None:
+        """Raise ValueError if the file records a checksum and the bytes do not have it."""
+        if self.crc is None:
+            return
+        if zlib.crc32(self.file.array(self.offset, self.nbytes)) != self.crc:
+            raise damaged(self.file.path, f"the {self.nbytes} bytes from {self.offset} on do not have their checksum")
+        self.file.forget(self.offset, self.nbytes)
+
     @contextlib.contextmanager
     def view(self) -> Iterator[np.ndarray]:
-        """The numbers, as a view of the file that is valid inside the `with` block.
-
-        Raises:
-          ValueError: the bytes do not have the recorded checksum.
-        """
-        raw = self.file.array(self.offset, self.nbytes)
-        if self.crc is not None and zlib.crc32(raw) != self.crc:
-            raise damaged(self.file.path, f"the {self.nbytes} bytes from {self.offset} on do not have their checksum")
-        numbers = raw.view(self.dtype)
+        """The numbers, as a view of the file that is valid inside the `with` block; only what is used of it is read."""
+        numbers = self.file.array(self.offset, self.nbytes).view(self.dtype)
         if self.strides is None:
             numbers = numbers.reshape(self.shape)
         else:

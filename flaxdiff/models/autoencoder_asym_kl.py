@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxdiff import weights
-from flaxdiff.core import Config
+from flaxdiff.models.autoencoder import AutoencoderConfig
 from flaxdiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Decoder, Encoder
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.layers import Conv, value
 
 
 @dataclasses.dataclass(frozen=True)
-class AsymmetricAutoencoderKLConfig(Config):
+class AsymmetricAutoencoderKLConfig(AutoencoderConfig):
     """diffusers' keys and defaults."""
 
     in_channels: int = 3
@@ -43,6 +43,7 @@ class AsymmetricAutoencoderKLConfig(Config):
 
     def __post_init__(self):
         object.__setattr__(self, "block_out_channels", self.up_block_out_channels)
+        super().__post_init__()
 
     def half(self, side: str) -> AutoencoderKLConfig:
         """The configuration of the "down" or the "up" half, as of an `AutoencoderKL`."""
@@ -82,7 +83,7 @@ class MaskConditionDecoder(Decoder):
         self.condition_encoder = MaskConditionEncoder(c.out_channels, c.block_out_channels[0], c.block_out_channels[-1])
 
     def __call__(self, z: jax.Array, image: jax.Array | None = None, mask: jax.Array | None = None) -> jax.Array:
-        if image is None or mask is None:
+        if image is None:
             return super().__call__(z)
         image, mask = image.astype(z.dtype), mask.astype(z.dtype)
         known = self.condition_encoder(image * (1 - mask))
@@ -112,7 +113,7 @@ class AsymmetricAutoencoderKL(AutoencoderKL):
     config_class = AsymmetricAutoencoderKLConfig
 
     def __init__(self, config: AsymmetricAutoencoderKLConfig):
-        z = config.latent_channels
+        self.config, z = config, config.latent_channels
         self.encoder, self.decoder = Encoder(config.half("down"), 2 * z), MaskConditionDecoder(config.half("up"))
         self.quant_conv, self.post_quant_conv = (Conv(n, n, kernel=1, padding=0) for n in (2 * z, z))
 
@@ -120,7 +121,10 @@ class AsymmetricAutoencoderKL(AutoencoderKL):
         """Latent [B, h, w, Z], unscaled -> image [B, H, W, C], about [-1, 1].
 
         Args:
-          image, mask: a picture [B, H, W, C] in [-1, 1] that is known where the mask [B, H, W, 1] is 0.
+          image, mask: a picture [B, H, W, C] in [-1, 1] that is known where the mask [B, H, W, 1] is 0; with it the
+            whole is decoded at once.
         """
+        if image is None or mask is None:
+            return super().decode(latent)
         dtype = weights.dtype(value(self.decoder.conv_in.weight))
         return self.decoder(self.post_quant_conv(latent.astype(dtype)), image, mask).astype(jnp.float32)

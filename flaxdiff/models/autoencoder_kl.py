@@ -16,17 +16,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxdiff import weights
-from flaxdiff.core import Config, Model
+from flaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.attention import RENAMES, Attention
 from flaxdiff.nn.layers import Conv, GroupNorm, value
 from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, check_stages, down_fans
+from flaxdiff.parallel import constrain
 
 EPS = 1e-6  # of every normalisation
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderKLConfig(Config):
+class AutoencoderKLConfig(AutoencoderConfig):
     """diffusers' keys and defaults."""
 
     in_channels: int = 3
@@ -49,6 +50,7 @@ class AutoencoderKLConfig(Config):
     mid_block_add_attention: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         check_stages("AutoencoderKL", self, down=("DownEncoderBlock2D",), up=("UpDecoderBlock2D",))
 
 
@@ -76,7 +78,7 @@ def _parts(c: AutoencoderKLConfig):
 
 
 def _Attention(width: int, groups: int) -> Attention:
-    return Attention(width, 1, width, bias=True, groups=groups, eps=EPS)
+    return Attention(width, 1, width, bias=True, groups=groups, eps=EPS, split="rest")
 
 
 class Encoder(nnx.Module):
@@ -114,13 +116,15 @@ class Decoder(nnx.Module):
         self.act_fn = c.act_fn
 
     def __call__(self, z: jax.Array) -> jax.Array:
-        x = self.mid_block(self.conv_in(z))
+        # The rows of a picture lie on devices that the batch leaves idle; convolutions fetch a row from either side.
+        spread = lambda x: constrain(x, "batch", "rest")
+        x = spread(self.mid_block(spread(self.conv_in(z))))
         for block in self.up_blocks:
-            x = block.up(x)
+            x = spread(block.up(x))
         return self.conv_out(ACTIVATIONS[self.act_fn](self.conv_norm_out(x)))
 
 
-class AutoencoderKL(Model):
+class AutoencoderKL(Autoencoder):
     """Encode images into latents and decode them, see the module's paragraph.
 
     >>> import flaxdiff
@@ -135,21 +139,23 @@ class AutoencoderKL(Model):
 
     def __init__(self, config: AutoencoderKLConfig):
         c, z = config, config.latent_channels
+        self.config = c
         self.encoder, self.decoder = Encoder(c, 2 * z), Decoder(c)
         self.quant_conv = Conv(2 * z, 2 * z, kernel=1, padding=0) if c.use_quant_conv else None
         self.post_quant_conv = Conv(z, z, kernel=1, padding=0) if c.use_post_quant_conv else None
 
     def encode(self, image: jax.Array) -> DiagonalGaussian:
         """Image [B, H, W, C] in [-1, 1] -> the Gaussian over its latent, not yet scaled."""
-        h = self.encoder(image.astype(weights.dtype(value(self.encoder.conv_in.weight))))
-        h = h if self.quant_conv is None else self.quant_conv(h)
+        run = lambda x: self.encoder(x) if self.quant_conv is None else self.quant_conv(self.encoder(x))
+        h = self.in_parts(run, 1)(image.astype(weights.dtype(value(self.encoder.conv_in.weight))))
         mean, logvar = jnp.split(h.astype(jnp.float32), 2, -1)
         return DiagonalGaussian(mean, jnp.clip(logvar, -30, 20))
 
     def decode(self, latent: jax.Array) -> jax.Array:
         """Latent [B, h, w, Z], unscaled -> image [B, H, W, C], about [-1, 1]."""
+        run = lambda z: self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
         z = latent.astype(weights.dtype(value(self.decoder.conv_in.weight)))
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z)).astype(jnp.float32)
+        return self.in_parts(run, self.config.factor)(z).astype(jnp.float32)
 
     def __call__(self, image: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """The reconstruction: from the mean, or from a sample where a key is given."""

@@ -8,20 +8,23 @@ Reference: https://github.com/madebyollin/taesd.
 
 import dataclasses
 import itertools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from flaxdiff import weights
-from flaxdiff.core import Config, Model, only
+from flaxdiff.core import only
+from flaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from flaxdiff.models.autoencoder_kl import DiagonalGaussian
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.layers import Conv, value
+from flaxdiff.nn.tiling import overlaid
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderTinyConfig(Config):
+class AutoencoderTinyConfig(AutoencoderConfig):
     """diffusers' keys and defaults."""
 
     in_channels: int = 3
@@ -40,6 +43,7 @@ class AutoencoderTinyConfig(Config):
     force_upcast: bool = False
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
+    sample_size: ClassVar[int] = 512  # no key of diffusers, but the side of its tiles
 
     def __post_init__(self):
         for side in ("encoder", "decoder"):
@@ -50,6 +54,7 @@ class AutoencoderTinyConfig(Config):
                     "length; give one number of blocks for each number of channels."
                 )
         object.__setattr__(self, "block_out_channels", self.decoder_block_out_channels)
+        super().__post_init__()
 
 
 class AutoencoderTinyBlock(nnx.Module):
@@ -100,7 +105,7 @@ class DecoderTiny(nnx.Module):
         return 2 * x - 1
 
 
-class AutoencoderTiny(Model):
+class AutoencoderTiny(Autoencoder):
     """Encode images into latents and decode them, see the module's paragraph.
 
     >>> import flaxdiff
@@ -117,13 +122,14 @@ class AutoencoderTiny(Model):
 
     def encode(self, image: jax.Array) -> DiagonalGaussian:
         """Image [B, H, W, C] in [-1, 1] -> its latent, as a Gaussian without spread."""
-        z = self.encoder(image.astype(weights.dtype(value(self.encoder.layers[0].weight)))).astype(jnp.float32)
+        image = image.astype(weights.dtype(value(self.encoder.layers[0].weight)))
+        z = self.in_parts(self.encoder, 1, overlaid)(image).astype(jnp.float32)
         return DiagonalGaussian(z, jnp.full_like(z, -jnp.inf))
 
     def decode(self, latent: jax.Array) -> jax.Array:
         """Latent [B, h, w, Z] -> image [B, H, W, C], about [-1, 1]."""
         z = latent.astype(weights.dtype(value(self.decoder.layers[0].weight)))
-        return self.decoder(z).astype(jnp.float32)
+        return self.in_parts(self.decoder, self.config.factor, overlaid)(z).astype(jnp.float32)
 
     def __call__(self, image: jax.Array) -> jax.Array:
         """The reconstruction, from a latent kept in bytes."""

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flaxdiff.core import Config, only
+from flaxdiff.core import only
+from flaxdiff.models.autoencoder import AutoencoderConfig
 from flaxdiff.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Encoder
 from flaxdiff.models.unet_2d import UNet2DConfig, UNet2DModel
 from flaxdiff.nn.layers import Conv
@@ -24,7 +25,7 @@ STDS = (0.9654121, 1.0440036, 0.76147926, 0.77022034)
 
 
 @dataclasses.dataclass(frozen=True)
-class ConsistencyDecoderVAEConfig(Config):
+class ConsistencyDecoderVAEConfig(AutoencoderConfig):
     """diffusers' keys and defaults."""
 
     scaling_factor: float = 0.18215
@@ -57,6 +58,7 @@ class ConsistencyDecoderVAEConfig(Config):
 
     def __post_init__(self):
         object.__setattr__(self, "block_out_channels", self.encoder_block_out_channels)
+        super().__post_init__()
 
     def half(self, side: str) -> dict[str, Any]:
         """The keys of the "encoder" or the "decoder", without that word."""
@@ -86,8 +88,11 @@ class ConsistencyDecoderVAE(AutoencoderKL):
         self.config = c
 
     def decode(self, latent: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Latent [B, h, w, Z], unscaled -> image [B, H, W, C], about [-1, 1]; noise of `key`, or always the same."""
-        c, factor = self.config, 2 ** (len(self.config.block_out_channels) - 1)
+        """Latent [B, h, w, Z], unscaled -> image [B, H, W, C], about [-1, 1]; noise of `key`, or always the same.
+
+        It is decoded whole: `slicing` and `tiling` are for the encoder, as in diffusers.
+        """
+        c, factor = self.config, self.config.factor
         z = (latent.astype(jnp.float32) * c.scaling_factor - jnp.array(MEANS)) / jnp.array(STDS)
         z = jnp.repeat(jnp.repeat(z, factor, 1), factor, 2)
         first, rest = jax.random.split(jax.random.key(0) if key is None else key)

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxdiff import weights
-from flaxdiff.core import Config, Model, only
+from flaxdiff.core import Config, Model, only, setting
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.attention import Attention, KeysValues
 from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
 from flaxdiff.nn.layers import Conv, GroupNorm, LayerNorm, Linear, value
 from flaxdiff.nn.stack import over, run, stack
 from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, check_stages, down_fans, times, up_fans
+from flaxdiff.parallel import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,8 @@ class UNet2DConditionConfig(Config):
     mid_block_only_cross_attention: bool | None = only(None)
     cross_attention_norm: str | None = only(None)
     addition_embed_type_num_heads: int = 64
+    # (chunk_size, dim): so many tokens (dim 1) or pictures (dim 0) at a time go through the feed-forward
+    forward_chunking: tuple[int, int] | None = setting(None)
 
     def __post_init__(self):
         down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
@@ -104,22 +107,27 @@ class GEGLU(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Gated expansion to four times the width and back."""
+    """Gated expansion to four times the width and back; `chunking` as in the configuration."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, chunking: tuple[int, int] | None = None):
         self.net = nnx.List([GEGLU(width, 4 * width), None, Linear(4 * width, width)])  # dropout keeps its number
+        self.chunking = chunking
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.net[2](self.net[0](x))
+        run = lambda x: self.net[2](self.net[0](x))
+        if self.chunking is None:
+            return run(x)
+        size, dim = self.chunking
+        return jnp.moveaxis(jax.lax.map(run, jnp.moveaxis(x, dim, 0), batch_size=size), 0, dim)
 
 
 class BasicTransformerBlock(nnx.Module):
     """Self-attention, attention to the context, feed-forward; each added to what it reads normalised."""
 
-    def __init__(self, width: int, heads: int, context: int):
+    def __init__(self, width: int, heads: int, context: int, chunking: tuple[int, int] | None):
         self.norm1, self.attn1 = LayerNorm(width), Attention(width, heads, width // heads)
         self.norm2, self.attn2 = LayerNorm(width), Attention(width, heads, width // heads, context)
-        self.norm3, self.ff = LayerNorm(width), FeedForward(width)
+        self.norm3, self.ff = LayerNorm(width), FeedForward(width, chunking)
 
     def __call__(self, x: jax.Array, context: KeysValues) -> jax.Array:
         x = x + self.attn1(self.norm1(x))
@@ -132,7 +140,7 @@ class Transformer2DModel(nnx.Module):
 
     def __init__(self, width: int, heads: int, depth: int, c: UNet2DConditionConfig):
         project = Linear if c.use_linear_projection else functools.partial(Conv, kernel=1, padding=0)
-        block = functools.partial(BasicTransformerBlock, width, heads, c.cross_attention_dim)
+        block = functools.partial(BasicTransformerBlock, width, heads, c.cross_attention_dim, c.forward_chunking)
         self.norm = GroupNorm(width, c.norm_num_groups, 1e-6)
         self.proj_in = project(width, width)
         self.transformer_blocks = stack(block, depth, c.scan_layers)
@@ -146,6 +154,7 @@ class Transformer2DModel(nnx.Module):
     def __call__(self, x: jax.Array, context: KeysValues) -> jax.Array:
         """[B, H, W, C] and `keys_values` -> [B, H, W, C]."""
         h = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
+        h = constrain(h, "batch", "context")
         h = run(self.transformer_blocks, h, jax.tree.map(lambda a: a.swapaxes(0, 1), context))
         return x + self.proj_out(h.reshape(x.shape))
 
@@ -232,7 +241,7 @@ class UNet2DConditionModel(Model):
             timestep = self.times(jnp.broadcast_to(timestep, sample.shape[:1]), added_cond_kwargs)
         projected = iter(timestep)
 
-        x = self.conv_in(x)
+        x = constrain(self.conv_in(x), "batch", "context")
         skips = [x]
         for block in self.down_blocks:
             skips += block.down(skips[-1], projected, contexts)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxdiff import weights
-from flaxdiff.core import Config, Model, only
+from flaxdiff.core import only
+from flaxdiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from flaxdiff.models.autoencoder_kl import Decoder, DiagonalGaussian, Encoder
 from flaxdiff.nn.attention import RENAMES
 from flaxdiff.nn.layers import Conv, Embedding, value
@@ -22,7 +23,7 @@ from flaxdiff.nn.unet import check_stages
 
 
 @dataclasses.dataclass(frozen=True)
-class VQModelConfig(Config):
+class VQModelConfig(AutoencoderConfig):
     """diffusers' keys and defaults."""
 
     in_channels: int = 3
@@ -45,6 +46,7 @@ class VQModelConfig(Config):
     force_upcast: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         check_stages("VQModel", self, down=("DownEncoderBlock2D",), up=("UpDecoderBlock2D",))
 
 
@@ -64,7 +66,7 @@ class VectorQuantizer(nnx.Module):
         return z + jax.lax.stop_gradient(self.embedding(self.codes(z)) - z)
 
 
-class VQModel(Model):
+class VQModel(Autoencoder):
     """Encode images into latents, and decode latents or codes by way of the codebook.
 
     >>> import flaxdiff
@@ -83,11 +85,13 @@ class VQModel(Model):
         self.encoder, self.decoder = Encoder(c, c.latent_channels), Decoder(c)
         self.quant_conv = Conv(c.latent_channels, width, kernel=1, padding=0)
         self.quantize = VectorQuantizer(c.num_vq_embeddings, width)
+        self.config = c
         self.post_quant_conv = Conv(width, c.latent_channels, kernel=1, padding=0)
 
     def encode(self, image: jax.Array) -> DiagonalGaussian:
         """Image [B, H, W, C] in [-1, 1] -> its latent before the codebook, as a Gaussian without spread."""
-        z = self.quant_conv(self.encoder(image.astype(weights.dtype(value(self.encoder.conv_in.weight)))))
+        image = image.astype(weights.dtype(value(self.encoder.conv_in.weight)))
+        z = self.in_parts(lambda x: self.quant_conv(self.encoder(x)), 1)(image)
         return DiagonalGaussian(z.astype(jnp.float32), jnp.full(z.shape, -jnp.inf))
 
     def codes(self, image: jax.Array) -> jax.Array:
@@ -99,7 +103,8 @@ class VQModel(Model):
         dtype = weights.dtype(value(self.decoder.conv_in.weight))
         whole = jnp.issubdtype(latent.dtype, jnp.integer)
         z = self.quantize.embedding(latent) if whole else self.quantize(latent.astype(dtype))
-        return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
+        run = self.in_parts(lambda z: self.decoder(self.post_quant_conv(z)), self.config.factor)
+        return run(z).astype(jnp.float32)
 
     def __call__(self, image: jax.Array) -> jax.Array:
         """The reconstruction."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxdiff.core import attention_backend
-from flaxdiff.nn import flash
+from flaxdiff.nn import context, flash
 from flaxdiff.nn.layers import GroupNorm, Linear
 
 ROWS, KEYS = 256, 4096  # of a block of scores: on a CPU few and wide ones are fastest
@@ -63,6 +63,7 @@ def attention(
     bias: jax.Array | None = None,
     causal: bool = False,
     scale: float | None = None,
+    split: str = "context",
 ) -> jax.Array:
     """softmax(scale QKᵀ + bias)V over the keys that may be seen, softmax in float32.
 
@@ -74,6 +75,8 @@ def attention(
       bias: broadcasts against the scores, added to them.
       causal: whether position n sees only positions up to n.
       scale: of the scores; 1/√D if None.
+      split: over which axes of the mesh in context the queries are split, see `parallel.splits` and nn/context.py.
+        Causal attention is not: a device that has a part of the positions does not know which come before.
 
     Raises:
       ValueError: an unknown backend, or one that cannot do what is asked.
@@ -95,7 +98,12 @@ def attention(
         bias = jnp.where(mask, 0 if bias is None else bias.astype(jnp.float32), MASKED)
     if bias is not None:
         bias = bias.astype(jnp.float32).reshape((1,) * (4 - bias.ndim) + bias.shape)
+    alone = functools.partial(_alone, backend, causal)
+    return context.spread(alone, q, k, v, bias, None if causal else split)
 
+
+def _alone(backend: str, causal: bool, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Attention of scaled queries on one device, or on many as XLA sees fit."""
     (b, n, h, d), m = q.shape, k.shape[1]
     kernel = functools.partial(flash.attention, causal=causal)
     if backend == "flash":
@@ -177,6 +185,7 @@ class Attention(nnx.Module):
       context: channels of the context; None for self-attention.
       bias: whether queries, keys and values have one.
       groups, eps: normalise the tokens in groups first, and add the result to the input (autoencoders, UNet2DModel).
+      split: see `attention`.
     """
 
     def __init__(
@@ -188,6 +197,7 @@ class Attention(nnx.Module):
         bias: bool = False,
         groups: int | None = None,
         eps: float = 1e-6,
+        split: str = "context",
     ):
         inner = heads * head_dim
         self.group_norm = None if groups is None else GroupNorm(width, groups, eps)
@@ -195,7 +205,7 @@ class Attention(nnx.Module):
         self.to_k = Linear(context or width, inner, bias)
         self.to_v = Linear(context or width, inner, bias)
         self.to_out = nnx.List([Linear(inner, width)])
-        self.heads = heads
+        self.heads, self.split = heads, split
 
     def keys_values(self, context: jax.Array) -> KeysValues:
         """What queries meet, [B, M, C] each: of a context that stays the same, enough to work out once."""
@@ -205,7 +215,7 @@ class Attention(nnx.Module):
         """[B, N, C], or [B, H, W, C] when normalised in groups, to itself or to `keys_values` -> the shape of x."""
         h = x if self.group_norm is None else self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
         k, v = self.keys_values(h) if context is None else context
-        split = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
-        h = attention(split(self.to_q(h)), split(k), split(v))
+        heads = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
+        h = attention(heads(self.to_q(h)), heads(k), heads(v), split=self.split)
         h = self.to_out[0](h.reshape(*h.shape[:2], -1))
         return h if self.group_norm is None else x + h.reshape(x.shape)

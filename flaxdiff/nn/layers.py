@@ -10,14 +10,17 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from flaxdiff import weights
 from flaxdiff.core import param
 
+PRODUCTS = "products"  # the results of linear layers and convolutions, for those who keep them and not the rest
+
 
 def value(variable: nnx.Param) -> weights.Weight:
-    """The weight that a parameter holds, of whatever kind."""
-    return variable.get_value()
+    """The weight that a parameter holds, of whatever kind; one that lives on the host is copied to the device."""
+    return weights.moved(variable.get_value(), jax.memory.Space.Device)
 
 
 def uniform(fan_in: int):
@@ -53,7 +56,7 @@ class Linear(nnx.Module):
         self.bias = param((fan_out,), "raw", uniform(fan_in)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = weights.dot(x, value(self.weight))
+        y = checkpoint_name(weights.dot(x, value(self.weight)), PRODUCTS)
         return y if self.bias is None else y + value(self.bias)
 
 
@@ -77,6 +80,7 @@ class Conv(nnx.Module):
         """`doubled`: see `weights.conv`."""
         strides = (self.stride, self.stride)
         y = weights.conv(x, value(self.weight), strides=strides, padding=self.padding, doubled=doubled)
+        y = checkpoint_name(y, PRODUCTS)
         return y if self.bias is None else y + value(self.bias)
 
 

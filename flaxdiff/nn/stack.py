@@ -1,7 +1,8 @@
 """Equal blocks in a row: built once with stacked parameters and run by `jax.lax.scan`, or a list and a loop.
 
 The choice is `scan_layers` of the configuration. A scan compiles one block whatever the depth; checkpoints load into
-either form, because the converter knows from the layout which parameters are stacked.
+either form, because the converter knows from the layout which parameters are stacked. What a block computes may be
+kept for the gradient or computed again: `remat` of the configuration says which.
 """
 
 from collections.abc import Callable
@@ -11,9 +12,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flaxdiff.core import stacked
+from flaxdiff.core import rematerialised, stacked
+from flaxdiff.nn.layers import PRODUCTS
 
 Blocks = nnx.Module | nnx.List
+
+# `remat` of a configuration: what a block keeps for the way back, beside its input
+KEPT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCTS),  # of linear layers and convolutions
+}
+
+
+def remat(block: Callable) -> Callable:
+    """A block whose gradient computes again what the configuration's `remat` does not keep; "none" keeps everything.
+
+    Raises:
+      ValueError: an unknown `remat`.
+    """
+    name = rematerialised.get()
+    if name == "none":
+        return block
+    if name not in KEPT:
+        raise ValueError(f"remat={name!r} is not known; use one of {['none', *KEPT]}.")
+    return jax.checkpoint(block, policy=KEPT[name])
 
 
 def stack(make: Callable[[], nnx.Module], depth: int, scan: bool) -> Blocks:
@@ -23,11 +45,12 @@ def stack(make: Callable[[], nnx.Module], depth: int, scan: bool) -> Blocks:
 
 def run(blocks: Blocks, x: jax.Array, each: Any) -> jax.Array:
     """x through every block: x ← block(x, each[i]), where the arrays of `each` have an entry a block."""
+    one = remat(lambda block, x, extra: block(x, extra))
     if isinstance(blocks, nnx.List):
         for i, block in enumerate(blocks):
-            x = block(x, jax.tree.map(lambda a, i=i: a[i], each))
+            x = one(block, x, jax.tree.map(lambda a, i=i: a[i], each))
         return x
-    return jax.lax.scan(lambda x, step: (step[0](x, step[1]), None), x, (blocks, each))[0]
+    return jax.lax.scan(lambda x, step: (one(step[0], x, step[1]), None), x, (blocks, each))[0]
 
 
 def over(blocks: Blocks, function: Callable[[nnx.Module], Any]) -> Any:
@@ -39,10 +62,11 @@ def over(blocks: Blocks, function: Callable[[nnx.Module], Any]) -> Any:
 
 def states(blocks: Blocks, x: jax.Array, *args: Any) -> jax.Array:
     """As `run`, but returns x before the first block and after each: [depth + 1, *x.shape]."""
+    one = remat(lambda block, x: block(x, *args))
     if isinstance(blocks, nnx.List):
         xs = [x]
         for block in blocks:
-            xs.append(block(xs[-1], *args))
+            xs.append(one(block, xs[-1]))
         return jnp.stack(xs)
-    ys = jax.lax.scan(lambda x, block: (block(x, *args),) * 2, x, blocks)[1]
+    ys = jax.lax.scan(lambda x, block: (one(block, x),) * 2, x, blocks)[1]
     return jnp.concatenate([x[None], ys])

@@ -16,6 +16,7 @@ from flax import nnx
 
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.layers import Conv, GroupNorm, Linear
+from flaxdiff.nn.stack import remat
 
 Each = Iterator[Any]  # what each block in turn reads beside its input: residual ones the time, attentions a context
 NONE: Each = itertools.repeat(None)
@@ -160,7 +161,7 @@ class Stage(nnx.Module):
         return x if self.upsamplers is None else _resampled(self.upsamplers[0], x, times, size)
 
     def _block(self, i: int, parts: tuple[jax.Array, ...], times: Each, contexts: Each) -> jax.Array:
-        x = self.resnets[i](*parts, time=next(times))
+        x = remat(self.resnets[i])(*parts, time=next(times))
         return x if self.attentions is None else self.attentions[i](x, next(contexts))
 
 
@@ -186,9 +187,9 @@ class MidBlock(nnx.Module):
         return tuple(self.resnets)
 
     def __call__(self, x: jax.Array, times: Each = NONE, contexts: Each = NONE) -> jax.Array:
-        x = self.resnets[0](x, time=next(times))
+        x = remat(self.resnets[0])(x, time=next(times))
         x = x if self.attentions is None else self.attentions[0](x, next(contexts))
-        return self.resnets[1](x, time=next(times))
+        return remat(self.resnets[1])(x, time=next(times))
 
 
 def down_fans(channels: tuple[int, ...], layers: int) -> list[list[tuple[int, int]]]:

@@ -28,6 +28,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 import flaxdiff
+from flaxdiff import memory, weights
 from flaxdiff.checkpoint import files
 from flaxdiff.core import Params
 from flaxdiff.pipelines.generate import Inputs, Program
@@ -63,6 +64,7 @@ class Executables(NamedTuple):
     step: Callable
     decode: Callable
     signature: Hashable = None
+    loop: tuple[str, ...] = ()  # networks whose weights `step` takes on the device
 
     def generate(self, params: Mapping[str, Params], key: jax.Array, inputs: Inputs) -> jax.Array:
         """Pictures [B, H, W, C], float32 in [0, 1]: as `pipe.generate`, but nothing is traced or compiled.
@@ -76,8 +78,10 @@ class Executables(NamedTuple):
                 "with these parameters and inputs first, or pipe.generate, which compiles as it needs."
             )
         conditions, state = self.begin(params, key, inputs)
+        looped = memory.offload(params, dict.fromkeys(self.loop, "device"))
         for _ in range(int(inputs["plan"].steps)):
-            state = self.step(params, conditions, state)
+            state = self.step(looped, conditions, state)
+        del looped
         return self.decode(params, state.sampler.sample)
 
 
@@ -114,14 +118,15 @@ def compiled(program: Program, arguments: tuple[Any, Any, Any], folder: str | os
     if folder is not None or known not in _ready:
         shapes = jax.tree.map(_shape, arguments)
         parts = _built(program, shapes) if folder is None else _kept(program, shapes, Path(folder).expanduser())
-        _ready[known] = Executables(**parts, signature=known[1])
+        _ready[known] = Executables(**parts, signature=known[1], loop=program.family.loop)
     return _ready[known]
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
     """What a program is compiled for: the shape and dtype of an argument, and its place if that was chosen."""
     seen = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
-    place = leaf.sharding if getattr(leaf, "committed", True) and hasattr(leaf, "sharding") else None
+    chosen = getattr(leaf, "committed", True) or weights.on_host(leaf)
+    place = leaf.sharding if chosen and hasattr(leaf, "sharding") else None
     return jax.ShapeDtypeStruct(seen.shape, seen.dtype, sharding=place)
 
 
@@ -150,12 +155,13 @@ def _built(program: Program, arguments: Any, folder: Path | None = None) -> dict
         latents, places = jax.eval_shape(lambda slots: slots[0], state.sampler.slots), {}
         if len(_devices(arguments)) > 1:  # the next parts take their arguments from where this one leaves them
             conditions, state = begun = _laid(begun, jobs["begin"].result().output_shardings)
-            slots, places = (
-                state.sampler.slots.sharding,
+            places, slots = (
                 {"out_shardings": [s.sharding for s in jax.tree.leaves(state)]},
+                state.sampler.slots.sharding,
             )
             latents = _laid(latents, [NamedSharding(slots.mesh, PartitionSpec(*slots.spec[1:]))])
-        jobs["step"] = start("step", program.step, arguments[0], conditions, state, **places)
+        looped = memory.offload(arguments[0], dict.fromkeys(program.family.loop, "device"))  # as a call does
+        jobs["step"] = start("step", program.step, looped, conditions, state, **places)
         jobs["decode"] = start("decode", program.decode, arguments[0], latents)
         results = {"begin": begun, "step": state, "decode": 0}
         return {name: Part(job.result(), jax.tree.structure(results[name])) for name, job in jobs.items()}
@@ -203,7 +209,7 @@ def _kept(program: Program, arguments: Any, folder: Path) -> dict[str, Part]:
             parts = _built(program, arguments, stage)
             files.write_json(stage / MANIFEST, {"conditions": conditions, "sha256": _checksums(stage)})
         return parts
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, TypeError, ValueError) as error:
         _note(f"Programs are compiled for this process only, and not kept in {folder}: {error}")
         return _built(program, arguments)
 
@@ -300,7 +306,13 @@ def _conditions(program: Program, arguments: Any) -> dict[str, Any]:
 
 
 def _named(part: Any) -> str:
-    """The name of one of the library's functions or classes."""
+    """What a program is made of, in words: the library's functions and classes by name, plain data as it is.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    if not callable(part):
+        return json.dumps(part)
     name = f"{part.__module__}.{getattr(part, '__qualname__', part)}"
     found = functools.reduce(lambda at, step: getattr(at, step, None), name.split(".")[1:], flaxdiff)
     if name.split(".")[0] != "flaxdiff" or found is not part:

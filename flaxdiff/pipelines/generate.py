@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from flaxdiff import core
 from flaxdiff.guidance import Guidance, standard
+from flaxdiff.parallel import constrain
 from flaxdiff.schedulers import tables
 
 Inputs = Mapping[str, Any]
@@ -64,6 +65,7 @@ class Family(NamedTuple):
       encode_image: (networks, images in [-1, 1], keys [B]) -> latents; None where there is no way in.
       times: (networks, timesteps [N], cond) -> what the network makes of each time, [N, …], worked out once for all
         steps; None where it makes nothing of it that is worth keeping.
+      loop: the networks that `predict` calls.
     """
 
     prepare: Callable[..., dict[str, Any]]
@@ -73,6 +75,7 @@ class Family(NamedTuple):
     decode: Callable[[Networks, jax.Array], jax.Array]
     encode_image: Callable[[Networks, jax.Array, jax.Array], jax.Array] | None = None
     times: Callable[[Networks, jax.Array, Cond], Any] | None = None
+    loop: tuple[str, ...] = ("unet",)
 
 
 class Conditions(NamedTuple):
@@ -85,7 +88,13 @@ class Conditions(NamedTuple):
     @property
     def joined(self) -> Cond:
         """All branches in one batch, in the order of their names: that of a dictionary that has been through `jit`."""
-        return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *(self.branches[b] for b in sorted(self.branches)))
+        return jax.tree.map(_join, *(self.branches[b] for b in sorted(self.branches)))
+
+
+def _join(*arrays: jax.Array) -> jax.Array:
+    """Arrays [B, …] of the branches in one batch, an image's side by side: on its device, or each on one of its own."""
+    stacked = constrain(jnp.stack(arrays, 1), "batch", "whole")
+    return constrain(stacked.reshape(-1, *stacked.shape[2:]), "batch")
 
 
 class State(NamedTuple):
@@ -164,10 +173,11 @@ class Program:
     def step(self, params: Mapping[str, core.Params], conditions: Conditions, state: State) -> State:
         """One evaluation of the network, all branches in one batch, and one row of the scheduler's table."""
         sampler, (branches, strengths, times) = state.sampler, conditions
-        x = jnp.concatenate([sampler.model_input] * len(branches))
+        x = _join(*[sampler.model_input] * len(branches))
         t = sampler.timestep if times is None else jax.tree.map(lambda a: a[sampler.index], times)
         output = self.family.predict(self.networks(params), x, t, conditions.joined).astype(jnp.float32)
-        predictions = dict(zip(sorted(branches), jnp.split(output, len(branches))))
+        output = constrain(output.reshape(-1, len(branches), *output.shape[1:]), "batch", "whole")
+        predictions = {branch: output[:, i] for i, branch in enumerate(sorted(branches))}
         guess, memory = predictions["positive"], state.guidance
         if strengths is not None:
             guess, memory = self.guidance(strengths).combine(memory, guess, predictions)

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from flaxdiff import images as pictures
+from flaxdiff import memory
 from flaxdiff.core import Params, Spec
 from flaxdiff.guidance import Guidance, standard
 from flaxdiff.pipelines import ahead
@@ -125,6 +126,23 @@ class DiffusionPipeline:
     def enable_attention_slicing(self) -> Self:
         """The same pipeline with attention computed in slices: less memory, some time."""
         return self.replace(**{name: spec.replace(attention="sliced") for name, spec in self.specs})
+
+    def enable_vae_slicing(self) -> Self:
+        """The same pipeline with pictures encoded and decoded one at a time: the memory of one, whatever the batch."""
+        return self.replace(vae=self.vae.replace(slicing=True))
+
+    def enable_vae_tiling(self, side: int | None = None) -> Self:
+        """The same pipeline with large pictures encoded and decoded in tiles that overlap, see `nn/tiling.py`.
+
+        Args:
+          side: of a tile in pixels; by default, as in diffusers, what the autoencoder was trained on.
+
+        >>> import flaxdiff
+        >>> flaxdiff.load()[0].enable_vae_tiling().vae.config.tiling
+        64
+        """
+        size = self.vae.config.sample_size
+        return self.replace(vae=self.vae.replace(tiling=side or (size[0] if isinstance(size, tuple) else size)))
 
     # --- sampling ----------------------------------------------------------------------------------------------------
 
@@ -250,7 +268,7 @@ class DiffusionPipeline:
         """Make pictures.
 
         Args:
-          params: component -> parameters.
+          params: component -> parameters, on the device or on the host, see `memory.offload`.
           key: one PRNG key, or one for each image: a picture that pleases is made again, and refined, by its own key.
           output_type: "pil", "np" (float32 [B, H, W, C] in [0, 1]), or "latent" (not decoded).
           callback_on_step_end: called as (pipe, step, timestep, {"latents": …}) after each step; latents that it
@@ -267,9 +285,10 @@ class DiffusionPipeline:
         run = ahead.find(program, params, key, inputs) or _jitted(program)
         conditions, state = run.begin(params, key, inputs)
         timesteps = np.asarray(inputs["plan"].timesteps)
+        looped = memory.offload(params, dict.fromkeys(self.family.loop, "device"))
         with tqdm(total=int(inputs["plan"].steps), disable=not self.progress) as bar:
             for i in range(bar.total):
-                before, state = state, run.step(params, conditions, state)
+                before, state = state, run.step(looped, conditions, state)
                 if callback_on_step_end is not None:
                     told = callback_on_step_end(self, i, float(timesteps[i]), {"latents": state.sampler.sample})
                     if told and "latents" in told:
@@ -277,6 +296,7 @@ class DiffusionPipeline:
                         state = state._replace(sampler=state.sampler._replace(slots=slots))
                 jax.block_until_ready(before)  # one step behind, so that the bar is true and the device never waits
                 bar.update()
+        del looped  # what came from the host makes room for the decoder
         if output_type == "latent":
             return PipelineOutput(state.sampler.sample)
         images = np.asarray(run.decode(params, state.sampler.sample))

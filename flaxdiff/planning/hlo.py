@@ -146,7 +146,7 @@ class Program:
             total.bytes += times * self._traffic(i, known)
             for inner, scope in self._inside(i, known):
                 self._arithmetic(inner, scope, times, total)
-                self._communication(inner, scope, times, total, seen)
+                self._communication(inner, scope, times, total, set() if inner is i else seen)
 
     def _inside(self, i: Instruction, known: dict) -> Iterator[tuple[Instruction, dict]]:
         """An instruction and those that are fused into it, each with its surroundings."""
@@ -192,7 +192,8 @@ class Program:
     def _communication(self, i: Instruction, known: dict, times: float, total: Cost, seen: set) -> None:
         kind = i.op.removesuffix("-start")
         channel = re.search(r"channel_id=(\d+)", i.line)
-        if kind not in COLLECTIVES or (channel and channel[1] in seen):  # one transfer may be spread over many fusions
+        # One transfer may be spread over many fusions. Outside of them, all those of a shard_map share a channel.
+        if kind not in COLLECTIVES or (channel and channel[1] in seen):
             return
         seen.add(channel and channel[1])
         # The compiler writes the reduction of which each device keeps a part as two instructions.

@@ -49,6 +49,7 @@ def plan(
     steps: int | None = None,
     train: bool = False,
     dtype: str = "bfloat16",
+    remat: str = "none",
 ) -> Report:
     """Compile a run ahead of time for TPUs that need not exist, and say whether it fits and what bounds its speed.
 
@@ -62,6 +63,7 @@ def plan(
       steps: of the scheduler; by default the model's own. Not for training.
       train: a training step of the denoiser instead: AdamW and the moving average in float32, the network in `dtype`.
       dtype: that networks compute in, "bfloat16" or "float32".
+      remat: what a training step computes again on the way back, "none", "dots" or "full": see nn/stack.py.
 
     Raises:
       ValueError: an unknown model, topology, preset or dtype, a mesh that the slice does not hold, a batch or a size
@@ -76,9 +78,12 @@ def plan(
         raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}.")
     if train and steps is not None:
         raise ValueError(f"steps={steps} is for sampling; leave it out to plan a training step.")
+    if remat != "none" and not train:
+        raise ValueError(f"remat={remat!r} is for training; leave it out to plan a sampling run.")
     pipe = model if isinstance(model, DiffusionPipeline) else pipeline(model)
+    pipe = pipe.replace(unet=pipe.unet.replace(remat=remat)) if train else pipe
     place = chips.describe(topology)
-    mesh = parallel.make_mesh(parallel.preset(preset, len(place.devices)), place.devices)
+    mesh = parallel.make_mesh(preset, place.devices)
     axes = parallel.batch_axes(mesh)
     shards = math.prod(mesh.shape[axis] for axis in axes)
     batch = shards if batch is None else batch
@@ -91,13 +96,14 @@ def plan(
         )
     run = _Run(pipe, mesh, jnp.dtype(dtype), batch, height, width, steps)
     programs = [training(run)] if train else list(sampling(run))
-    parts = tuple(compiled(program) for program in programs)
+    with jax.set_mesh(mesh):
+        parts = tuple(compiled(program) for program in programs)
 
     state = programs[0].arguments[0]
     size = run.inputs()["size"]
-    name = type(pipe).__name__ if pipe is model else model
+    name = type(pipe).__name__ if isinstance(model, DiffusionPipeline) else model
     what = f"{name}, {'a training step on' if train else 'sampling'} {batch} pictures of {size.height} × {size.width}"
-    what += f" in {dtype} on {topology}, {preset}"
+    what += f" in {dtype} on {topology}, {preset}" + (f", remat {remat}" if remat != "none" else "")
     where = (place.chip, place.chips, len(place.devices), dict(mesh.shape))
     report = Report(what, *where, batch, weight(state, mesh), parts, tuple(_notes(run, parts)))
     return report if report.fits else advised(report, state, shards)
@@ -105,8 +111,7 @@ def plan(
 
 def _notes(run: "_Run", parts: tuple[Part, ...]) -> Iterator[str]:
     """What was not done as the rules wish, and what could not be read."""
-    for axis, names in parallel.unmet(run.params(), run.mesh).items():
-        yield f"{run.mesh.shape[axis]} divides no side of these, not split over {axis}: {len(names)}, e.g. {names[0]}."
+    yield from parallel.notes(run.params(), run.mesh)
     if loops := sum(part.cost.unknown_loops for part in parts if part.cost):
         yield f"Loops that do not say how often they run, and count once: {loops}."
     if kernels := sum(part.cost.unknown_kernels for part in parts if part.cost):
@@ -184,6 +189,11 @@ class _Run(NamedTuple):
         shapes = {name: abstract(spec, self.dtype) for name, spec in self.pipe.specs}
         return laid(shapes, parallel.shardings(shapes, self.mesh))
 
+    def rows(self, a: Any) -> NamedSharding:
+        """Where an array [rows of the plan, B or 1, …] lies."""
+        axes = parallel.batch_axes(self.mesh) if a.shape[1] % self.batch == 0 else None
+        return NamedSharding(self.mesh, PartitionSpec(None, axes))
+
     def placed(self, tree: Any) -> Any:
         """Inputs, conditions or a state of sampling, split along the batch."""
         return laid(tree, parallel.by_kind(lambda a: self.everywhere, lambda a: self.split, tree))
@@ -217,6 +227,7 @@ def sampling(run: _Run) -> Iterator[Program]:
     key = laid(jax.eval_shape(lambda: jax.random.key(0)), run.everywhere)
     inputs = run.placed(inputs)
     conditions, state = map(run.placed, jax.eval_shape(program.begin, params, key, inputs))
+    conditions = conditions._replace(times=laid(conditions.times, jax.tree.map(run.rows, conditions.times)))
     slots = laid(state.sampler.slots, NamedSharding(run.mesh, PartitionSpec(None, parallel.batch_axes(run.mesh))))
     state = state._replace(sampler=state.sampler._replace(slots=slots))
 
@@ -244,9 +255,7 @@ def training(run: _Run) -> Program:
     tx = state.adam(1e-4, 100_000)
     loss = losses.denoising(predict, run.pipe.scheduler.alphas_cumprod())
     start = jax.eval_shape(lambda params: state.create(params, tx), {"unet": abstract(specs["unet"])})
-    rule = lambda path: parallel.first_match(parallel.RULES, jax.tree_util.keystr(path, simple=True, separator="."))
-    where = lambda path, leaf: NamedSharding(run.mesh, rule(path)(leaf.shape, run.mesh))
-    start = laid(start, jax.tree_util.tree_map_with_path(where, start))
+    start = laid(start, parallel.shardings(start, run.mesh))
     key = laid(jax.eval_shape(lambda: jax.random.key(0)), run.everywhere)
     function = functools.partial(state.train_step, loss, tx)
     return Program("training step", 1, function, (start, batch, key), (places(start), None), (0,))
@@ -302,12 +311,8 @@ def weight(tree: Any, mesh: Mesh, rules: parallel.Rules = parallel.RULES) -> int
     >>> weight({"conv.weight": jnp.zeros((3, 3, 8, 8))}, mesh)
     2304
     """
-    total = 0
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        where = NamedSharding(mesh, parallel.first_match(rules, name)(leaf.shape, mesh))
-        total += math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    return total
+    size = lambda leaf, where: math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(jax.tree.leaves(jax.tree.map(size, tree, parallel.shardings(tree, mesh, rules))))
 
 
 # --- advice ----------------------------------------------------------------------------------------------------------
@@ -324,7 +329,7 @@ def advised(report: Report, state: Any, shards: int) -> Report:
     for preset in TRIED:
         mesh = jax.sharding.AbstractMesh(*zip(*((v, k) for k, v in parallel.preset(preset, report.devices).items())))
         weights = weight(state, mesh)
-        parts = math.prod(mesh.shape[axis] for axis in mesh.axis_names if axis != "tensor")
+        parts = math.prod(mesh.shape[axis] for axis in parallel.batch_axes(mesh))
         if dict(mesh.shape) != report.mesh and report.batch % parts == 0 and room(weights, report.batch / parts):
             need = quantity(weights + report.batch / parts * each, "B")
             advice.append(f"--preset {preset}: about {need}, {quantity(weights, 'B')} of it weights.")
