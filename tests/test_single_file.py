@@ -208,3 +208,19 @@ def test_what_is_no_such_file(tmp_path):
         pipe.from_single_file(tmp_path / "absent.safetensors")
     with pytest.raises(FileNotFoundError, match="stable-diffusion-v1-5"):
         pipe.from_single_file(tmp_path / "sd.safetensors", local_files_only=True)
+
+
+def test_names_of_a_controlnet():
+    """By shapes: diffusers' converter reads in our names what its class holds, and the settings follow from them."""
+    settings = dict(cross_attention_dim=768)
+    with torch.device("meta"):
+        model = diffusers.ControlNetModel(**settings)
+        state = model.state_dict()
+    old = {original.renamed(original.RULES["ControlNetModel"](model.config), k): v for k, v in state.items()}
+    assert old.keys() & {"input_hint_block.14.weight", "zero_convs.11.0.bias", "middle_block_out.0.weight"}
+    back = theirs.convert_controlnet_checkpoint({f"control_model.{k}": v for k, v in old.items()}, model.config)
+    assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in state.items()}
+    found = single_file.CONFIGS["ControlNetModel"]({k: tuple(v.shape) for k, v in old.items()}, None)
+    for key, value in found.items():
+        theirs_ = model.config[key]
+        assert value == (list(theirs_) if isinstance(theirs_, tuple) else theirs_), key
