@@ -120,6 +120,13 @@ class Model(nnx.Module):
         return checkpoint.load_model(cls, repo, **options)
 
     @classmethod
+    def from_single_file(cls, source: str, **options: Any) -> tuple[Spec, Params]:
+        """Load a spec and its parameters from a file with the original names; see `single_file.load_model`."""
+        from flaxdiff.checkpoint import single_file
+
+        return single_file.load_model(cls, source, **options)
+
+    @classmethod
     def to_config(cls, config: Config) -> dict[str, Any]:
         """The `config.json` of this configuration: diffusers' keys, and who wrote it."""
         fields = [f.name for f in dataclasses.fields(config) if "setting" not in f.metadata]

@@ -25,8 +25,8 @@ HOST = jax.memory.Space.Host
 class LoRA:
     """A weight and a low-rank update: W + down · diag(scale) · up.
 
-    Several updates are one whose ranks lie side by side. In networks that see several branches in one batch, what is
-    given for each image is repeated for each branch.
+    Several updates are one whose ranks lie side by side. Where a batch holds several branches of each image side by
+    side, what is given for each image holds for each of its branches.
 
     Attributes:
       base: the weight [..., in, out] (or HWIO of a convolution); may itself be quantised.
@@ -194,13 +194,13 @@ def conv(
 
 
 def _scaled(low: jax.Array, scale: jax.Array) -> jax.Array:
-    """low [B, ..., rank] times a scalar, [rank], or [images, rank] where B is that many images in each branch."""
+    """low [B, ..., rank] times a scalar, [rank], or [images, rank] where each image has some rows side by side."""
     scale = scale.astype(low.dtype)
     if scale.ndim < 2:
         return low * scale
     if low.shape[0] % scale.shape[0]:
         raise ValueError(f"A LoRA has scales for {scale.shape[0]} images, and the batch is {low.shape[0]}.")
-    scale = jnp.tile(scale, (low.shape[0] // scale.shape[0], 1))
+    scale = jnp.repeat(scale, low.shape[0] // scale.shape[0], 0)
     return low * scale.reshape(len(scale), *(1,) * (low.ndim - 2), -1)
 
 

@@ -17,6 +17,7 @@ import flaxdiff
 from flaxdiff import published, weights
 from flaxdiff.adapters import formats, lora
 from flaxdiff.checkpoint import convert, original
+from flaxdiff.pipelines import pipeline
 from flaxdiff.weights import LoRA
 
 rng = np.random.default_rng(0)
@@ -377,8 +378,8 @@ def test_swapping_and_weighing_compile_nothing():
         assert peers.relative(own[i], alone[i]) < 1e-5
     name = "down_blocks.0.resnets.0.conv1.weight"
     x = normal(2, 6, 6, 16)
-    twice = weights.conv(np.concatenate([x, x]), each[name])
-    assert peers.relative(twice[2:], weights.conv(x, each[name])) < 1e-6
+    twice = weights.conv(np.repeat(x, 2, 0), each[name])  # both branches of an image
+    assert peers.relative(twice[1::2], weights.conv(x, each[name])) < 1e-6
     with pytest.raises(ValueError, match="2 images, and the batch is 3"):
         weights.conv(normal(3, 6, 6, 16), each[name])
     with pytest.raises(ValueError, match="for each image"):
@@ -395,9 +396,14 @@ def test_per_image_in_a_whole_pipeline():
     adapter = random_adapter(specs, 2, TARGETS)
     options = dict(prompt=["red", "red"], num_inference_steps=2, output_type="np", latents=np.repeat(LATENTS, 2, 0))
     both = pipe(flaxdiff.set_adapters(params, [adapter], [[0.0, 0.7]]), KEY, **options).images
+    programs = []
     for i, w in enumerate((0.0, 0.7)):
         alone = pipe(flaxdiff.set_adapters(params, [adapter], [w]), KEY, **options).images
         np.testing.assert_allclose(both[i], alone[i], atol=1e-4)
+        programs.append([part._cache_size() for part in (pipeline._begin, pipeline._step, pipeline._decode)])
+    pipe(flaxdiff.set_adapters(params, [random_adapter(specs, 2, TARGETS)]), KEY, **options)
+    programs.append([part._cache_size() for part in (pipeline._begin, pipeline._step, pipeline._decode)])
+    assert programs[0] == programs[1] == programs[2]  # another weight and another adapter compile nothing
     assert np.abs(both[0] - both[1]).max() > 1e-3
 
 

@@ -120,7 +120,7 @@ def load_ip_adapter(
         key = lambda k: re.sub(r"ip_adapter\.(\d+)\.", lambda m: f"unet.{blocks[int(m[1])]}.processor.", k)
         adapter, report = lora.assemble(specs, {key(k): t for k, t in updates.items()}, {}, str(path))
         if any(report):
-            raise ValueError(lora._complaint(str(path), report))
+            raise ValueError(lora.complaint(str(path), report))
         on = lora.adapter_of(params)
         params = lora.set_adapters(params, [on, adapter] if on else [adapter], [1.0, 1.0] if on else [1.0])
     return dataclasses.replace(pipe, specs=tuple(specs.items())), params
@@ -274,7 +274,7 @@ def by_layer(config: Any, scale: Any) -> np.ndarray:
     found = transformers(config)
     if not isinstance(scale, Mapping):
         return np.full(len(found), scale, np.float32)
-    named = {}
+    scales: dict[str, float] = {}
     for way in ("down", "up"):
         blocks: dict[str, list[str]] = {}
         for t in found:
@@ -288,11 +288,11 @@ def by_layer(config: Any, scale: Any) -> np.ndarray:
             each = _list(value) * (len(blocks[block]) if len(_list(value)) == 1 else 1)
             if len(each) != len(blocks[block]):
                 raise ValueError(f"{way} {block} has {len(blocks[block])} transformers; {len(each)} scales were given.")
-            named |= dict(zip(blocks[block], each))
+            scales |= dict(zip(blocks[block], each))
     if unknown := sorted(set(scale) - {"down", "mid", "up"}):
         raise ValueError(f"A scale by transformer names down, mid and up, not {unknown}.")
-    named["mid_block.attentions.0"] = _list(scale.get("mid", 0.0))[0]
-    return np.float32([named.get(t.name, 0.0) for t in found])
+    scales["mid_block.attentions.0"] = _list(scale.get("mid", 0.0))[0]
+    return np.float32([scales.get(t.name, 0.0) for t in found])
 
 
 # --- on the device ---------------------------------------------------------------------------------------------------

@@ -109,10 +109,11 @@ def names(spec: Spec, current: Iterable[str]) -> dict[str, str]:
     {'up_blocks.1.resnets.0.conv2.bias': 'output_blocks.3.0.out_layers.3.bias', 'conv_out.weight': 'out.2.weight'}
     """
     rules = RULES[spec.module.__name__](spec.config)
-    return {name: _renamed(rules, name) for name in current}
+    return {name: renamed(rules, name) for name in current}
 
 
-def _renamed(rules: Rules, name: str) -> str:
+def renamed(rules: Rules, name: str) -> str:
+    """A name after every rule has been applied, in order."""
     for pattern, new in rules:
         name = re.sub(pattern, new if isinstance(new, str) else lambda m, new=new: new(*map(int, m.groups())), name)
     return name

@@ -89,8 +89,8 @@ def load_pipeline(
     small = [f"{name}/{SCHEDULER}" for name in of("scheduler")]
     root = hub.fetch(repo, small + [f"{name}/{file}" for name in of("tokenizer") for file in TOKENIZER], **download)
 
-    parts = {name: _tokenizer(root / name, components[name]) for name in of("tokenizer")}
-    parts |= {name: _scheduler(root / name, components[name]) for name in of("scheduler")}
+    parts = {name: read_tokenizer(root / name, components[name]) for name in of("tokenizer")}
+    parts |= {name: read_scheduler(root / name, components[name]) for name in of("scheduler")}
     sharding = sharding or reading.by_rules(mesh, rules)
     found = {
         name: reading.find(model, repo, name, dtype, chosen[name], sharding, download, changes)
@@ -187,13 +187,15 @@ def _variants(
     return {name: variant if name in there else None for name in models}
 
 
-def _scheduler(folder: Path, class_name: str) -> Any:
+def read_scheduler(folder: Path, class_name: str) -> Any:
+    """The scheduler in a folder."""
     if not (folder / SCHEDULER).is_file():
         raise FileNotFoundError(f"{folder} has no {SCHEDULER}; give scheduler=, or a complete folder.")
     return registry.find(class_name, "scheduler").from_config(files.read_json(folder / SCHEDULER))
 
 
-def _tokenizer(folder: Path, class_name: str) -> Any:
+def read_tokenizer(folder: Path, class_name: str) -> Any:
+    """The tokenizer in a folder; it is loaded when it is first used."""
     from flaxdiff.pipelines.text import Tokenizer
 
     if not folder.is_dir():

@@ -122,6 +122,13 @@ class DiffusionPipeline:
         made = cls(**(fields | {"specs": (*pipe.specs, *more.items())}))
         return made.replace(**{k: v for k, v in changes.items() if k not in more})
 
+    @classmethod
+    def from_single_file(cls, source: str, **options: Any) -> tuple[Self, dict[str, Params]]:
+        """Load a pipeline and its parameters from a file with the original names; see `single_file.load_pipeline`."""
+        from flaxdiff.checkpoint import single_file
+
+        return single_file.load_pipeline(cls, source, **options)
+
     def __getattr__(self, name: str) -> Any:
         for components in (self.specs, self.tokenizers, self.settings) if not name.startswith("_") else ():
             if name in dict(components):
