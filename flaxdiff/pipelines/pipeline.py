@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 
 from flaxdiff import images as pictures
 from flaxdiff import memory, registry
+from flaxdiff.adapters import ip_adapter
 from flaxdiff.core import Params, Spec
 from flaxdiff.guidance import Guidance, standard
-from flaxdiff.adapters import ip_adapter
 from flaxdiff.pipelines import ahead
 from flaxdiff.pipelines.generate import Family, Program
 from flaxdiff.pipelines.tasks import blank_inputs, text_to_image

@@ -17,10 +17,10 @@ from flaxdiff.adapters import control, ip_adapter
 from flaxdiff.pipelines import stable_diffusion
 from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
+from flaxdiff.pipelines.stable_diffusion import latent_shape
 from flaxdiff.pipelines.tasks import image_to_image
 from flaxdiff.pipelines.tasks.edit import edit
 from flaxdiff.pipelines.tasks.inpaint import inpaint, paste_back
-from flaxdiff.pipelines.stable_diffusion import latent_shape
 from flaxdiff.pipelines.text import check_prompts, texts
 
 Pair = tuple[int, int]
