@@ -13,6 +13,20 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "function": {
         "flaxdiff.core": ("abstract", "apply", "init", "layout"),
         "flaxdiff.checkpoint": ("load", "save"),
+        "flaxdiff.adapters.custom_diffusion": ("load_custom_diffusion",),
+        "flaxdiff.adapters.lora": (
+            "adapter_of",
+            "fuse_lora",
+            "load_lora",
+            "read_lora",
+            "save_lora",
+            "set_adapters",
+            "unfuse_lora",
+            "unload_lora",
+        ),
+        "flaxdiff.adapters.ip_adapter": ("load_ip_adapter",),
+        "flaxdiff.adapters.merge": ("merge_adapters",),
+        "flaxdiff.adapters.textual_inversion": ("load_textual_inversion",),
         "flaxdiff.images": ("make_image_grid",),
         "flaxdiff.memory": ("cast", "offload", "quantize", "residency"),
         "flaxdiff.schedulers": ("scheduler",),
@@ -20,6 +34,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.planning.plan": ("plan",),
     },
     "other": {
+        "flaxdiff.adapters.control": ("MultiAdapter", "MultiControlNetModel"),
         "flaxdiff.checkpoint.pipelines": ("EMOJI",),
         "flaxdiff.core": ("Spec",),
         "flaxdiff.pipelines.auto": (
@@ -37,7 +52,9 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.consistency_decoder_vae": ("ConsistencyDecoderVAE",),
         "flaxdiff.models.clip": ("CLIPTextModel", "CLIPTextModelWithProjection"),
         "flaxdiff.models.clip_vision": ("CLIPVisionModelWithProjection",),
+        "flaxdiff.models.ip_adapter": ("IPAdapter",),
         "flaxdiff.models.controlnet": ("ControlNetModel",),
+        "flaxdiff.models.t2i_adapter": ("T2IAdapter",),
         "flaxdiff.models.unet_2d": ("UNet2DModel",),
         "flaxdiff.models.unet_2d_condition": ("UNet2DConditionModel",),
         "flaxdiff.models.vq_model": ("VQModel",),
@@ -91,6 +108,16 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "pipeline": {
+        "flaxdiff.pipelines.controlled": (
+            "StableDiffusionAdapterPipeline",
+            "StableDiffusionControlNetImg2ImgPipeline",
+            "StableDiffusionControlNetInpaintPipeline",
+            "StableDiffusionControlNetPipeline",
+            "StableDiffusionXLAdapterPipeline",
+            "StableDiffusionXLControlNetImg2ImgPipeline",
+            "StableDiffusionXLControlNetInpaintPipeline",
+            "StableDiffusionXLControlNetPipeline",
+        ),
         "flaxdiff.pipelines.image_variation": ("StableDiffusionImageVariationPipeline",),
         "flaxdiff.pipelines.k_diffusion": ("StableDiffusionKDiffusionPipeline", "StableDiffusionXLKDiffusionPipeline"),
         "flaxdiff.pipelines.pipeline": ("DiffusionPipeline",),
@@ -138,6 +165,16 @@ COUNTERPARTS: tuple[dict[str, str], ...] = (
         "text2image": "StableDiffusionXLPipeline",
         "image2image": "StableDiffusionXLImg2ImgPipeline",
         "inpainting": "StableDiffusionXLInpaintPipeline",
+    },
+    {
+        "text2image": "StableDiffusionControlNetPipeline",
+        "image2image": "StableDiffusionControlNetImg2ImgPipeline",
+        "inpainting": "StableDiffusionControlNetInpaintPipeline",
+    },
+    {
+        "text2image": "StableDiffusionXLControlNetPipeline",
+        "image2image": "StableDiffusionXLControlNetImg2ImgPipeline",
+        "inpainting": "StableDiffusionXLControlNetInpaintPipeline",
     },
     {"text2image": "LatentConsistencyModelPipeline", "image2image": "LatentConsistencyModelImg2ImgPipeline"},
 )

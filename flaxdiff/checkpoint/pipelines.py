@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 EMOJI = Path(__file__).parent.parent / "assets" / "emoji"
 # passed over, but by a pipeline whose `reads` names them
 SKIPPED = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator")
+SEVERAL = {"MultiControlNetModel": "ControlNetModel", "MultiAdapter": "T2IAdapter"}  # in folders name, name_1, …
 SCHEDULER = "scheduler_config.json"
 DEFAULTS = "_defaults"  # how the checkpoint likes to be sampled; PyTorch's diffusers skips what begins so
 SORTS = ("model", "scheduler", "tokenizer")
@@ -73,6 +74,14 @@ def load_pipeline(
         download["revision"] = root.name  # the commit: all components come from the same one
 
     given = {name: changes.pop(name) for name in (*components, *SKIPPED) if name in changes}
+    for name, class_of in cls.steers.items():  # the folder of what is to be steered may not know of them
+        if name in changes or name in given:
+            several = given.pop(name, None) or changes.pop(name)
+            named = {
+                f"{name}_{i}" if i else name: part
+                for i, part in enumerate(several if isinstance(several, list) else [several])
+            }
+            given, components = given | named, components | dict.fromkeys(named, class_of)
     sorts = {name: registry.sort_of(named, *SORTS) for name, named in components.items()}
     of = lambda sort: [name for name in components if sorts[name] == sort and name not in given]
     models = {name: registry.find(components[name], "model") for name in of("model")}
@@ -80,8 +89,8 @@ def load_pipeline(
     small = [f"{name}/{SCHEDULER}" for name in of("scheduler")]
     root = hub.fetch(repo, small + [f"{name}/{file}" for name in of("tokenizer") for file in TOKENIZER], **download)
 
-    parts = {name: _tokenizer(root / name, components[name]) for name in of("tokenizer")}
-    parts |= {name: _scheduler(root / name, components[name]) for name in of("scheduler")}
+    parts = {name: read_tokenizer(root / name, components[name]) for name in of("tokenizer")}
+    parts |= {name: read_scheduler(root / name, components[name]) for name in of("scheduler")}
     sharding = sharding or reading.by_rules(mesh, rules)
     found = {
         name: reading.find(model, repo, name, dtype, chosen[name], sharding, download, changes)
@@ -153,7 +162,10 @@ def read_index(folder: Path) -> tuple[str, dict[str, str], dict[str, Any]]:
                 f"{path} names a component {name!r}, which cannot be a subfolder; do not trust this folder."
             )
         if isinstance(value, list) and len(value) == 2 and all(isinstance(v, str | None) for v in value):
-            if value[1] is not None:  # [null, null]: the pipeline can do without
+            if value[1] in SEVERAL:
+                there = [name, *sorted(path.name for path in folder.glob(f"{name}_*") if path.is_dir())]
+                components |= dict.fromkeys(there, SEVERAL[value[1]])
+            elif value[1] is not None:  # [null, null]: the pipeline can do without
                 components[name] = value[1].removeprefix(FLAX)
         else:
             settings[name] = frozen(value)
@@ -175,13 +187,15 @@ def _variants(
     return {name: variant if name in there else None for name in models}
 
 
-def _scheduler(folder: Path, class_name: str) -> Any:
+def read_scheduler(folder: Path, class_name: str) -> Any:
+    """The scheduler in a folder."""
     if not (folder / SCHEDULER).is_file():
         raise FileNotFoundError(f"{folder} has no {SCHEDULER}; give scheduler=, or a complete folder.")
     return registry.find(class_name, "scheduler").from_config(files.read_json(folder / SCHEDULER))
 
 
-def _tokenizer(folder: Path, class_name: str) -> Any:
+def read_tokenizer(folder: Path, class_name: str) -> Any:
+    """The tokenizer in a folder; it is loaded when it is first used."""
     from flaxdiff.pipelines.text import Tokenizer
 
     if not folder.is_dir():
@@ -202,6 +216,8 @@ def save_pipeline(
 ) -> None:
     """Write a pipeline in diffusers' layout; PyTorch's diffusers loads it. Arguments and care as of `save_model`.
 
+    An IP-Adapter has no place in that layout: it stays in its own file, to be put on again.
+
     Raises:
       ValueError: the parameters of a component are missing, or are not those of its spec.
     """
@@ -215,10 +231,16 @@ def save_pipeline(
     index: dict[str, Any] = {"_class_name": type(pipe).__name__, **defaults, **plain}
     with files.staged(Path(folder)) as stage:
         for name, spec in pipe.specs:
+            if spec.module.library is None:
+                continue
             index[name] = [spec.module.library, spec.module.__name__]
             (stage / name).mkdir()
             options = {"dtype": dtype, "max_shard_size": max_shard_size, "variant": variant}
             writing.write_model(stage / name, spec, params[name], **options)
+        for several, one in SEVERAL.items():
+            for name in [n for n, part in index.items() if part == ["diffusers", one] and f"{n}_1" in index]:
+                index[name][1] = several
+                index = {n: part for n, part in index.items() if not n.startswith(f"{name}_")}
         for name, tokenizer in pipe.tokenizers:
             index[name] = ["transformers", tokenizer.class_name]
             tokenizer.save(stage / name)

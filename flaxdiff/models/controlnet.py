@@ -31,6 +31,7 @@ class ControlNetConfig(EncoderConfig):
     global_pool_conditions: bool = False
     class_embed_type: str | None = only(None)
     num_class_embeds: int | None = only(None)
+    time_cond_proj_dim: int | None = only(None)
 
 
 class ControlNetOutput(NamedTuple):

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from flaxdiff import images as pictures
 from flaxdiff import memory, registry
+from flaxdiff.adapters import ip_adapter
 from flaxdiff.core import Params, Spec
 from flaxdiff.guidance import Guidance, standard
 from flaxdiff.pipelines import ahead
@@ -81,6 +82,8 @@ class DiffusionPipeline:
 
     family: ClassVar[Family]
     task: ClassVar[Callable] = staticmethod(text_to_image)
+    extras: ClassVar[tuple[Callable, ...]] = ()  # further (pipe, size, guided, …) -> arrays, beside the family's
+    steers: ClassVar[Mapping[str, str]] = {}  # component -> class of those of which there may be one or a list
     finish: ClassVar[Callable] = staticmethod(
         lambda images, options: images
     )  # Pillow's pictures -> what a call returns
@@ -118,6 +121,13 @@ class DiffusionPipeline:
         fields = {f.name: getattr(pipe, f.name) for f in dataclasses.fields(pipe)}
         made = cls(**(fields | {"specs": (*pipe.specs, *more.items())}))
         return made.replace(**{k: v for k, v in changes.items() if k not in more})
+
+    @classmethod
+    def from_single_file(cls, source: str, **options: Any) -> tuple[Self, dict[str, Params]]:
+        """Load a pipeline and its parameters from a file with the original names; see `single_file.load_pipeline`."""
+        from flaxdiff.checkpoint import single_file
+
+        return single_file.load_pipeline(cls, source, **options)
 
     def __getattr__(self, name: str) -> Any:
         for components in (self.specs, self.tokenizers, self.settings) if not name.startswith("_") else ():
@@ -213,11 +223,14 @@ class DiffusionPipeline:
         distilled = self.family.distilled(dict(self.specs), scale) if self.family.distilled else {}
         guided = bool(np.max(scale) > 1) and not distilled
         options["prompt"] = prompt
-        take = lambda function: {
-            k: options.pop(k) for k in list(options) if k in inspect.signature(function).parameters
-        }
-        size, arrays, window = self.task(self, **take(self.task))
-        arrays |= distilled | self.family.prepare(self, size, guided, **take(self.family.prepare))
+        takes = lambda function: {k: v for k, v in options.items() if k in inspect.signature(function).parameters}
+        size, arrays, window = self.task(self, **takes(self.task))
+        arrays |= distilled
+        prepares = (self.family.prepare, ip_adapter.prepare, *self.extras)
+        for prepare in prepares:
+            arrays |= prepare(self, size, guided, **takes(prepare))
+        taken = {k for function in (self.task, *prepares) for k in takes(function)}
+        options = {k: v for k, v in options.items() if k not in taken}
         if options.pop("prompt", None) is not None:
             raise TypeError(f"{type(self).__name__} takes no prompt.")
         if num_images_per_prompt < 1:

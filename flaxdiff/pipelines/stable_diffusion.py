@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxdiff import core
+from flaxdiff.adapters import control, ip_adapter
 from flaxdiff.nn.embeddings import sinusoids
 from flaxdiff.pipelines.generate import Cond, Family, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
@@ -61,13 +62,17 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
             text = networks("text_encoder", inputs[f"{prefix}prompt_ids"], skip, method="skip")
         else:
             continue
-        cond[branch] = {"text": networks("unet", text, method="keys_values")}
+        steered = control.encode(networks, inputs, text, branch)
+        contexts = networks("unet", text, method="keys_values")
+        contexts = ip_adapter.encode(networks, inputs, branch, contexts, latent_shape(networks.specs, inputs["size"]))
+        cond[branch] = {"text": contexts, **steered}
     return cond
 
 
 def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
     """What the U-Net makes of times [N], and of a class or a strength that it is told."""
-    return networks("unet", timesteps[:, None], method="times", **told(cond))
+    of_unet = networks("unet", timesteps[:, None], method="times", **told(cond))
+    return control.times(networks, timesteps, cond, of_unet)
 
 
 def told(cond: Cond) -> dict[str, jax.Array]:
@@ -86,7 +91,8 @@ def distilled(specs: Mapping[str, core.Spec], scale: Any) -> dict[str, Any]:
 
 def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
     """The U-Net's output."""
-    return networks("unet", x, t, cond["text"])
+    t, residuals = control.residuals(networks, x, t, cond)
+    return networks("unet", x, t, cond["text"], **residuals)
 
 
 def latent_shape(specs: Mapping[str, core.Spec], size: Size) -> tuple[int, int, int]:

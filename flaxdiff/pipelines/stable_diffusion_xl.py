@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxdiff.adapters import control, ip_adapter
 from flaxdiff.pipelines import stable_diffusion
 from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
+from flaxdiff.pipelines.stable_diffusion import latent_shape
 from flaxdiff.pipelines.tasks import image_to_image
 from flaxdiff.pipelines.tasks.edit import edit
 from flaxdiff.pipelines.tasks.inpaint import inpaint, paste_back
@@ -105,8 +107,10 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
             if prefix:
                 keep = jnp.asarray(inputs["negative_keep"]).astype(text.dtype)
                 text, pooled = text * keep, pooled * keep
-        text = networks("unet", text, method="keys_values")
-        cond[branch] = {"text": text, "pooled": pooled, "time_ids": inputs[f"{prefix}time_ids"]}
+        steered = control.encode(networks, inputs, text, branch)
+        text, latent = networks("unet", text, method="keys_values"), latent_shape(networks.specs, inputs["size"])
+        text = ip_adapter.encode(networks, inputs, branch, text, latent)
+        cond[branch] = {"text": text, "pooled": pooled, "time_ids": inputs[f"{prefix}time_ids"], **steered}
     return cond
 
 
@@ -116,12 +120,14 @@ def _added(cond: Cond) -> dict[str, jax.Array]:
 
 def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
     """What the U-Net makes of times [N] and of the conditions."""
-    return networks("unet", timesteps[:, None], _added(cond), method="times", **stable_diffusion.told(cond))
+    of_unet = networks("unet", timesteps[:, None], _added(cond), method="times", **stable_diffusion.told(cond))
+    return control.times(networks, timesteps, cond, of_unet, _added(cond))
 
 
 def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
     """The U-Net's output."""
-    return networks("unet", x, t, cond["text"], _added(cond))
+    t, residuals = control.residuals(networks, x, t, cond)
+    return networks("unet", x, t, cond["text"], _added(cond), **residuals)
 
 
 STABLE_DIFFUSION_XL = stable_diffusion.STABLE_DIFFUSION._replace(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from flaxdiff import images as pictures
 from flaxdiff.pipelines.generate import Size
@@ -144,6 +145,10 @@ def blank_inputs(pipe: "DiffusionPipeline", batch: int = 1, **options: Any) -> d
         options["image"] = np.zeros((batch, height, width, 3), np.float32)
         if "mask_image" in takes:
             options["mask_image"] = np.ones((batch, height, width, 1), np.float32)
+        nets = sum(name.split("_")[0] in pipe.steers for name, _ in pipe.specs)
+        if nets:
+            blank = Image.new("RGB", (width, height))
+            options["control_image" if "strength" in pipe.defaults else "image"] = [blank] * nets if nets > 1 else blank
     return pipe.prepare_inputs(**options)
 
 
