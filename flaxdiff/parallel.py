@@ -273,13 +273,19 @@ def constrain(x: jax.Array, *wishes: str | None) -> jax.Array:
 
 
 def gathered(weight: jax.Array) -> jax.Array:
-    """The weight of a convolution, whole on every device if the mesh in context may split the rows of pictures.
+    """The weight of a convolution, whole on every device where the mesh in context may split the rows of pictures.
 
-    XLA gives wrong numbers where both rows and weights are split.
+    XLA gives wrong numbers where both rows and weights are split, and wrong gradients where rows and channels are.
+
+    Raises:
+      ValueError: the mesh splits rows as well as channels.
     """
     free = _free()
-    rows = "context" in free or "tensor" not in free
-    return constrain(weight, *["whole"] * weight.ndim) if rows else weight
+    if {"tensor", "context"} <= set(free):
+        raise ValueError(
+            f"Convolutions cannot be split over tensor and context at once: {free}; use fsdp+tp or fsdp+cp."
+        )
+    return weight if "tensor" in free else constrain(weight, *["whole"] * weight.ndim)
 
 
 # outside of a compiled function too

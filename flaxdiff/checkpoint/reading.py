@@ -71,7 +71,7 @@ def load_model(
     (True, dtype(bfloat16))
     """
     download = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
-    sharding = sharding or by_rules(mesh, rules)
+    sharding = by_rules(mesh, rules) if sharding is None else sharding
     found = find(cls, repo, subfolder, dtype, variant, sharding, download, overrides)
     return found.spec, found.load()
 
