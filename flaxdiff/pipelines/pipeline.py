@@ -93,13 +93,6 @@ class DiffusionPipeline:
     # --- loading, saving, changing -----------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, repo: str, **options: Any) -> tuple[Self, dict[str, Params]]:
-        """Load a pipeline and its parameters from a folder or a Hub repository; see `checkpoint.load_pipeline`."""
-        from flaxdiff import checkpoint
-
-        return checkpoint.load_pipeline(cls, repo, **options)
-
-    @classmethod
     def resolve(cls, named: str) -> type["DiffusionPipeline"]:
         """The class to use for a checkpoint that names one."""
         return cls if hasattr(cls, "family") else registry.find(named, "pipeline")
@@ -128,6 +121,13 @@ class DiffusionPipeline:
         from flaxdiff.checkpoint import single_file
 
         return single_file.load_pipeline(cls, source, **options)
+
+    @classmethod
+    def from_pretrained(cls, repo: str, **options: Any) -> tuple[Self, dict[str, Params]]:
+        """Load a pipeline and its parameters from a folder or a Hub repository; see `checkpoint.load_pipeline`."""
+        from flaxdiff import checkpoint
+
+        return checkpoint.load_pipeline(cls, repo, **options)
 
     def __getattr__(self, name: str) -> Any:
         for components in (self.specs, self.tokenizers, self.settings) if not name.startswith("_") else ():
