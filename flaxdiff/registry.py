@@ -190,8 +190,8 @@ PUBLIC = {
 def names(sort: str) -> list[str]:
     """The names of one sort.
 
-    >>> names("model")[:2]
-    ['AutoencoderKL', 'CLIPTextModel']
+    >>> "AutoencoderKL" in names("model")
+    True
     """
     return [name for group in TABLE[sort].values() for name in group]
 
