@@ -341,9 +341,7 @@ def load_pipeline(
         raise ValueError(f"{path} holds {there}, which is no whole pipeline; load it by from_single_file of its class.")
     _check_class(cls, kind, path)
     if config is None and "label_emb.weight" in parts["unet"].tensors:
-        raise ValueError(
-            f"{path} is an upscaler, whose schedules do not follow from it; give config=, a folder."
-        )
+        raise ValueError(f"{path} is an upscaler, whose schedules do not follow from it; give config=, a folder.")
     cls = cls if hasattr(cls, "family") else registry.find(kind.pipeline, "pipeline")
 
     download = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
