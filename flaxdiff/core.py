@@ -74,7 +74,7 @@ class Model(nnx.Module):
     """The base of every network: how a `config.json` becomes a `Spec`, and back."""
 
     config_class: ClassVar[type[Config]]
-    library: ClassVar[str] = "diffusers"  # whose layout the checkpoint has: "diffusers" or "transformers"
+    library: ClassVar[str | None] = "diffusers"  # whose layout the checkpoint has, or "transformers"; None: no folder
     renames: ClassVar[tuple[tuple[str, str], ...]] = ()  # (regex, replacement): names in older files -> today's
     ignored: ClassVar[str] = r"(?!)"  # regex of names in older files that carry no weight
 

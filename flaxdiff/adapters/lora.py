@@ -98,11 +98,12 @@ def read_lora(
     if not strict:
         return adapter, report
     if any(report):
-        raise ValueError(_complaint(str(path), report))
+        raise ValueError(complaint(str(path), report))
     return adapter
 
 
-def _complaint(source: str, report: Report) -> str:
+def complaint(source: str, report: Report) -> str:
+    """What to say of a file that does not fit."""
     lines = [*(f"± {line}" for line in report.misshapen), *(f"+ {key}" for key in report.unexpected)]
     counts = f"{len(report.unexpected)} unexpected, {len(report.misshapen)} misshapen"
     more = [f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
