@@ -190,6 +190,9 @@ def test_what_is_no_such_file(tmp_path):
     save_file(broken, tmp_path / "broken.safetensors")
     odd = tensors | {"model.diffusion_model.more.weight": torch.ones(2)}
     save_file(odd, tmp_path / "odd.safetensors")
+    save_file(
+        tensors | {"model.diffusion_model.label_emb.weight": torch.ones(9, 64)}, tmp_path / "upscaler.safetensors"
+    )
     folder = peers.saved(build)
     pipe = flaxdiff.StableDiffusionPipeline
     for cls, name, options, fault in (
@@ -199,6 +202,7 @@ def test_what_is_no_such_file(tmp_path):
         (pipe, "broken", {"tokenizer": str}, "does not follow from the names"),
         (pipe, "broken", {"config": folder}, "missing"),
         (pipe, "odd", {"config": folder}, "more.weight"),
+        (pipe, "upscaler", {}, "give config="),
         (flaxdiff.UNet2DConditionModel, "vae", {}, "has no UNet2DConditionModel; it has AutoencoderKL"),
         (flaxdiff.AutoencoderKL, "vae", {"scaling": 1}, "no setting 'scaling'"),
     ):

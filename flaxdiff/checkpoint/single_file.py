@@ -340,6 +340,8 @@ def load_pipeline(
         there = sorted(part.class_name for part in parts.values())
         raise ValueError(f"{path} holds {there}, which is no whole pipeline; load it by from_single_file of its class.")
     _check_class(cls, kind, path)
+    if config is None and "label_emb.weight" in parts["unet"].tensors:
+        raise ValueError(f"{path} is an upscaler, whose schedules do not follow from it; give config=, a folder.")
     cls = cls if hasattr(cls, "family") else registry.find(kind.pipeline, "pipeline")
 
     download = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
@@ -348,10 +350,12 @@ def load_pipeline(
     wanted = [f"{name}/{file}" for name in names if name not in given for file in pipelines.TOKENIZER]
     components, settings = dict.fromkeys(names, "CLIPTokenizer"), dict(kind.settings)
     if config is not None:
-        wanted += [files.PIPELINE, f"*/{files.CONFIG}", f"scheduler/{pipelines.SCHEDULER}"]
+        wanted += [files.PIPELINE, f"*/{files.CONFIG}", f"*/{pipelines.SCHEDULER}"]
     root = hub.fetch(config or kind.tokenizers, wanted, **download) if wanted else None
     if config is not None:
         _, components, settings = pipelines.read_index(root)
+        for name in [name for name in components if name.endswith("_scheduler")]:  # no sampler: the upscaler's second
+            settings[name] = pipelines.read_scheduler(root / name, components[name])
     dtypes, specs, params = reading.dtypes_of(dtype), {}, {}
     for name, part in parts.items():
         if name not in given:
