@@ -74,7 +74,7 @@ class Model(nnx.Module):
     """The base of every network: how a `config.json` becomes a `Spec`, and back."""
 
     config_class: ClassVar[type[Config]]
-    library: ClassVar[str] = "diffusers"  # whose layout the checkpoint has: "diffusers" or "transformers"
+    library: ClassVar[str | None] = "diffusers"  # whose layout the checkpoint has, or "transformers"; None: no folder
     renames: ClassVar[tuple[tuple[str, str], ...]] = ()  # (regex, replacement): names in older files -> today's
     ignored: ClassVar[str] = r"(?!)"  # regex of names in older files that carry no weight
 
@@ -118,6 +118,13 @@ class Model(nnx.Module):
         from flaxdiff import checkpoint
 
         return checkpoint.load_model(cls, repo, **options)
+
+    @classmethod
+    def from_single_file(cls, source: str, **options: Any) -> tuple[Spec, Params]:
+        """Load a spec and its parameters from a file with the original names; see `single_file.load_model`."""
+        from flaxdiff.checkpoint import single_file
+
+        return single_file.load_model(cls, source, **options)
 
     @classmethod
     def to_config(cls, config: Config) -> dict[str, Any]:

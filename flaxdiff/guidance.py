@@ -106,6 +106,34 @@ def rescale(phi: jax.Array | float) -> Guidance:
     return stateless(combine)
 
 
+def text_and_image(scale: jax.Array | float, image_scale: jax.Array | float) -> Guidance:
+    """Guidance by a text and a picture: negative + scale (positive - image) + image_scale (image - negative).
+
+    Args:
+      scale: how closely to follow the text, which "positive" has beside the picture.
+      image_scale: how closely to follow the picture, which "image" has alone; "negative" has neither.
+
+    >>> predictions = {"positive": jnp.float32(4), "image": jnp.float32(2), "negative": jnp.float32(1)}
+    >>> float(text_and_image(3.0, 2.0).combine((), None, predictions)[0])
+    9.0
+
+    Reference: Brooks et al., InstructPix2Pix: Learning to Follow Image Editing Instructions, 2023, section 3.2.1.
+    """
+
+    def combine(guess, predictions):
+        negative, image, positive = (predictions[branch] for branch in ("negative", "image", "positive"))
+        by_text, by_image = per_image(scale, positive), per_image(image_scale, positive)
+        return negative + by_text * (positive - image) + by_image * (image - negative)
+
+    return stateless(combine)
+
+
 def standard(strengths: Mapping[str, jax.Array]) -> Guidance:
-    """What pipelines use unless told otherwise: `cfg` with `guidance_scale`, then `rescale` with `guidance_rescale`."""
-    return chain(cfg(strengths["guidance_scale"]), rescale(strengths["guidance_rescale"]))
+    """What pipelines use unless told otherwise: `cfg` with `guidance_scale`, then `rescale` with `guidance_rescale`.
+
+    With an `image_guidance_scale` beside them, `text_and_image` in place of `cfg`.
+    """
+    scale = strengths["guidance_scale"]
+    image_scale = strengths.get("image_guidance_scale")
+    rule = cfg(scale) if image_scale is None else text_and_image(scale, image_scale)
+    return chain(rule, rescale(strengths["guidance_rescale"]))

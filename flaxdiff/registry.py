@@ -13,6 +13,20 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "function": {
         "flaxdiff.core": ("abstract", "apply", "init", "layout"),
         "flaxdiff.checkpoint": ("load", "save"),
+        "flaxdiff.adapters.custom_diffusion": ("load_custom_diffusion",),
+        "flaxdiff.adapters.lora": (
+            "adapter_of",
+            "fuse_lora",
+            "load_lora",
+            "read_lora",
+            "save_lora",
+            "set_adapters",
+            "unfuse_lora",
+            "unload_lora",
+        ),
+        "flaxdiff.adapters.ip_adapter": ("load_ip_adapter",),
+        "flaxdiff.adapters.merge": ("merge_adapters",),
+        "flaxdiff.adapters.textual_inversion": ("load_textual_inversion",),
         "flaxdiff.images": ("make_image_grid",),
         "flaxdiff.memory": ("cast", "offload", "quantize", "residency"),
         "flaxdiff.schedulers": ("scheduler",),
@@ -20,8 +34,14 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.planning.plan": ("plan",),
     },
     "other": {
+        "flaxdiff.adapters.control": ("MultiAdapter", "MultiControlNetModel"),
         "flaxdiff.checkpoint.pipelines": ("EMOJI",),
         "flaxdiff.core": ("Spec",),
+        "flaxdiff.pipelines.auto": (
+            "AutoPipelineForImage2Image",
+            "AutoPipelineForInpainting",
+            "AutoPipelineForText2Image",
+        ),
         "flaxdiff.schedulers": ("AysSchedules", "KarrasDiffusionSchedulers", "SchedulerMixin"),
         "flaxdiff.weights": ("Float8", "Int8", "LoRA"),
     },
@@ -31,6 +51,10 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.autoencoder_tiny": ("AutoencoderTiny",),
         "flaxdiff.models.consistency_decoder_vae": ("ConsistencyDecoderVAE",),
         "flaxdiff.models.clip": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+        "flaxdiff.models.clip_vision": ("CLIPVisionModelWithProjection",),
+        "flaxdiff.models.ip_adapter": ("IPAdapter",),
+        "flaxdiff.models.controlnet": ("ControlNetModel",),
+        "flaxdiff.models.t2i_adapter": ("T2IAdapter",),
         "flaxdiff.models.unet_2d": ("UNet2DModel",),
         "flaxdiff.models.unet_2d_condition": ("UNet2DConditionModel",),
         "flaxdiff.models.vq_model": ("VQModel",),
@@ -84,9 +108,35 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "pipeline": {
+        "flaxdiff.pipelines.controlled": (
+            "StableDiffusionAdapterPipeline",
+            "StableDiffusionControlNetImg2ImgPipeline",
+            "StableDiffusionControlNetInpaintPipeline",
+            "StableDiffusionControlNetPipeline",
+            "StableDiffusionXLAdapterPipeline",
+            "StableDiffusionXLControlNetImg2ImgPipeline",
+            "StableDiffusionXLControlNetInpaintPipeline",
+            "StableDiffusionXLControlNetPipeline",
+        ),
+        "flaxdiff.pipelines.image_variation": ("StableDiffusionImageVariationPipeline",),
+        "flaxdiff.pipelines.k_diffusion": ("StableDiffusionKDiffusionPipeline", "StableDiffusionXLKDiffusionPipeline"),
         "flaxdiff.pipelines.pipeline": ("DiffusionPipeline",),
-        "flaxdiff.pipelines.stable_diffusion": ("StableDiffusionImg2ImgPipeline", "StableDiffusionPipeline"),
-        "flaxdiff.pipelines.stable_diffusion_xl": ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLPipeline"),
+        "flaxdiff.pipelines.stable_diffusion": (
+            "LatentConsistencyModelImg2ImgPipeline",
+            "LatentConsistencyModelPipeline",
+            "StableDiffusionDepth2ImgPipeline",
+            "StableDiffusionImg2ImgPipeline",
+            "StableDiffusionInpaintPipeline",
+            "StableDiffusionInstructPix2PixPipeline",
+            "StableDiffusionPipeline",
+            "StableDiffusionUpscalePipeline",
+        ),
+        "flaxdiff.pipelines.stable_diffusion_xl": (
+            "StableDiffusionXLImg2ImgPipeline",
+            "StableDiffusionXLInpaintPipeline",
+            "StableDiffusionXLInstructPix2PixPipeline",
+            "StableDiffusionXLPipeline",
+        ),
         "flaxdiff.pipelines.unconditional": ("DDIMPipeline", "DDPMPipeline"),
     },
     "flax": {
@@ -104,6 +154,30 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "transformers": ("CLIPTokenizer", "CLIPTokenizerFast"),
     },
 }
+# the classes that do the same with other beginnings: what each of them is for -> its name
+COUNTERPARTS: tuple[dict[str, str], ...] = (
+    {
+        "text2image": "StableDiffusionPipeline",
+        "image2image": "StableDiffusionImg2ImgPipeline",
+        "inpainting": "StableDiffusionInpaintPipeline",
+    },
+    {
+        "text2image": "StableDiffusionXLPipeline",
+        "image2image": "StableDiffusionXLImg2ImgPipeline",
+        "inpainting": "StableDiffusionXLInpaintPipeline",
+    },
+    {
+        "text2image": "StableDiffusionControlNetPipeline",
+        "image2image": "StableDiffusionControlNetImg2ImgPipeline",
+        "inpainting": "StableDiffusionControlNetInpaintPipeline",
+    },
+    {
+        "text2image": "StableDiffusionXLControlNetPipeline",
+        "image2image": "StableDiffusionXLControlNetImg2ImgPipeline",
+        "inpainting": "StableDiffusionXLControlNetInpaintPipeline",
+    },
+    {"text2image": "LatentConsistencyModelPipeline", "image2image": "LatentConsistencyModelImg2ImgPipeline"},
+)
 PUBLIC = {
     name: module
     for sort, modules in TABLE.items()
@@ -116,8 +190,8 @@ PUBLIC = {
 def names(sort: str) -> list[str]:
     """The names of one sort.
 
-    >>> names("model")[:2]
-    ['AutoencoderKL', 'CLIPTextModel']
+    >>> "AutoencoderKL" in names("model")
+    True
     """
     return [name for group in TABLE[sort].values() for name in group]
 
@@ -142,6 +216,20 @@ def sort_of(name: str, *sorts: str) -> str:
     near = difflib.get_close_matches(str(name), known, 3)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(f"flaxdiff has no {' or '.join(sorts)} called {name!r}; {hint}It has {', '.join(known)}.")
+
+
+def counterpart(name: str, purpose: str) -> str:
+    """The class for a purpose that belongs to the same models as a class at hand. Raises ValueError if there is none.
+
+    >>> counterpart("StableDiffusionXLPipeline", "inpainting")
+    'StableDiffusionXLInpaintPipeline'
+    """
+    sort_of(name, "pipeline")
+    for row in COUNTERPARTS:
+        if name in row.values() and purpose in row:
+            return row[purpose]
+    has = sorted(row[purpose] for row in COUNTERPARTS if purpose in row)
+    raise ValueError(f"There is no pipeline for {purpose} beside {name}; there are {', '.join(has)}.")
 
 
 def find(name: str, *sorts: str) -> Any:

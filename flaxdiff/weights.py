@@ -23,14 +23,17 @@ HOST = jax.memory.Space.Host
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """A weight and a low-rank update: W + scale · down · up.
+    """A weight and a low-rank update: W + down · diag(scale) · up.
+
+    Several updates are one whose ranks lie side by side. Where a batch holds several branches of each image side by
+    side, what is given for each image holds for each of its branches.
 
     Attributes:
       base: the weight [..., in, out] (or HWIO of a convolution); may itself be quantised.
       down: [..., in, rank] (a convolution: HWI, rank).
       up: [..., rank, out] (a convolution: 1, 1, rank, out).
-      scale: a scalar (stacked layers: one per layer); an argument of the compiled program, free to change between
-        calls.
+      scale: a scalar, one for each rank [rank], or for each image and rank [B, rank]; stacked layers have an axis
+        before. An argument of the compiled program, free to change between calls.
 
     >>> w = LoRA(jnp.eye(2), jnp.ones((2, 1)), jnp.ones((1, 2)), jnp.float32(0.5))
     >>> dot(jnp.ones((1, 2)), w)
@@ -105,8 +108,11 @@ def dense(weight: Weight) -> jax.Array:
         case LoRA(base, down, up, scale):
             whole = dense(base)
             down, up, scale = (a.astype(jnp.float32) for a in (down, up, scale))  # adapters may be finer than the base
+            stack = max(down.ndim - 2, 0) if down.ndim < 4 else 0
+            if scale.ndim > stack + 1:
+                raise ValueError(f"A LoRA with a scale for each image, {list(scale.shape)}, is not one weight.")
+            down *= scale.reshape(scale.shape[:stack] + (1,) * (down.ndim - stack - 1) + (scale.shape[stack:] or (1,)))
             update = jnp.matmul(down, up) if down.ndim < 4 else jnp.einsum("hwir,xyro->hwio", down, up)
-            update *= scale.reshape(scale.shape + (1,) * (update.ndim - scale.ndim))
             return (whole.astype(jnp.float32) + update).astype(whole.dtype)
         case Quantized(q, scale):
             return q.astype(scale.dtype) * jnp.expand_dims(scale, range(scale.ndim - 1, q.ndim - 1))
@@ -149,7 +155,7 @@ def dot(x: jax.Array, weight: Weight) -> jax.Array:
     """x · W for a linear weight [in, out] of any kind."""
     match weight:
         case LoRA(base, down, up, scale):
-            return dot(x, base) + (x @ down.astype(x.dtype)) @ up.astype(x.dtype) * scale.astype(x.dtype)
+            return dot(x, base) + _scaled(x @ down.astype(x.dtype), scale) @ up.astype(x.dtype)
         case Quantized(q, scale):
             # libtpu 0.0.42 dies of such a product where it fuses it into the next one, of queries and keys
             return jax.lax.optimization_barrier(x @ q.astype(x.dtype)) * scale
@@ -177,7 +183,7 @@ def conv(
     match weight:
         case LoRA(base, down, up, scale):
             low = conv(x, down.astype(x.dtype), **options)
-            return conv(x, base, **options) + dot(low, up[0, 0].astype(x.dtype)) * scale.astype(x.dtype)
+            return conv(x, base, **options) + dot(_scaled(low, scale), up[0, 0].astype(x.dtype))
         case Quantized(q, scale):
             return conv(x, q.astype(x.dtype), **options) * scale
         case _ if doubled:
@@ -186,6 +192,17 @@ def conv(
             return dot(x, weight[0, 0])
         case _:
             return _convolve(x, parallel.gathered(weight), strides, padding)
+
+
+def _scaled(low: jax.Array, scale: jax.Array) -> jax.Array:
+    """low [B, ..., rank] times a scalar, [rank], or [images, rank] where each image has some rows side by side."""
+    scale = scale.astype(low.dtype)
+    if scale.ndim < 2:
+        return low * scale
+    if low.shape[0] % scale.shape[0]:
+        raise ValueError(f"A LoRA has scales for {scale.shape[0]} images, and the batch is {low.shape[0]}.")
+    scale = jnp.repeat(scale, low.shape[0] // scale.shape[0], 0)
+    return low * scale.reshape(len(scale), *(1,) * (low.ndim - 2), -1)
 
 
 ON_CHIP = 2**26  # bytes of float32 that a TPU keeps beside its matrix unit

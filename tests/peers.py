@@ -189,3 +189,72 @@ def saved(build) -> str:
 def saved_config(build) -> dict:
     """The scheduler's configuration as the folder has it: defaults that were written down count as chosen."""
     return json.loads((Path(saved(build)) / "scheduler" / "scheduler_config.json").read_text())
+
+
+def controlnet(net, seed: int = 0, **options):
+    """A ControlNet for a U-Net; what begins at zero is drawn, so that there is something to compare."""
+    torch.manual_seed(seed)
+    made = diffusers.ControlNetModel.from_unet(net, conditioning_embedding_out_channels=(8, 16), **options).eval()
+    for name, p in made.named_parameters():
+        if name.startswith("controlnet"):
+            torch.nn.init.normal_(p, std=0.2)
+    return made
+
+
+def image_encoder(seed: int = 0):
+    torch.manual_seed(seed)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=20,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+    )
+    return transformers.CLIPVisionModelWithProjection(config).eval()
+
+
+def adapter(kind: str = "full_adapter", seed: int = 0, **options):
+    """A T2I-Adapter for the tiny U-Nets."""
+    torch.manual_seed(seed)
+    options = {"channels": [16, 32], "num_res_blocks": 1, "downscale_factor": 2} | options
+    return diffusers.T2IAdapter(adapter_type=kind, **options).eval()
+
+
+def ip_adapter(kind: str, net, seed: int = 0) -> dict:
+    """An IP-Adapter as its authors' files hold it, for a U-Net and the tiny image encoder."""
+    draw = torch.Generator().manual_seed(seed)
+    tensor = lambda *shape: torch.randn(shape, generator=draw) / shape[-1] ** 0.5
+    cross, seen = net.config.cross_attention_dim, 16  # channels of the text and of the encoder's patches
+
+    def affine(name, fan_in, fan_out):
+        return {f"{name}.weight": tensor(fan_out, fan_in), f"{name}.bias": tensor(fan_out)}
+
+    def norm(name, width):
+        return {f"{name}.weight": 1 + tensor(width), f"{name}.bias": tensor(width)}
+
+    def resampler(at, read, width, depth=4):
+        made = (
+            affine(f"{at}proj_in", read, width) | affine(f"{at}proj_out", width, cross) | norm(f"{at}norm_out", cross)
+        )
+        for i in (f"{at}layers.{i}" for i in range(depth)):
+            made |= norm(f"{i}.0.norm1", width) | norm(f"{i}.0.norm2", width) | norm(f"{i}.1.0", width)
+            made |= {f"{i}.0.to_q.weight": tensor(64, width), f"{i}.0.to_kv.weight": tensor(128, width)}
+            made |= {f"{i}.0.to_out.weight": tensor(width, 64), f"{i}.1.1.weight": tensor(4 * width, width)}
+            made[f"{i}.1.3.weight"] = tensor(width, 4 * width)
+        return made
+
+    face = affine("proj.0", 12, 24) | affine("proj.2", 24, 4 * cross) | norm("norm", cross)
+    projection = {
+        "base": lambda: affine("proj", 20, 4 * cross) | norm("norm", cross),
+        "full": lambda: affine("proj.0", seen, seen) | affine("proj.2", seen, cross) | norm("proj.3", cross),
+        "faceid": lambda: face,
+        "plus": lambda: {"latents": tensor(1, 5, 24), **resampler("", seen, 24)},
+        "faceid_plus": lambda: face | resampler("perceiver_resampler.", seen, cross),
+    }[kind]()
+    attentions, width = {}, lambda name: net.get_submodule(name.removesuffix(".processor")).to_q.out_features
+    for i, name in enumerate(net.attn_processors):
+        if name.endswith("attn2.processor"):
+            attentions |= {f"{i}.to_{part}_ip.weight": tensor(width(name), cross) for part in "kv"}
+    return {"image_proj": projection, "ip_adapter": attentions}

@@ -183,6 +183,32 @@ def test_clip(component, scan):
     assert peers.relative(getattr(ours, key), getattr(theirs, key)) < 1e-4
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_clip_vision(scan, tmp_path):
+    peer = peers.image_encoder()
+    peer.save_pretrained(tmp_path)
+    spec, params = flaxdiff.CLIPVisionModelWithProjection.from_pretrained(tmp_path, scan_layers=scan)
+    pixels = normal(2, 32, 32, 3)
+    with torch.no_grad():
+        theirs = peer(peers.nchw(pixels), output_hidden_states=True)
+    ours = flaxdiff.apply(spec, params, pixels)
+    for key in ("image_embeds", "last_hidden_state"):
+        assert peers.relative(getattr(ours, key), getattr(theirs, key)) < 1e-4
+    assert peers.relative(ours.hidden_states, torch.stack(theirs.hidden_states)) < 1e-4
+    with pytest.raises(ValueError, match="reads pictures of 32 x 32 pixels, and was given 16 x 32"):
+        flaxdiff.apply(spec, params, pixels[:, :16])
+
+
+@pytest.mark.parametrize("size", [(50, 40), (31, 77), (32, 32)])
+def test_clip_pixels(size):
+    from PIL import Image
+
+    picture = Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8))
+    processor = transformers.CLIPImageProcessorPil(size=32, crop_size=32)
+    theirs = np.asarray(processor(picture, return_tensors="np").pixel_values)[0].transpose(1, 2, 0)
+    np.testing.assert_allclose(flaxdiff.images.clip_pixels(picture, 32)[0], theirs, atol=1e-5)
+
+
 def test_clip_of_the_first_configurations():
     """eos_token_id 2 was a mistake: the end of the text is the largest id."""
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ network.
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def fetch(
@@ -72,3 +73,25 @@ def fetch(
             f"({type(error).__name__}); check the name and the network, and local_files_only and HF_HUB_OFFLINE."
         ) from error
     return Path(folder)
+
+
+def locate(source: str | os.PathLike[str], names: Sequence[str], *beside: str, **download: Any) -> Path:
+    """A file: the one given, or the first of these names that a folder or Hub repository has.
+
+    Args:
+      source: the file, or where to look.
+      names: of the file, the best first.
+      *beside: patterns of what else to fetch.
+      **download: as of `fetch`.
+
+    Raises:
+      FileNotFoundError: there is none; says what there is.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    folder = fetch(source, (*names, *beside), **download)
+    if found := [folder / name for name in names if (folder / name).is_file()]:
+        return found[0]
+    there = sorted(p.name for p in folder.iterdir())
+    raise FileNotFoundError(f"{source} has none of {list(names)}; it has {there}. Give weight_name= one of them.")

@@ -247,22 +247,41 @@ def read(path: Path) -> dict[str, Tensor]:
       FileNotFoundError: there is no such file.
       ValueError: the file is damaged, or not from PyTorch, or wants something to be called: the error says what.
     """
+    pick = lambda state: state.get("state_dict", state)
+    return {n: t for n, t in contents(path, pick).items() if isinstance(t, Tensor) and isinstance(n, str)}
+
+
+def contents(path: Path, pick: Callable[[Any], Any] = lambda state: state) -> Any:
+    """All that a PyTorch file holds, or what `pick` takes of it: plain values, and `Tensor` where a tensor is.
+
+    Raises as `read` does.
+    """
     file = Mapped(path)
     container = _archive if file[:4] == b"PK\x03\x04" else _sequence
     try:
         state, place = container(file)
-        state = state.get("state_dict", state)
-        return {
-            n: _mapped(file, t, *place(t.storage))
-            for n, t in state.items()
-            if isinstance(t, Strided) and isinstance(n, str)
-        }
+
+        def mapped(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: mapped(one) for key, one in value.items()}
+            return _mapped(file, value, *place(value.storage)) if isinstance(value, Strided) else value
+
+        return mapped(pick(state))
     except Refused as error:
         raise ValueError(
             f"{path} {error}. Nothing in a pickle is run here: if you trust the file, convert it to "
             "safetensors where PyTorch is installed; if not, delete it."
         ) from error
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, zipfile.BadZipFile, EOFError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        zipfile.BadZipFile,
+        EOFError,
+        RecursionError,
+    ) as error:
         raise damaged(path, f"it is not a PyTorch file of tensors ({error})") from error
 
 

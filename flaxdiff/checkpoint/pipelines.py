@@ -16,12 +16,15 @@ from flaxdiff import parallel, registry
 from flaxdiff.checkpoint import files, hub, reading, writing
 from flaxdiff.checkpoint.tensors import damaged
 from flaxdiff.core import Model, Params, Spec, frozen
+from flaxdiff.schedulers import Scheduler
 
 if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
 
 EMOJI = Path(__file__).parent.parent / "assets" / "emoji"
-SKIPPED = ("safety_checker", "feature_extractor", "image_encoder")  # no pipeline here needs them
+# passed over, but by a pipeline whose `reads` names them
+SKIPPED = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator")
+SEVERAL = {"MultiControlNetModel": "ControlNetModel", "MultiAdapter": "T2IAdapter"}  # in folders name, name_1, …
 SCHEDULER = "scheduler_config.json"
 DEFAULTS = "_defaults"  # how the checkpoint likes to be sampled; PyTorch's diffusers skips what begins so
 SORTS = ("model", "scheduler", "tokenizer")
@@ -65,12 +68,20 @@ def load_pipeline(
     download = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
     root = hub.fetch(repo, [files.PIPELINE], **download)
     class_name, components, settings = read_index(root)
-    if not hasattr(cls, "family"):
-        cls = registry.find(class_name, "pipeline")
+    cls = cls.resolve(class_name)
+    components = read_by(cls, components)
     if not Path(repo).expanduser().is_dir():
         download["revision"] = root.name  # the commit: all components come from the same one
 
     given = {name: changes.pop(name) for name in (*components, *SKIPPED) if name in changes}
+    for name, class_of in cls.steers.items():  # the folder of what is to be steered may not know of them
+        if name in changes or name in given:
+            several = given.pop(name, None) or changes.pop(name)
+            named = {
+                f"{name}_{i}" if i else name: part
+                for i, part in enumerate(several if isinstance(several, list) else [several])
+            }
+            given, components = given | named, components | dict.fromkeys(named, class_of)
     sorts = {name: registry.sort_of(named, *SORTS) for name, named in components.items()}
     of = lambda sort: [name for name in components if sorts[name] == sort and name not in given]
     models = {name: registry.find(components[name], "model") for name in of("model")}
@@ -78,8 +89,8 @@ def load_pipeline(
     small = [f"{name}/{SCHEDULER}" for name in of("scheduler")]
     root = hub.fetch(repo, small + [f"{name}/{file}" for name in of("tokenizer") for file in TOKENIZER], **download)
 
-    parts = {name: _tokenizer(root / name, components[name]) for name in of("tokenizer")}
-    parts |= {name: _scheduler(root / name, components[name]) for name in of("scheduler")}
+    parts = {name: read_tokenizer(root / name, components[name]) for name in of("tokenizer")}
+    parts |= {name: read_scheduler(root / name, components[name]) for name in of("scheduler")}
     sharding = sharding or reading.by_rules(mesh, rules)
     found = {
         name: reading.find(model, repo, name, dtype, chosen[name], sharding, download, changes)
@@ -90,9 +101,12 @@ def load_pipeline(
     _check(parts, sorts)
 
     networks = {name: parts[name] for name in components if name in parts and sorts[name] == "model"}
+    schedulers = {name: part for name, part in parts.items() if sorts[name] == "scheduler"}
+    scheduler = schedulers.pop("scheduler")
+    settings |= schedulers  # a second one, such as the upscaler's for what it is given, is no sampler
     pipe = cls(
         specs=tuple((name, spec) for name, (spec, _) in networks.items()),
-        scheduler=next(part for name, part in parts.items() if sorts[name] == "scheduler"),
+        scheduler=scheduler,
         tokenizers=tuple((name, parts[name]) for name in components if name in parts and sorts[name] == "tokenizer"),
         settings=tuple(settings.items()),
     )
@@ -112,8 +126,13 @@ def _check(parts: Mapping[str, Any], sorts: Mapping[str, str]) -> None:
             raise ValueError(
                 f"{name}= is a {type(part).__name__}; give (spec, params), as {name}=….from_pretrained returns."
             )
-    if "scheduler" not in {sorts[name] for name in parts}:
+    if "scheduler" not in parts:
         raise ValueError("A pipeline needs a scheduler, and there is none; take a complete folder, or give scheduler=.")
+
+
+def read_by(cls: type["DiffusionPipeline"], components: Mapping[str, str]) -> dict[str, str]:
+    """The components that a pipeline has a use for."""
+    return {name: named for name, named in components.items() if name not in SKIPPED or name in cls.reads}
 
 
 def read_index(folder: Path) -> tuple[str, dict[str, str], dict[str, Any]]:
@@ -136,14 +155,17 @@ def read_index(folder: Path) -> tuple[str, dict[str, str], dict[str, Any]]:
             raise damaged(path, f"its {DEFAULTS} is no object")
         settings["defaults"] = frozen(index[DEFAULTS])
     for name, value in index.items():
-        if name.startswith("_") or name in SKIPPED:
+        if name.startswith("_"):
             continue
         if not name.isidentifier():
             raise ValueError(
                 f"{path} names a component {name!r}, which cannot be a subfolder; do not trust this folder."
             )
         if isinstance(value, list) and len(value) == 2 and all(isinstance(v, str | None) for v in value):
-            if value[1] is not None:  # [null, null]: the pipeline can do without
+            if value[1] in SEVERAL:
+                there = [name, *sorted(path.name for path in folder.glob(f"{name}_*") if path.is_dir())]
+                components |= dict.fromkeys(there, SEVERAL[value[1]])
+            elif value[1] is not None:  # [null, null]: the pipeline can do without
                 components[name] = value[1].removeprefix(FLAX)
         else:
             settings[name] = frozen(value)
@@ -165,13 +187,15 @@ def _variants(
     return {name: variant if name in there else None for name in models}
 
 
-def _scheduler(folder: Path, class_name: str) -> Any:
+def read_scheduler(folder: Path, class_name: str) -> Any:
+    """The scheduler in a folder."""
     if not (folder / SCHEDULER).is_file():
         raise FileNotFoundError(f"{folder} has no {SCHEDULER}; give scheduler=, or a complete folder.")
     return registry.find(class_name, "scheduler").from_config(files.read_json(folder / SCHEDULER))
 
 
-def _tokenizer(folder: Path, class_name: str) -> Any:
+def read_tokenizer(folder: Path, class_name: str) -> Any:
+    """The tokenizer in a folder; it is loaded when it is first used."""
     from flaxdiff.pipelines.text import Tokenizer
 
     if not folder.is_dir():
@@ -192,6 +216,8 @@ def save_pipeline(
 ) -> None:
     """Write a pipeline in diffusers' layout; PyTorch's diffusers loads it. Arguments and care as of `save_model`.
 
+    An IP-Adapter has no place in that layout: it stays in its own file, to be put on again.
+
     Raises:
       ValueError: the parameters of a component are missing, or are not those of its spec.
     """
@@ -199,18 +225,28 @@ def save_pipeline(
         raise ValueError(f"params lacks {files.listed(absent)}; give the parameters of every component by its name.")
     settings = dict(pipe.settings)
     defaults = {DEFAULTS: dict(settings.pop("defaults"))} if "defaults" in settings else {}
-    index: dict[str, Any] = {"_class_name": type(pipe).__name__, **defaults, **settings}
+    schedulers = {name: value for name, value in settings.items() if isinstance(value, Scheduler)}
+    schedulers["scheduler"] = pipe.scheduler
+    plain = {name: value for name, value in settings.items() if name not in schedulers}
+    index: dict[str, Any] = {"_class_name": type(pipe).__name__, **defaults, **plain}
     with files.staged(Path(folder)) as stage:
         for name, spec in pipe.specs:
+            if spec.module.library is None:
+                continue
             index[name] = [spec.module.library, spec.module.__name__]
             (stage / name).mkdir()
             options = {"dtype": dtype, "max_shard_size": max_shard_size, "variant": variant}
             writing.write_model(stage / name, spec, params[name], **options)
+        for several, one in SEVERAL.items():
+            for name in [n for n, part in index.items() if part == ["diffusers", one] and f"{n}_1" in index]:
+                index[name][1] = several
+                index = {n: part for n, part in index.items() if not n.startswith(f"{name}_")}
         for name, tokenizer in pipe.tokenizers:
             index[name] = ["transformers", tokenizer.class_name]
             tokenizer.save(stage / name)
-        index["scheduler"] = ["diffusers", type(pipe.scheduler).__name__]
-        pipe.scheduler.save_config(stage / "scheduler")
+        for name, scheduler in schedulers.items():
+            index[name] = ["diffusers", type(scheduler).__name__]
+            scheduler.save_config(stage / name)
         files.write_json(stage / files.PIPELINE, index)
 
 

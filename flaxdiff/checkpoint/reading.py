@@ -95,11 +95,11 @@ def find(
     overrides: Mapping[str, Any],
 ) -> Found:
     """A model on this machine, downloaded if need be; arguments as of `load_model`."""
-    dtypes = [(path, _default() if to is None else network_dtype(to)) for path, to in memory.rules_of(dtype)]
+    dtypes = dtypes_of(dtype)
     folder = fetch(repo, subfolder or "", cls.library, variant, download)
-    spec = cls.from_config(files.read_json(folder / files.CONFIG) | _overrides(cls, overrides))
+    spec = cls.from_config(files.read_json(folder / files.CONFIG) | settings(cls, overrides))
     weights = files.weight_file(folder, cls.library, variant)
-    shapes = _shapes(spec, dtypes, subfolder)
+    shapes = shapes_of(spec, dtypes, subfolder)
     places = sharding(shapes) if callable(sharding) else sharding
     laid = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=(places or {}).get(k)) for k, s in shapes.items()}
     load = lambda: place(spec, files.open_weights(weights), shapes, places, str(weights))
@@ -117,7 +117,7 @@ def by_rules(mesh: Mesh | None, rules: parallel.Rules) -> Shardings | None:
     return None if mesh is None else places
 
 
-def _overrides(cls: type[Model], overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+def settings(cls: type[Model], overrides: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings that a caller gives instead of the file's: each must be one that the model has."""
     fields = [field.name for field in dataclasses.fields(cls.config_class)]
     for key in overrides:
@@ -147,11 +147,13 @@ def fetch(
     return folder
 
 
-def _default() -> np.dtype:
-    return np.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+def dtypes_of(dtype: Any) -> memory.Rules:
+    """A dtype, or rules by path, with the default where there is None. Raises ValueError for one not supported."""
+    default = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return [(path, network_dtype(default if to is None else to)) for path, to in memory.rules_of(dtype)]
 
 
-def _shapes(spec: Spec, dtypes: memory.Rules, subfolder: str | None) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes_of(spec: Spec, dtypes: memory.Rules, subfolder: str | None) -> dict[str, jax.ShapeDtypeStruct]:
     """The parameters in the dtypes of their paths, which begin with the subfolder."""
     cast = functools.partial(memory.cast, rules=dtypes)
     if not subfolder:

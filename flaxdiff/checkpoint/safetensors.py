@@ -72,6 +72,13 @@ def read(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def notes(path: Path) -> dict[str, str]:
+    """The metadata that the writer of a safetensors file, already checked by `read`, left in its header."""
+    file = Mapped(path)
+    found = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")].decode()).get("__metadata__", {})
+    return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object in which no key comes twice."""
     found = dict(pairs)

@@ -49,22 +49,22 @@ class CLIPTextOutput(NamedTuple):
 
 
 class CLIPAttention(nnx.Module):
-    """Causal multi-head self-attention."""
+    """Multi-head self-attention, causal in texts."""
 
-    def __init__(self, c: CLIPTextConfig):
+    def __init__(self, c: Config, causal: bool):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(c.hidden_size, c.hidden_size) for _ in range(4))
-        self.heads = c.num_attention_heads
+        self.heads, self.causal = c.num_attention_heads, causal
 
     def __call__(self, x: jax.Array) -> jax.Array:
         split = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
-        h = attention(split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x)), causal=True)
+        h = attention(split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x)), causal=self.causal)
         return self.out_proj(h.reshape(x.shape))
 
 
 class CLIPMLP(nnx.Module):
     """Expand, activate, contract."""
 
-    def __init__(self, c: CLIPTextConfig):
+    def __init__(self, c: Config):
         self.fc1, self.fc2 = Linear(c.hidden_size, c.intermediate_size), Linear(c.intermediate_size, c.hidden_size)
         self.hidden_act = c.hidden_act
 
@@ -75,8 +75,8 @@ class CLIPMLP(nnx.Module):
 class CLIPEncoderLayer(nnx.Module):
     """Attention and feed-forward, each added to what it reads normalised."""
 
-    def __init__(self, c: CLIPTextConfig):
-        self.layer_norm1, self.self_attn = LayerNorm(c.hidden_size, c.layer_norm_eps), CLIPAttention(c)
+    def __init__(self, c: Config, causal: bool):
+        self.layer_norm1, self.self_attn = LayerNorm(c.hidden_size, c.layer_norm_eps), CLIPAttention(c, causal)
         self.layer_norm2, self.mlp = LayerNorm(c.hidden_size, c.layer_norm_eps), CLIPMLP(c)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -98,15 +98,15 @@ class CLIPTextEmbeddings(nnx.Module):
 class CLIPEncoder(nnx.Module):
     """The layers, under the name that the checkpoint gives them."""
 
-    def __init__(self, c: CLIPTextConfig):
-        self.layers = stack(lambda: CLIPEncoderLayer(c), c.num_hidden_layers, c.scan_layers)
+    def __init__(self, c: Config, causal: bool):
+        self.layers = stack(lambda: CLIPEncoderLayer(c, causal), c.num_hidden_layers, c.scan_layers)
 
 
 class CLIPTextTransformer(nnx.Module):
     """Tokens [B, N] -> what `CLIPTextOutput` holds, projection aside."""
 
     def __init__(self, c: CLIPTextConfig):
-        self.embeddings, self.encoder = CLIPTextEmbeddings(c), CLIPEncoder(c)
+        self.embeddings, self.encoder = CLIPTextEmbeddings(c), CLIPEncoder(c, causal=True)
         self.final_layer_norm = LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.eos_token_id = c.eos_token_id
 

@@ -9,7 +9,7 @@ Reference: Rombach et al., High-Resolution Image Synthesis with Latent Diffusion
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,79 +20,85 @@ from flaxdiff.core import Config, Model, only, setting
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.attention import Attention, KeysValues
 from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
-from flaxdiff.nn.layers import Conv, GroupNorm, LayerNorm, Linear, value
+from flaxdiff.nn.layers import Conv, Embedding, GroupNorm, LayerNorm, Linear, value
 from flaxdiff.nn.stack import over, run, stack
-from flaxdiff.nn.unet import MidBlock, ResnetBlock2D, Stage, check_stages, down_fans, times, up_fans
+from flaxdiff.nn.unet import Each, MidBlock, ResnetBlock2D, Stage, check_stages, down_fans, times, up_fans
 from flaxdiff.parallel import constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class UNet2DConditionConfig(Config):
-    """diffusers' keys and defaults; what no Stable Diffusion 1, 2 or XL checkpoint sets is fixed."""
+class EncoderConfig(Config):
+    """diffusers' keys and defaults of the first half, from the latent down to the middle."""
 
-    sample_size: int | tuple[int, int] | None = None
     in_channels: int = 4
-    out_channels: int = 4
-    center_input_sample: bool = only(False)
     flip_sin_to_cos: bool = True
     freq_shift: float = 0
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     mid_block_type: str = only("UNetMidBlock2DCrossAttn")
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     only_cross_attention: bool = only(False)
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     downsample_padding: int = 1
     mid_block_scale_factor: float = only(1)
-    dropout: float = only(0.0)
     act_fn: str = "silu"
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     cross_attention_dim: int = 1280
     transformer_layers_per_block: int | tuple[int, ...] = 1
-    reverse_transformer_layers_per_block: tuple[int, ...] | None = only(None)
     encoder_hid_dim: int | None = only(None)
     encoder_hid_dim_type: str | None = only(None)
     attention_head_dim: int | tuple[int, ...] = 8  # the number of heads: a misnomer that every checkpoint keeps
     num_attention_heads: int | None = only(None)
-    dual_cross_attention: bool = only(False)
     use_linear_projection: bool = False
-    class_embed_type: str | None = only(None)
     addition_embed_type: str | None = only(None, "text_time")
     addition_time_embed_dim: int | None = None
-    num_class_embeds: int | None = only(None)
+    num_class_embeds: int | None = None
     upcast_attention: bool = False  # softmax runs in float32 here either way
     resnet_time_scale_shift: str = only("default", "scale_shift")
-    resnet_skip_time_act: bool = only(False)
-    resnet_out_scale_factor: float = only(1.0)
-    time_embedding_type: str = only("positional")
-    time_embedding_dim: int | None = None
-    time_embedding_act_fn: str | None = only(None)
-    timestep_post_act: str | None = only(None)
-    time_cond_proj_dim: int | None = only(None)
-    conv_in_kernel: int = only(3)
-    conv_out_kernel: int = only(3)
+    time_cond_proj_dim: int | None = None  # this and time_embedding_dim: diffusers' ControlNet has no choice of them
     projection_class_embeddings_input_dim: int | None = None
-    attention_type: str = only("default")
-    class_embeddings_concat: bool = only(False)
-    mid_block_only_cross_attention: bool | None = only(None)
-    cross_attention_norm: str | None = only(None)
+    time_embedding_dim: int | None = None
     addition_embed_type_num_heads: int = 64
     # (chunk_size, dim): so many tokens (dim 1) or pictures (dim 0) at a time go through the feed-forward
     forward_chunking: tuple[int, int] | None = setting(None)
 
     def __post_init__(self):
-        down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
-        check_stages("UNet2DConditionModel", self, down, up)
-        n = len(self.block_out_channels)
+        up = ("CrossAttnUpBlock2D", "UpBlock2D") if hasattr(self, "up_block_types") else None
+        model, n = type(self).__name__.replace("Config", "Model"), len(self.block_out_channels)
+        check_stages(model, self, ("CrossAttnDownBlock2D", "DownBlock2D"), up)
         for key in ("attention_head_dim", "transformer_layers_per_block"):
             if len(self.per_stage(key)) != n:
-                raise ValueError(f"UNet2DConditionModel: {key}={getattr(self, key)} needs {n} entries, or one number.")
+                raise ValueError(f"{model}: {key}={getattr(self, key)} needs {n} entries, or one number.")
 
     def per_stage(self, key: str) -> tuple[int, ...]:
         """A setting that is one number or one for each stage, as the latter."""
         setting = getattr(self, key)
         return setting if isinstance(setting, tuple) else (setting,) * len(self.block_out_channels)
+
+
+@dataclasses.dataclass(frozen=True)
+class UNet2DConditionConfig(EncoderConfig):
+    """diffusers' keys and defaults; what no Stable Diffusion 1, 2 or XL checkpoint sets is fixed."""
+
+    sample_size: int | tuple[int, int] | None = None
+    out_channels: int = 4
+    center_input_sample: bool = only(False)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    dropout: float = only(0.0)
+    reverse_transformer_layers_per_block: tuple[int, ...] | None = only(None)
+    dual_cross_attention: bool = only(False)
+    class_embed_type: str | None = only(None)
+    resnet_skip_time_act: bool = only(False)
+    resnet_out_scale_factor: float = only(1.0)
+    time_embedding_type: str = only("positional")
+    time_embedding_act_fn: str | None = only(None)
+    timestep_post_act: str | None = only(None)
+    conv_in_kernel: int = only(3)
+    conv_out_kernel: int = only(3)
+    attention_type: str = only("default")
+    class_embeddings_concat: bool = only(False)
+    mid_block_only_cross_attention: bool | None = only(None)
+    cross_attention_norm: str | None = only(None)
 
 
 class GEGLU(nnx.Module):
@@ -138,7 +144,7 @@ class BasicTransformerBlock(nnx.Module):
 class Transformer2DModel(nnx.Module):
     """Transformer blocks over the positions of a feature map, with a projection before and after."""
 
-    def __init__(self, width: int, heads: int, depth: int, c: UNet2DConditionConfig):
+    def __init__(self, width: int, heads: int, depth: int, c: EncoderConfig):
         project = Linear if c.use_linear_projection else functools.partial(Conv, kernel=1, padding=0)
         block = functools.partial(BasicTransformerBlock, width, heads, c.cross_attention_dim, c.forward_chunking)
         self.norm = GroupNorm(width, c.norm_num_groups, 1e-6)
@@ -159,7 +165,107 @@ class Transformer2DModel(nnx.Module):
         return x + self.proj_out(h.reshape(x.shape))
 
 
-class UNet2DConditionModel(Model):
+class UNetEncoder(Model):
+    """The first half of the U-Net, down to the middle, and how time and text enter: what a ControlNet has as well."""
+
+    def __init__(self, config: EncoderConfig):
+        c, width = config, config.block_out_channels
+        temb, last = self.temb(c), len(width) - 1
+        self.conv_in = Conv(c.in_channels, width[0])
+        self.time_embedding = TimestepEmbedding(width[0], temb, c.act_fn, c.time_cond_proj_dim)
+        self.class_embedding = None if c.num_class_embeds is None else Embedding(c.num_class_embeds, temb)
+        text_time = c.addition_embed_type == "text_time"
+        self.add_embedding = TimestepEmbedding(c.projection_class_embeddings_input_dim, temb) if text_time else None
+        self.down_blocks = nnx.List(
+            Stage(fans, self.resnet(c), self.attention(c, kind, i), c.downsample_padding if i < last else None)
+            for i, (kind, fans) in enumerate(zip(c.down_block_types, down_fans(width, c.layers_per_block)))
+        )
+        self.mid_block = MidBlock(width[-1], self.resnet(c), self.attention(c, "Cross", last))
+        self.config = c
+
+    @staticmethod
+    def temb(c: EncoderConfig) -> int:
+        """Channels of the embedding of time."""
+        return c.time_embedding_dim or 4 * c.block_out_channels[0]
+
+    @classmethod
+    def resnet(cls, c: EncoderConfig) -> Callable[[int, int], ResnetBlock2D]:
+        """(in, out) channels -> a residual block."""
+        return functools.partial(
+            ResnetBlock2D,
+            temb=cls.temb(c),
+            groups=c.norm_num_groups,
+            eps=c.norm_eps,
+            act_fn=c.act_fn,
+            scale_shift=c.resnet_time_scale_shift == "scale_shift",
+        )
+
+    @staticmethod
+    def attention(c: EncoderConfig, kind: str, i: int) -> Callable[[int], Transformer2DModel] | None:
+        """Channels -> the transformer of resolution i, if blocks of this kind have any."""
+        heads, depth = c.per_stage("attention_head_dim")[i], c.per_stage("transformer_layers_per_block")[i]
+        return (
+            functools.partial(Transformer2DModel, heads=heads, depth=depth, c=c) if kind.startswith("Cross") else None
+        )
+
+    def entered(
+        self,
+        sample: jax.Array,
+        timestep: jax.Array | float | tuple[jax.Array, ...],
+        text: jax.Array | tuple[KeysValues, ...],
+        added: Mapping[str, jax.Array] | None,
+        **told: jax.Array | None,
+    ) -> tuple[jax.Array, Each, Each]:
+        """The first convolution of a sample, and what each block in turn reads of time and text; see `__call__`."""
+        if not isinstance(timestep, tuple):
+            timestep = self.times(jnp.broadcast_to(timestep, sample.shape[:1]), added, **told)
+        x = self.conv_in(sample.astype(weights.dtype(value(self.conv_in.weight))))
+        return x, iter(timestep), iter(text if isinstance(text, tuple) else self.keys_values(text))
+
+    @property
+    def stages(self) -> tuple[nnx.Module, ...]:
+        """The stages in the order of their use."""
+        return (*self.down_blocks, self.mid_block)
+
+    def keys_values(self, encoder_hidden_states: jax.Array) -> tuple[KeysValues, ...]:
+        """What the attentions make of a text [B, M, D], in the order of their use."""
+        text = encoder_hidden_states.astype(weights.dtype(value(self.conv_in.weight)))
+        return tuple(attention.keys_values(text) for stage in self.stages for attention in stage.attentions or ())
+
+    def times(
+        self, timestep: jax.Array, added_cond_kwargs: Mapping[str, jax.Array] | None = None, **told: jax.Array | None
+    ) -> tuple[jax.Array, ...]:
+        """What the residual blocks make of times [B], or [N, 1] for N steps at once: [..., B, C] each, in order."""
+        return times(self.stages, self.embed(timestep, added_cond_kwargs, **told))
+
+    def embed(
+        self,
+        t: jax.Array,
+        added: Mapping[str, jax.Array] | None,
+        class_labels: jax.Array | None = None,
+        timestep_cond: jax.Array | None = None,
+    ) -> jax.Array:
+        """The embedding of times [..., B], of a class, and of SDXL's conditions: [..., B, T]."""
+        c, dtype = self.config, weights.dtype(value(self.conv_in.weight))
+        waves = functools.partial(sinusoids, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
+        condition = None if timestep_cond is None else timestep_cond.astype(dtype)
+        temb = self.time_embedding(waves(t, c.block_out_channels[0]).astype(dtype), condition)
+        if self.class_embedding is not None:
+            if class_labels is None:
+                raise ValueError(f"This UNet is conditioned on one of {c.num_class_embeds} classes: give class_labels.")
+            temb = temb + self.class_embedding(class_labels).astype(dtype)
+        if self.add_embedding is None:
+            return temb
+        if added is None or not {"text_embeds", "time_ids"} <= set(added):
+            raise ValueError(
+                "This network is conditioned on pooled text and sizes: "
+                f"give added_cond_kwargs with text_embeds and time_ids (given: {sorted(added or ())})."
+            )
+        sizes = waves(added["time_ids"], c.addition_time_embed_dim).reshape(len(added["time_ids"]), -1)
+        return temb + self.add_embedding(jnp.concatenate([added["text_embeds"].astype(dtype), sizes.astype(dtype)], -1))
+
+
+class UNet2DConditionModel(UNetEncoder):
     """Predict the noise (or velocity) in a noisy latent, given the time and the text.
 
     >>> import flaxdiff
@@ -175,41 +281,14 @@ class UNet2DConditionModel(Model):
     config_class = UNet2DConditionConfig
 
     def __init__(self, config: UNet2DConditionConfig):
-        c, width = config, config.block_out_channels
-        temb = c.time_embedding_dim or 4 * width[0]
-        heads, depth = c.per_stage("attention_head_dim"), c.per_stage("transformer_layers_per_block")
-        resnet = functools.partial(
-            ResnetBlock2D,
-            temb=temb,
-            groups=c.norm_num_groups,
-            eps=c.norm_eps,
-            act_fn=c.act_fn,
-            scale_shift=c.resnet_time_scale_shift == "scale_shift",
-        )
-        attention = lambda i: functools.partial(Transformer2DModel, heads=heads[i], depth=depth[i], c=c)
-        last = len(width) - 1
-
-        self.conv_in = Conv(c.in_channels, width[0])
-        self.time_embedding = TimestepEmbedding(width[0], temb, c.act_fn)
-        text_time = c.addition_embed_type == "text_time"
-        self.add_embedding = TimestepEmbedding(c.projection_class_embeddings_input_dim, temb) if text_time else None
-        self.down_blocks = nnx.List(
-            Stage(
-                fans,
-                resnet,
-                attention(i) if kind.startswith("Cross") else None,
-                c.downsample_padding if i < last else None,
-            )
-            for i, (kind, fans) in enumerate(zip(c.down_block_types, down_fans(width, c.layers_per_block)))
-        )
-        self.mid_block = MidBlock(width[-1], resnet, attention(last))
+        super().__init__(config)
+        c, width, last = config, config.block_out_channels, len(config.block_out_channels) - 1
         self.up_blocks = nnx.List(
-            Stage(fans, resnet, attention(last - i) if kind.startswith("Cross") else None, up=i < last)
+            Stage(fans, self.resnet(c), self.attention(c, kind, last - i), up=i < last)
             for i, (kind, fans) in enumerate(zip(c.up_block_types, up_fans(width, c.layers_per_block)))
         )
         self.conv_norm_out = GroupNorm(width[0], c.norm_num_groups, c.norm_eps)
         self.conv_out = Conv(width[0], c.out_channels)
-        self.config = c
 
     def __call__(
         self,
@@ -217,6 +296,11 @@ class UNet2DConditionModel(Model):
         timestep: jax.Array | float | tuple[jax.Array, ...],
         encoder_hidden_states: jax.Array | tuple[KeysValues, ...],
         added_cond_kwargs: Mapping[str, jax.Array] | None = None,
+        down_block_additional_residuals: Sequence[jax.Array] | None = None,
+        mid_block_additional_residual: jax.Array | None = None,
+        down_intrablock_additional_residuals: Sequence[jax.Array] = (),
+        class_labels: jax.Array | None = None,
+        timestep_cond: jax.Array | None = None,
     ) -> jax.Array:
         """Run the network.
 
@@ -226,26 +310,31 @@ class UNet2DConditionModel(Model):
           encoder_hidden_states: the text [B, M, D]; or, for many steps with the same text, its `keys_values`.
           added_cond_kwargs: SDXL's `text_embeds` [B, P] (pooled text) and `time_ids` [B, 6] (sizes and crops in
             pixels).
+          down_block_additional_residuals, mid_block_additional_residual: what a ControlNet adds to the skips and to the
+            middle.
+          down_intrablock_additional_residuals: what a T2I-Adapter adds in each down stage; in the middle, if one is
+            left over that has its shape.
+          class_labels: [B] int32, for networks with classes, e.g. the noise in the picture to upscale.
+          timestep_cond: [B, D], the strength of guidance for networks that were distilled with it.
 
         Returns:
           The prediction [B, H, W, C], in the dtype of the parameters.
 
         Raises:
-          ValueError: SDXL's conditions are missing.
+          ValueError: SDXL's conditions are missing, or the class is.
         """
-        dtype = weights.dtype(value(self.conv_in.weight))
-        text = encoder_hidden_states
-        contexts = iter(text if isinstance(text, tuple) else self.keys_values(text))
-        x = sample.astype(dtype)
-        if not isinstance(timestep, tuple):
-            timestep = self.times(jnp.broadcast_to(timestep, sample.shape[:1]), added_cond_kwargs)
-        projected = iter(timestep)
-
-        x = constrain(self.conv_in(x), "batch", "context")
-        skips = [x]
+        told = dict(class_labels=class_labels, timestep_cond=timestep_cond)
+        x, projected, contexts = self.entered(sample, timestep, encoder_hidden_states, added_cond_kwargs, **told)
+        x = constrain(x, "batch", "context")
+        skips, more = [x], iter(down_intrablock_additional_residuals)
         for block in self.down_blocks:
-            skips += block.down(skips[-1], projected, contexts)
+            skips += block.down(skips[-1], projected, contexts, next(more, None))
         x = self.mid_block(skips[-1], projected, contexts)
+        if (left := next(more, None)) is not None and left.shape == x.shape:
+            x += left
+        if down_block_additional_residuals is not None:
+            skips = [skip + residual for skip, residual in zip(skips, down_block_additional_residuals, strict=True)]
+        x = x if mid_block_additional_residual is None else x + mid_block_additional_residual
         for i, block in enumerate(self.up_blocks):
             below = skips[: -len(block.resnets)]  # what the next stage joins has the size to reach
             x = block.up(x, skips, projected, contexts, below[-1].shape[1:3] if i < len(self.up_blocks) - 1 else None)
@@ -253,30 +342,4 @@ class UNet2DConditionModel(Model):
 
     @property
     def stages(self) -> tuple[nnx.Module, ...]:
-        return (*self.down_blocks, self.mid_block, *self.up_blocks)
-
-    def keys_values(self, encoder_hidden_states: jax.Array) -> tuple[KeysValues, ...]:
-        """What the attentions make of a text [B, M, D], in the order of their use."""
-        text = encoder_hidden_states.astype(weights.dtype(value(self.conv_in.weight)))
-        return tuple(attention.keys_values(text) for stage in self.stages for attention in stage.attentions or ())
-
-    def times(
-        self, timestep: jax.Array, added_cond_kwargs: Mapping[str, jax.Array] | None = None
-    ) -> tuple[jax.Array, ...]:
-        """What the residual blocks make of times [B], or [N, 1] for N steps at once: [..., B, C] each, in order."""
-        return times(self.stages, self.embed(timestep, added_cond_kwargs))
-
-    def embed(self, t: jax.Array, added: Mapping[str, jax.Array] | None) -> jax.Array:
-        """The embedding of times [..., B], and of SDXL's conditions: [..., B, T]."""
-        c, dtype = self.config, weights.dtype(value(self.conv_in.weight))
-        waves = functools.partial(sinusoids, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
-        temb = self.time_embedding(waves(t, c.block_out_channels[0]).astype(dtype))
-        if self.add_embedding is None:
-            return temb
-        if added is None or not {"text_embeds", "time_ids"} <= set(added):
-            raise ValueError(
-                "This UNet is conditioned on pooled text and sizes: "
-                f"give added_cond_kwargs with text_embeds and time_ids (given: {sorted(added or ())})."
-            )
-        sizes = waves(added["time_ids"], c.addition_time_embed_dim).reshape(len(added["time_ids"]), -1)
-        return temb + self.add_embedding(jnp.concatenate([added["text_embeds"].astype(dtype), sizes.astype(dtype)], -1))
+        return (*super().stages, *self.up_blocks)

@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -211,11 +212,17 @@ class Attention(nnx.Module):
         """What queries meet, [B, M, C] each: of a context that stays the same, enough to work out once."""
         return self.to_k(context), self.to_v(context)
 
-    def __call__(self, x: jax.Array, context: KeysValues | None = None) -> jax.Array:
-        """[B, N, C], or [B, H, W, C] when normalised in groups, to itself or to `keys_values` -> the shape of x."""
+    def __call__(self, x: jax.Array, context: tuple[Any, ...] | None = None) -> jax.Array:
+        """[B, N, C], or [B, H, W, C] when normalised in groups, to itself or to `keys_values` -> the shape of x.
+
+        Behind the keys and values may be others, (k, v, weight [B, 1 or N]): what they give is added, so weighted.
+        """
         h = x if self.group_norm is None else self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
-        k, v = self.keys_values(h) if context is None else context
+        k, v, *more = self.keys_values(h) if context is None else context
         heads = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
-        h = attention(heads(self.to_q(h)), heads(k), heads(v), split=self.split)
+        q = heads(self.to_q(h))
+        h = attention(q, heads(k), heads(v), split=self.split)
+        for k, v, weight in more:
+            h += weight[..., None, None] * attention(q, heads(k), heads(v), split=self.split)
         h = self.to_out[0](h.reshape(*h.shape[:2], -1))
         return h if self.group_norm is None else x + h.reshape(x.shape)

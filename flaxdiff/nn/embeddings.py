@@ -37,10 +37,12 @@ def sinusoids(
 
 
 class TimestepEmbedding(nnx.Module):
-    """Linear, activation, linear."""
+    """Linear, activation, linear; a condition of so many numbers is projected and added before, where there is one."""
 
-    def __init__(self, fan_in: int, width: int, act_fn: str = "silu"):
+    def __init__(self, fan_in: int, width: int, act_fn: str = "silu", condition: int | None = None):
         self.linear_1, self.linear_2, self.act_fn = Linear(fan_in, width), Linear(width, width), act_fn
+        self.cond_proj = None if condition is None else Linear(condition, fan_in, bias=False)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
+        x = x if condition is None else x + self.cond_proj(condition)
         return self.linear_2(ACTIVATIONS[self.act_fn](self.linear_1(x)))

@@ -139,13 +139,24 @@ class Stage(nnx.Module):
         ends = (*(self.downsamplers or ()), *(self.upsamplers or ()))
         return (*self.resnets, *(block for block in ends if isinstance(block, ResnetBlock2D)))
 
-    def down(self, x: jax.Array, times: Each = NONE, contexts: Each = NONE) -> list[jax.Array]:
-        """The outputs of every block in turn; the last is the stage's own."""
+    def down(
+        self, x: jax.Array, times: Each = NONE, contexts: Each = NONE, more: jax.Array | None = None
+    ) -> list[jax.Array]:
+        """The outputs of every block in turn; the last is the stage's own.
+
+        `more`, if any, is added to the last block's output where blocks attend, else to the stage's.
+        """
         outputs = []
         for i in range(len(self.resnets)):
             x = self._block(i, (x,), times, contexts)
             outputs.append(x)
-        return outputs if self.downsamplers is None else [*outputs, _resampled(self.downsamplers[0], x, times)]
+        if more is not None and self.attentions is not None:
+            outputs[-1] = x = x + more
+        if self.downsamplers is not None:
+            outputs.append(_resampled(self.downsamplers[0], x, times))
+        if more is not None and self.attentions is None:
+            outputs[-1] += more
+        return outputs
 
     def up(
         self,
@@ -221,9 +232,13 @@ def up_fans(channels: tuple[int, ...], layers: int) -> list[list[tuple[int, int]
     return stages
 
 
-def check_stages(model: str, config: Any, down: tuple[str, ...], up: tuple[str, ...]) -> None:
-    """Raise ValueError unless a configuration names one known block for each entry of block_out_channels."""
-    for key, kinds in (("down_block_types", down), ("up_block_types", up)):
+def check_stages(model: str, config: Any, down: tuple[str, ...], up: tuple[str, ...] | None) -> None:
+    """Raise ValueError unless a configuration names one known block for each entry of block_out_channels.
+
+    Args:
+      down, up: the blocks that are known; None where there is no such half.
+    """
+    for key, kinds in (("down_block_types", down), *([] if up is None else [("up_block_types", up)])):
         types, n = getattr(config, key), len(config.block_out_channels)
         if unknown := sorted(set(types) - set(kinds)):
             raise ValueError(f"{model}: {key} holds {unknown}; supported are {list(kinds)}.")

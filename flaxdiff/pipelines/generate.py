@@ -9,8 +9,9 @@ it in one program. `begin`, `step` and `decode` are its parts, for a host that w
   plan            the scheduler's tables, padded so that other schedulers and step counts fit the same program
   size            `Size(height, width)` in pixels, part of the structure
   guidance        {"guidance_scale", "guidance_rescale"}: numbers, or one for each image; absent without a second branch
-  latents, image, image_latents, noisy_latents    at most one: where to start, see `start`
-and what the family's `encode` reads, e.g. prompt_ids.
+  latents, image, image_latents, noisy_latents    where to start, see `start`
+  mask [B, h, w, 1]    1 where to paint over what the run starts from, which elsewhere is kept: see `blend.py`
+what `beside.py` reads, and what the family's `encode` reads, e.g. prompt_ids.
 """
 
 import dataclasses
@@ -23,6 +24,8 @@ import jax.numpy as jnp
 from flaxdiff import core
 from flaxdiff.guidance import Guidance, standard
 from flaxdiff.parallel import constrain
+from flaxdiff.pipelines.beside import tell
+from flaxdiff.pipelines.blend import Known, blend
 from flaxdiff.schedulers import tables
 
 Inputs = Mapping[str, Any]
@@ -62,9 +65,12 @@ class Family(NamedTuple):
         output.
       latent_shape: (networks' specs, size) -> (h, w, C).
       decode: (networks, latents) -> images [B, H, W, 3] in [-1, 1].
-      encode_image: (networks, images in [-1, 1], keys [B]) -> latents; None where there is no way in.
+      encode_image: (networks, images in [-1, 1], keys [B], spread = 1) -> latents, drawn with so much of the
+        posterior's deviation; None where there is no way in.
       times: (networks, timesteps [N], cond) -> what the network makes of each time, [N, …], worked out once for all
         steps; None where it makes nothing of it that is worth keeping.
+      distilled: (networks' specs, guidance_scale) -> what to tell a network that was distilled with guidance, arrays
+        for the inputs, in place of a second branch; none for others. None where no network is.
       loop: the networks that `predict` calls.
     """
 
@@ -73,8 +79,9 @@ class Family(NamedTuple):
     predict: Callable[[Networks, jax.Array, Any, Cond], jax.Array]
     latent_shape: Callable[[Mapping[str, core.Spec], Size], tuple[int, int, int]]
     decode: Callable[[Networks, jax.Array], jax.Array]
-    encode_image: Callable[[Networks, jax.Array, jax.Array], jax.Array] | None = None
+    encode_image: Callable[..., jax.Array] | None = None
     times: Callable[[Networks, jax.Array, Cond], Any] | None = None
+    distilled: Callable[[Mapping[str, core.Spec], Any], dict[str, Any]] | None = None
     loop: tuple[str, ...] = ("unet",)
 
 
@@ -84,6 +91,7 @@ class Conditions(NamedTuple):
     branches: Mapping[str, Cond]
     strengths: Mapping[str, jax.Array] | None  # of the guidance; None where there is but one branch
     times: Any  # [rows of the plan, …], as the family's `predict` takes one; or None
+    known: Known | None = None  # what a step is not to change
 
     @property
     def joined(self) -> Cond:
@@ -138,50 +146,55 @@ class Program:
         """What the network is told throughout, and the state before the first evaluation."""
         keys = jax.vmap(jax.random.split)(tables.image_keys(key, len(inputs["index"]), inputs["index"]))
         networks, strengths = self.networks(params), inputs.get("guidance")
-        x = self.start(networks, keys[:, 0], inputs)
+        x, known = self.start(networks, keys[:, 0], inputs)
         memory = None if strengths is None else self.guidance(strengths).init(x)
-        conditions = Conditions(self.family.encode(networks, inputs), strengths, None)
+        branches = tell(self.family, networks, keys[:, 0], inputs, self.family.encode(networks, inputs))
+        conditions = Conditions(branches, strengths, None, known)
         if self.family.times is not None:
             times = self.family.times(networks, jnp.asarray(inputs["plan"].timesteps), conditions.joined)
             conditions = conditions._replace(times=times)
         return conditions, State(tables.init(inputs["plan"], x, keys[:, 1]), memory)
 
-    def start(self, networks: Networks, keys: jax.Array, inputs: Inputs) -> jax.Array:
-        """The sample [B, h, w, C] that the run starts from.
+    def start(self, networks: Networks, keys: jax.Array, inputs: Inputs) -> tuple[jax.Array, Known | None]:
+        """The sample [B, h, w, C] that the run starts from, and what of it is to stay where there is a `mask`.
 
         Noise drawn from the keys, or `latents` [B, h, w, C] in its place; or an `image` (pixels in [-1, 1]) or
-        `image_latents` under the noise of the plan's first row; or `noisy_latents` as another run left them.
+        `image_latents` under the noise of the plan's first row, or under noise alone where `from_noise` [] says so; or
+        `noisy_latents` as another run left them.
         """
-        if "noisy_latents" in inputs:
-            return jnp.asarray(inputs["noisy_latents"], jnp.float32)
         plan = jax.tree.map(jnp.asarray, inputs["plan"])
         if "latents" in inputs:
             noise = jnp.asarray(inputs["latents"], jnp.float32)
         else:
             shape = self.family.latent_shape(networks.specs, inputs["size"])
             noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+        given = [inputs[k] for k in ("image_latents", "noisy_latents") if k in inputs]
         if "image" in inputs:
-            known = self.family.encode_image(
-                networks, inputs["image"], jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
-            )
-        elif "image_latents" in inputs:
-            known = jnp.asarray(inputs["image_latents"], jnp.float32)
-        else:
-            return plan.init_noise_sigma * noise
-        return plan.alpha[0] * known + plan.sigma[0] * noise
+            drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+            given = [self.family.encode_image(networks, inputs["image"], drawn)]
+        if not given:
+            return plan.init_noise_sigma * noise, None
+        picture = jnp.asarray(given[0], jnp.float32)
+        x = picture if "noisy_latents" in inputs else plan.alpha[0] * picture + plan.sigma[0] * noise
+        if "from_noise" in inputs:
+            x = jnp.where(inputs["from_noise"], plan.init_noise_sigma * noise, x)
+        return x, Known(jnp.asarray(inputs["mask"], jnp.float32), picture, noise) if "mask" in inputs else None
 
     def step(self, params: Mapping[str, core.Params], conditions: Conditions, state: State) -> State:
         """One evaluation of the network, all branches in one batch, and one row of the scheduler's table."""
-        sampler, (branches, strengths, times) = state.sampler, conditions
+        sampler, (branches, strengths, times, known), cond = state.sampler, conditions, conditions.joined
         x = _join(*[sampler.model_input] * len(branches))
+        if "beside" in cond:
+            x = jnp.concatenate([x, cond["beside"]], -1)
         t = sampler.timestep if times is None else jax.tree.map(lambda a: a[sampler.index], times)
-        output = self.family.predict(self.networks(params), x, t, conditions.joined).astype(jnp.float32)
+        output = self.family.predict(self.networks(params), x, t, cond).astype(jnp.float32)
         output = constrain(output.reshape(-1, len(branches), *output.shape[1:]), "batch", "whole")
         predictions = {branch: output[:, i] for i, branch in enumerate(sorted(branches))}
         guess, memory = predictions["positive"], state.guidance
         if strengths is not None:
             guess, memory = self.guidance(strengths).combine(memory, guess, predictions)
-        return State(tables.step(sampler, guess), memory)
+        sampler = tables.step(sampler, guess)
+        return State(sampler if known is None else blend(sampler, known), memory)
 
     def decode(self, params: Mapping[str, core.Params], latents: jax.Array) -> jax.Array:
         """Latents -> pictures [B, H, W, C], float32 in [0, 1]."""

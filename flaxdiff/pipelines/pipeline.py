@@ -19,7 +19,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from flaxdiff import images as pictures
-from flaxdiff import memory
+from flaxdiff import memory, registry
+from flaxdiff.adapters import ip_adapter
 from flaxdiff.core import Params, Spec
 from flaxdiff.guidance import Guidance, standard
 from flaxdiff.pipelines import ahead
@@ -29,7 +30,8 @@ from flaxdiff.schedulers import Scheduler
 
 ROWS = 64  # length of the scheduler's tables: runs of up to so many evaluations share a compiled program
 
-STARTS = ("latents", "image", "image_latents", "noisy_latents")  # given for each image, or for each prompt
+# given for each image, or for each prompt
+STARTS = ("latents", "image", "image_latents", "noisy_latents", "mask", "beside", "beside_image")
 
 _begin = jax.jit(Program.begin, static_argnums=0)
 _step = jax.jit(Program.step, static_argnums=0)
@@ -80,9 +82,45 @@ class DiffusionPipeline:
 
     family: ClassVar[Family]
     task: ClassVar[Callable] = staticmethod(text_to_image)
+    extras: ClassVar[tuple[Callable, ...]] = ()  # further (pipe, size, guided, …) -> arrays, beside the family's
+    steers: ClassVar[Mapping[str, str]] = {}  # component -> class of those of which there may be one or a list
+    finish: ClassVar[Callable] = staticmethod(
+        lambda images, options: images
+    )  # Pillow's pictures -> what a call returns
+    reads: ClassVar[tuple[str, ...]] = ()  # components of a checkpoint that most pipelines pass over
     defaults: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 7.5}
 
     # --- loading, saving, changing -----------------------------------------------------------------------------------
+
+    @classmethod
+    def resolve(cls, named: str) -> type["DiffusionPipeline"]:
+        """The class to use for a checkpoint that names one."""
+        return cls if hasattr(cls, "family") else registry.find(named, "pipeline")
+
+    @classmethod
+    def from_pipe(cls, pipe: "DiffusionPipeline", **changes: Any) -> Self:
+        """A pipeline of this class with the parts of another, whose parameters it shares.
+
+        Args:
+          pipe: any that has the networks which this class needs.
+          **changes: parts to take instead, as of `replace`; specs of further networks too.
+
+        >>> import flaxdiff
+        >>> pipe, params = flaxdiff.load()
+        >>> flaxdiff.StableDiffusionInpaintPipeline.from_pipe(pipe).specs == pipe.specs
+        True
+        """
+        more = {k: v for k, v in changes.items() if isinstance(v, Spec) and k not in dict(pipe.specs)}
+        fields = {f.name: getattr(pipe, f.name) for f in dataclasses.fields(pipe)}
+        made = cls(**(fields | {"specs": (*pipe.specs, *more.items())}))
+        return made.replace(**{k: v for k, v in changes.items() if k not in more})
+
+    @classmethod
+    def from_single_file(cls, source: str, **options: Any) -> tuple[Self, dict[str, Params]]:
+        """Load a pipeline and its parameters from a file with the original names; see `single_file.load_pipeline`."""
+        from flaxdiff.checkpoint import single_file
+
+        return single_file.load_pipeline(cls, source, **options)
 
     @classmethod
     def from_pretrained(cls, repo: str, **options: Any) -> tuple[Self, dict[str, Params]]:
@@ -182,13 +220,17 @@ class DiffusionPipeline:
         ahead.keep_compiled()
         defaults = {**self.defaults, **dict(dict(self.settings).get("defaults", ()))}
         scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-        guided = bool(np.max(scale) > 1)
+        distilled = self.family.distilled(dict(self.specs), scale) if self.family.distilled else {}
+        guided = bool(np.max(scale) > 1) and not distilled
         options["prompt"] = prompt
-        take = lambda function: {
-            k: options.pop(k) for k in list(options) if k in inspect.signature(function).parameters
-        }
-        size, arrays, window = self.task(self, **take(self.task))
-        arrays |= self.family.prepare(self, size, guided, **take(self.family.prepare))
+        takes = lambda function: {k: v for k, v in options.items() if k in inspect.signature(function).parameters}
+        size, arrays, window = self.task(self, **takes(self.task))
+        arrays |= distilled
+        prepares = (self.family.prepare, ip_adapter.prepare, *self.extras)
+        for prepare in prepares:
+            arrays |= prepare(self, size, guided, **takes(prepare))
+        taken = {k for function in (self.task, *prepares) for k in takes(function)}
+        options = {k: v for k, v in options.items() if k not in taken}
         if options.pop("prompt", None) is not None:
             raise TypeError(f"{type(self).__name__} takes no prompt.")
         if num_images_per_prompt < 1:
@@ -207,6 +249,7 @@ class DiffusionPipeline:
         inputs |= {"index": np.arange(batch, dtype=np.int32), "size": size, "plan": plan.pad(rows)}
         if guided:
             strengths = {"guidance_scale": scale, "guidance_rescale": guidance_rescale}
+            strengths |= {k: inputs.pop(k) for k in ("image_guidance_scale",) if k in inputs}
             inputs["guidance"] = {k: np.asarray(v, np.float32) for k, v in strengths.items()}
         return inputs
 
@@ -293,7 +336,9 @@ class DiffusionPipeline:
         if output_type == "latent":
             return PipelineOutput(state.sampler.sample)
         images = np.asarray(run.decode(params, state.sampler.sample))
-        return PipelineOutput(pictures.to_pil(images) if output_type == "pil" else images)
+        if output_type == "np":
+            return PipelineOutput(images)
+        return PipelineOutput(self.finish(pictures.to_pil(images), options))
 
 
 def _per_image(name: str, array: Any, prompts: int, copies: int) -> np.ndarray | jax.Array:

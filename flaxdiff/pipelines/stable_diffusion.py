@@ -8,11 +8,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flaxdiff import core
+from flaxdiff.adapters import control, ip_adapter
+from flaxdiff.nn.embeddings import sinusoids
 from flaxdiff.pipelines.generate import Cond, Family, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
-from flaxdiff.pipelines.tasks import image_to_image
+from flaxdiff.pipelines.tasks import distilled_image_to_image, image_to_image
+from flaxdiff.pipelines.tasks.depth import depth_to_image
+from flaxdiff.pipelines.tasks.edit import edit
+from flaxdiff.pipelines.tasks.inpaint import inpaint, paste_back
+from flaxdiff.pipelines.tasks.upscale import upscale
 from flaxdiff.pipelines.text import check_prompts, texts
 
 
@@ -55,18 +62,37 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
             text = networks("text_encoder", inputs[f"{prefix}prompt_ids"], skip, method="skip")
         else:
             continue
-        cond[branch] = {"text": networks("unet", text, method="keys_values")}
+        steered = control.encode(networks, inputs, text, branch)
+        contexts = networks("unet", text, method="keys_values")
+        contexts = ip_adapter.encode(networks, inputs, branch, contexts, latent_shape(networks.specs, inputs["size"]))
+        cond[branch] = {"text": contexts, **steered}
     return cond
 
 
 def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
-    """What the U-Net makes of times [N]."""
-    return networks("unet", timesteps[:, None], method="times")
+    """What the U-Net makes of times [N], and of a class or a strength that it is told."""
+    of_unet = networks("unet", timesteps[:, None], method="times", **told(cond))
+    return control.times(networks, timesteps, cond, of_unet)
+
+
+def told(cond: Cond) -> dict[str, jax.Array]:
+    """What enters the U-Net's embedding of time."""
+    return {k: cond[k] for k in ("class_labels", "timestep_cond") if k in cond}
+
+
+def distilled(specs: Mapping[str, core.Spec], scale: Any) -> dict[str, Any]:
+    """Sinusoids of guidance_scale - 1 in thousandths, for a U-Net that was distilled with it."""
+    width = specs["unet"].config.time_cond_proj_dim
+    if width is None:
+        return {}
+    strength = 1000 * (np.atleast_1d(np.asarray(scale, np.float32)) - 1)
+    return {"timestep_cond": np.asarray(sinusoids(strength, width, flip_sin_to_cos=False, freq_shift=1))}
 
 
 def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
     """The U-Net's output."""
-    return networks("unet", x, t, cond["text"])
+    t, residuals = control.residuals(networks, x, t, cond)
+    return networks("unet", x, t, cond["text"], **residuals)
 
 
 def latent_shape(specs: Mapping[str, core.Spec], size: Size) -> tuple[int, int, int]:
@@ -82,16 +108,16 @@ def decode(networks: Networks, latents: jax.Array) -> jax.Array:
     return networks("vae", latents / vae.scaling_factor + (vae.shift_factor or 0), method="decode")
 
 
-def encode_image(networks: Networks, images: jax.Array, keys: jax.Array) -> jax.Array:
+def encode_image(networks: Networks, images: jax.Array, keys: jax.Array, spread: jax.Array | float = 1.0) -> jax.Array:
     """Images in [-1, 1] -> latents as the denoiser knows them, drawn from the posterior, one key for each image."""
     vae = networks.config("vae")
     posterior = networks("vae", images, method="encode")
     noise = jax.vmap(lambda key: jax.random.normal(key, posterior.mean.shape[1:]))(keys)
-    z = posterior.mean + jnp.exp(0.5 * posterior.logvar) * noise
+    z = posterior.mean + spread * jnp.exp(0.5 * posterior.logvar) * noise
     return (z - (vae.shift_factor or 0)) * vae.scaling_factor
 
 
-STABLE_DIFFUSION = Family(prepare, encode, predict, latent_shape, decode, encode_image, times)
+STABLE_DIFFUSION = Family(prepare, encode, predict, latent_shape, decode, encode_image, times, distilled)
 
 
 class StableDiffusionPipeline(DiffusionPipeline):
@@ -119,3 +145,58 @@ class StableDiffusionImg2ImgPipeline(DiffusionPipeline):
     family = STABLE_DIFFUSION
     task = staticmethod(image_to_image)
     defaults = {**DiffusionPipeline.defaults, "strength": 0.8}
+
+
+class StableDiffusionInpaintPipeline(DiffusionPipeline):
+    """Paint over a part of a picture, with a U-Net made for that or with any of Stable Diffusion 1 or 2.
+
+    >>> import flaxdiff, jax, numpy as np
+    >>> pipe, params = flaxdiff.StableDiffusionInpaintPipeline.from_pretrained(flaxdiff.EMOJI)
+    >>> inputs = pipe.prepare_inputs(prompt="red apple", image=np.ones((64, 64, 3)), mask_image=np.eye(64))
+    >>> inputs["mask"].shape
+    (1, 16, 16, 1)
+    """
+
+    family = STABLE_DIFFUSION
+    task = staticmethod(inpaint)
+    finish = staticmethod(paste_back)
+    defaults = {**DiffusionPipeline.defaults, "strength": 1.0}
+
+
+class StableDiffusionInstructPix2PixPipeline(DiffusionPipeline):
+    """Change a picture as an instruction says; `image_guidance_scale` is how closely to follow the picture."""
+
+    family = STABLE_DIFFUSION
+    task = staticmethod(edit)
+    defaults = {"num_inference_steps": 100, "guidance_scale": 7.5, "image_guidance_scale": 1.5}
+
+
+class StableDiffusionDepth2ImgPipeline(DiffusionPipeline):
+    """Image to image that keeps the depth of the scene."""
+
+    family = STABLE_DIFFUSION
+    task = staticmethod(depth_to_image)
+    defaults = StableDiffusionImg2ImgPipeline.defaults
+
+
+class StableDiffusionUpscalePipeline(DiffusionPipeline):
+    """A picture four times as high and wide."""
+
+    family = STABLE_DIFFUSION
+    task = staticmethod(upscale)
+    defaults = {"num_inference_steps": 75, "guidance_scale": 9.0}
+
+
+class LatentConsistencyModelPipeline(DiffusionPipeline):
+    """Text to image in a few steps, with a U-Net that was distilled with the strength of guidance."""
+
+    family = STABLE_DIFFUSION
+    defaults = {"num_inference_steps": 4, "guidance_scale": 8.5}
+
+
+class LatentConsistencyModelImg2ImgPipeline(DiffusionPipeline):
+    """Image to image in a few steps, with a U-Net that was distilled with the strength of guidance."""
+
+    family = STABLE_DIFFUSION
+    task = staticmethod(distilled_image_to_image)
+    defaults = {**LatentConsistencyModelPipeline.defaults, "strength": 0.8}

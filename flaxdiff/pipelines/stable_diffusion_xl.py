@@ -13,10 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxdiff.adapters import control, ip_adapter
 from flaxdiff.pipelines import stable_diffusion
 from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
+from flaxdiff.pipelines.stable_diffusion import latent_shape
 from flaxdiff.pipelines.tasks import image_to_image
+from flaxdiff.pipelines.tasks.edit import edit
+from flaxdiff.pipelines.tasks.inpaint import inpaint, paste_back
 from flaxdiff.pipelines.text import check_prompts, texts
 
 Pair = tuple[int, int]
@@ -103,8 +107,10 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
             if prefix:
                 keep = jnp.asarray(inputs["negative_keep"]).astype(text.dtype)
                 text, pooled = text * keep, pooled * keep
-        text = networks("unet", text, method="keys_values")
-        cond[branch] = {"text": text, "pooled": pooled, "time_ids": inputs[f"{prefix}time_ids"]}
+        steered = control.encode(networks, inputs, text, branch)
+        text, latent = networks("unet", text, method="keys_values"), latent_shape(networks.specs, inputs["size"])
+        text = ip_adapter.encode(networks, inputs, branch, text, latent)
+        cond[branch] = {"text": text, "pooled": pooled, "time_ids": inputs[f"{prefix}time_ids"], **steered}
     return cond
 
 
@@ -114,12 +120,14 @@ def _added(cond: Cond) -> dict[str, jax.Array]:
 
 def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
     """What the U-Net makes of times [N] and of the conditions."""
-    return networks("unet", timesteps[:, None], _added(cond), method="times")
+    of_unet = networks("unet", timesteps[:, None], _added(cond), method="times", **stable_diffusion.told(cond))
+    return control.times(networks, timesteps, cond, of_unet, _added(cond))
 
 
 def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
     """The U-Net's output."""
-    return networks("unet", x, t, cond["text"], _added(cond))
+    t, residuals = control.residuals(networks, x, t, cond)
+    return networks("unet", x, t, cond["text"], _added(cond), **residuals)
 
 
 STABLE_DIFFUSION_XL = stable_diffusion.STABLE_DIFFUSION._replace(
@@ -140,3 +148,20 @@ class StableDiffusionXLImg2ImgPipeline(DiffusionPipeline):
     family = STABLE_DIFFUSION_XL
     task = staticmethod(image_to_image)
     defaults = {**StableDiffusionXLPipeline.defaults, "strength": 0.3}
+
+
+class StableDiffusionXLInpaintPipeline(DiffusionPipeline):
+    """Paint over a part of a picture with Stable Diffusion XL, its refiner, or a U-Net made for that."""
+
+    family = STABLE_DIFFUSION_XL
+    task = staticmethod(inpaint)
+    finish = staticmethod(paste_back)
+    defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "strength": 0.9999}
+
+
+class StableDiffusionXLInstructPix2PixPipeline(DiffusionPipeline):
+    """Change a picture as an instruction says; `image_guidance_scale` is how closely to follow the picture."""
+
+    family = STABLE_DIFFUSION_XL
+    task = staticmethod(edit)
+    defaults = {"num_inference_steps": 100, "guidance_scale": 5.0, "image_guidance_scale": 1.5}

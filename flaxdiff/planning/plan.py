@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flaxdiff import parallel, registry
 from flaxdiff.checkpoint import files
-from flaxdiff.checkpoint.pipelines import EMOJI, SORTS, read_index
+from flaxdiff.checkpoint.pipelines import EMOJI, SORTS, read_by, read_index
 from flaxdiff.core import abstract
 from flaxdiff.pipelines.generate import Networks
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
@@ -141,6 +141,7 @@ def pipeline(model: str | os.PathLike[str]) -> DiffusionPipeline:
                 "with model_index.json and the config.json of each network."
             )
         class_name, named, settings = read_index(folder)
+        named = read_by(registry.find(class_name, "pipeline"), named)
         networks = {name: kind for name, kind in named.items() if registry.sort_of(kind, *SORTS) == "model"}
         if lacking := [name for name in networks if not (folder / name / files.CONFIG).is_file()]:
             raise ValueError(f"{folder} names {files.listed(lacking)} but has no {lacking[0]}/{files.CONFIG}; add it.")

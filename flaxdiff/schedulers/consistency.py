@@ -22,7 +22,7 @@ from .path import Grid, Prediction
 
 @dataclass(frozen=True, kw_only=True)
 class _Distilled(_Variance):
-    """Visits a few of the `original_inference_steps` times that a network was distilled at."""
+    """Visits a few of the `original_inference_steps` times that a network was distilled at, or of a share of them."""
 
     beta_start: float = 0.00085
     beta_end: float = 0.012
@@ -32,12 +32,13 @@ class _Distilled(_Variance):
     set_alpha_to_one: bool = True
     timestep_scaling: float = 10.0
     swaps: ClassVar[bool] = False
-    options: ClassVar[Mapping[str, Any]] = {"original_inference_steps": None}
+    options: ClassVar[Mapping[str, Any]] = {"original_inference_steps": None, "origin_share": 1.0}
 
     def _times(self, n: int, custom: Mapping[str, Any]) -> np.ndarray:
         if "timesteps" in custom:
             return np.asarray(custom["timesteps"]).astype(int)
         origin = self._origin(custom.get("original_inference_steps"))
+        origin = origin[: int(len(origin) * custom.get("origin_share", 1.0))]  # image to image: the least noisy ones
         if n > len(origin):
             raise ValueError(
                 f"{type(self).__name__}: num_inference_steps={n} exceeds the {len(origin)} times that the network was "
@@ -68,7 +69,7 @@ class LCMScheduler(_Distilled):
         t = self._times(n, custom)
         return self._between(t, np.append(t[1:], -1))
 
-    def solver(self, grid: Grid, n: int, original_inference_steps: int | None) -> solvers.Step:
+    def solver(self, grid: Grid, n: int, original_inference_steps: int | None, origin_share: float) -> solvers.Step:
         sigma_data, time = 0.5, grid.t * self.timestep_scaling
         skip = sigma_data**2 / (time**2 + sigma_data**2)
         return solvers.consistency(grid, skip, time / np.hypot(time, sigma_data))
@@ -85,7 +86,7 @@ class TCDScheduler(_Distilled):
     array([False, False, False])
     """
 
-    options: ClassVar[Mapping[str, Any]] = {"eta": 0.3, "original_inference_steps": None}
+    options: ClassVar[Mapping[str, Any]] = {"eta": 0.3, **_Distilled.options}
 
     def _origin(self, steps: int | None) -> np.ndarray:
         return np.arange(self.num_train_timesteps) if steps else super()._origin(None)
@@ -94,7 +95,9 @@ class TCDScheduler(_Distilled):
         t = self._times(n, custom)
         return self._between(t, np.append(t[1:], 0))
 
-    def solver(self, grid: Grid, n: int, eta: float, original_inference_steps: int | None) -> solvers.Step:
+    def solver(
+        self, grid: Grid, n: int, eta: float, original_inference_steps: int | None, origin_share: float
+    ) -> solvers.Step:
         if not 0 <= eta <= 1:
             raise ValueError(f"TCDScheduler: eta={eta} must lie in [0, 1].")
         to = np.append(grid.t[1:], 0).astype(int)

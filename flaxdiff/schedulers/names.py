@@ -34,6 +34,23 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "TCD": ("TCDScheduler", {}),
 }
 
+# k-diffusion's functions -> the names above
+K_SAMPLERS: dict[str, str] = {
+    "sample_dpm_2": "DPM2",
+    "sample_dpm_2_ancestral": "DPM2 a",
+    "sample_dpm_adaptive": "DPM adaptive",
+    "sample_dpm_fast": "DPM fast",
+    "sample_dpmpp_2m": "DPM++ 2M",
+    "sample_dpmpp_2m_sde": "DPM++ 2M SDE",
+    "sample_dpmpp_2s_ancestral": "DPM++ 2S a",
+    "sample_dpmpp_3m_sde": "DPM++ 3M SDE",
+    "sample_dpmpp_sde": "DPM++ SDE",
+    "sample_euler": "Euler",
+    "sample_euler_ancestral": "Euler a",
+    "sample_heun": "Heun",
+    "sample_lms": "LMS",
+}
+
 # schedule type, which may follow a sampler's name -> options
 SCHEDULES: dict[str, dict[str, Any]] = {
     "Karras": {"use_karras_sigmas": True},

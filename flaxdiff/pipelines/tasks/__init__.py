@@ -1,7 +1,7 @@
 """Tasks: what a run starts from. A task only prepares arrays; the loop is the same for all.
 
 Each takes the pipeline and what its call was given, and returns the size of the picture, arrays for the inputs (see
-`generate`), and which part of the schedule to run.
+`generate` and `beside`), and which part of the schedule to run. The plain ones are here, others in files of their own.
 """
 
 import inspect
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from flaxdiff import images as pictures
 from flaxdiff.pipelines.generate import Size
@@ -59,15 +60,13 @@ def image_to_image(
     Raises:
       ValueError: no picture, a size that the networks do not divide, a strength outside (0, 1].
     """
-    if image is None:
-        raise ValueError(f"{type(pipe).__name__} starts from a picture; give image=.")
+    need(pipe, image)
     if strength is not None and denoising_start is not None:
         raise ValueError("strength and denoising_start both say where to begin; give one of them.")
     if strength is not None and not 0 < strength <= 1:
         raise ValueError(f"strength={strength} must lie in (0, 1].")
-    channels, factor = pipe.vae.config.latent_channels, vae_factor(pipe)
-    if getattr(image, "ndim", 0) == 4 and image.shape[-1] == channels != 3:
-        size = Size(image.shape[1] * factor, image.shape[2] * factor)
+    if is_latents(pipe, image):
+        size = Size(*(side * vae_factor(pipe) for side in image.shape[1:3]))
         start = {"image_latents" if denoising_start is None else "noisy_latents": image}
     else:
         start = {"image": pictures.to_array(image)}
@@ -76,6 +75,35 @@ def image_to_image(
     window = {"strength": strength or pipe.defaults["strength"]} if denoising_start is None else {}
     window |= {} if denoising_start is None else {"denoising_start": denoising_start}
     return size, start | noise(pipe, size, latents), window
+
+
+def distilled_image_to_image(
+    pipe: "DiffusionPipeline", image: Any = None, strength: float | None = None, latents: jax.Array | None = None
+) -> Prepared:
+    """As `image_to_image`, but all steps are run, spread over that share of the times the network was distilled at."""
+    size, arrays, window = image_to_image(pipe, image, strength, None, latents)
+    return size, arrays, {"origin_share": window["strength"]}
+
+
+def need(pipe: "DiffusionPipeline", image: Any) -> None:
+    """Raise ValueError where there is no picture."""
+    if image is None:
+        raise ValueError(f"{type(pipe).__name__} starts from a picture; give image=.")
+
+
+def check_channels(pipe: "DiffusionPipeline", beside: int) -> None:
+    """Raise ValueError unless the denoiser takes so many channels beside the sample."""
+    channels, latent = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if channels != latent + beside:
+        raise ValueError(
+            f"{type(pipe).__name__} gives the U-Net {latent} channels of the sample and {beside} beside it, but it "
+            f"takes {channels}; use a checkpoint that was trained for this task."
+        )
+
+
+def is_latents(pipe: "DiffusionPipeline", image: Any) -> bool:
+    """Whether an array [B, h, w, C] is not a picture but what `output_type="latent"` returns."""
+    return getattr(image, "ndim", 0) == 4 and image.shape[-1] == pipe.vae.config.latent_channels != 3
 
 
 def noise(pipe: "DiffusionPipeline", size: Size, latents: Any) -> dict[str, Any]:
@@ -107,12 +135,20 @@ def blank_inputs(pipe: "DiffusionPipeline", batch: int = 1, **options: Any) -> d
       batch: pictures to make.
       **options: height, width, and others of `prepare_inputs`.
     """
-    takes = lambda function: inspect.signature(function).parameters
-    options |= {"prompt": [""] * batch} if "prompt" in takes(pipe.family.prepare) else {"batch_size": batch}
-    if "image" in takes(pipe.task):
+    takes = {**inspect.signature(pipe.family.prepare).parameters, **inspect.signature(pipe.task).parameters}
+    options |= {"prompt": [""] * batch} if "prompt" in takes else {}
+    options |= {"batch_size": batch} if "batch_size" in takes else {}
+    if "image" in takes:
         size = native_size(pipe)
-        height, width = (options.pop(side, None) or getattr(size, side) for side in ("height", "width"))
+        asked = options.get if "height" in takes else options.pop
+        height, width = (asked(side, None) or getattr(size, side) for side in ("height", "width"))
         options["image"] = np.zeros((batch, height, width, 3), np.float32)
+        if "mask_image" in takes:
+            options["mask_image"] = np.ones((batch, height, width, 1), np.float32)
+        nets = sum(name.split("_")[0] in pipe.steers for name, _ in pipe.specs)
+        if nets:
+            blank = Image.new("RGB", (width, height))
+            options["control_image" if "strength" in pipe.defaults else "image"] = [blank] * nets if nets > 1 else blank
     return pipe.prepare_inputs(**options)
 
 

@@ -1,0 +1,61 @@
+"""Custom Diffusion: a few weights of the cross-attentions learned anew, and a word (see `textual_inversion`).
+
+The new weights take the place of the old, so this is a matter of names alone.
+
+Reference: Kumari et al., Multi-Concept Customization of Text-to-Image Diffusion, 2023.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from flaxdiff.checkpoint import convert, hub, pickles, safetensors
+from flaxdiff.core import Params, layout
+
+NAMES = ("pytorch_custom_diffusion_weights.safetensors", "pytorch_custom_diffusion_weights.bin")
+
+
+def load_custom_diffusion(
+    pipe: Any,
+    params: Mapping[str, Params],
+    source: str | os.PathLike[str],
+    *,
+    weight_name: str | None = None,
+    **download,
+) -> dict[str, Params]:
+    """Parameters with the attention weights of a Custom Diffusion file in place of the U-Net's own.
+
+    Args:
+      pipe, params: of the base model.
+      source: a file, or a folder or Hub repository with one; its word is loaded by `load_textual_inversion`.
+      weight_name: which file of a folder.
+      **download: as of `hub.fetch`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it holds other things, or weights of other shapes.
+    """
+    path = hub.locate(source, NAMES if weight_name is None else (weight_name,), **download)
+    tensors = safetensors.read(path) if path.suffix == ".safetensors" else pickles.read(path)
+    rename = lambda key: re.sub(r"\.processor\.(to_\w+?)_custom_diffusion\.", r".\1.", key)
+    found = {rename(key): tensor for key, tensor in tensors.items()}
+    own, fits = dict(params["unet"]), set()
+    for name, leaf in layout(pipe.unet).items():
+        shape = convert.shape_in_file(leaf)
+        for i, file_name in enumerate(convert.names_in_file(name, leaf)):
+            if file_name in found and "attn2" in name and found[file_name].shape == shape:
+                one = leaf._replace(shape=own[name].shape[1:], stack=None) if leaf.stack else leaf
+                place = convert.Place(one, (file_name,), (found[file_name],))
+                new = jnp.asarray(convert.read(name, place, np.dtype(own[name].dtype)))
+                own[name] = own[name].at[i].set(new) if leaf.stack else new
+                fits.add(file_name)
+    if wrong := [f"{key} {list(tensor.shape)}" for key, tensor in found.items() if key not in fits]:
+        raise ValueError(
+            f"{path} does not fit as Custom Diffusion of this U-Net: {wrong[:6]}; it was learned with another model, "
+            "or is another kind of file."
+        )
+    return {**params, "unet": own}

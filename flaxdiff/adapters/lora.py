@@ -1,0 +1,369 @@
+"""LoRA: small updates of a pipeline's weights, read from any of the usual files, put on, weighed, merged in, saved.
+
+An `Adapter` is a value: for each component, parameter name -> `weights.LoRA` without a base. `read_lora` makes one of a
+file; `set_adapters` returns parameters with any number of them on. Factors and scales are arguments of the compiled
+program, so other weights, or another adapter of the same ranks in the same places, compile nothing.
+
+Reference: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021; Yeh et al., Navigating Text-To-Image
+Customization: From LyCORIS Fine-Tuning to Model Evaluation, 2023.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxdiff import weights
+from flaxdiff.adapters import formats
+from flaxdiff.checkpoint import convert, files, hub, pickles, safetensors
+from flaxdiff.checkpoint.tensors import Tensors
+from flaxdiff.core import Leaf, Params, Spec, layout
+from flaxdiff.weights import LoRA
+
+Adapter = dict[str, dict[str, LoRA]]  # component -> parameter name -> an update without a base, scales [..., rank]
+Weight = Any  # a number, one for each image [B], or a dictionary of them by component and block
+NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin")
+SHOWN = 12
+
+
+class Report(NamedTuple):
+    """What a file holds that the pipeline has no place for."""
+
+    unexpected: tuple[str, ...]  # keys
+    misshapen: tuple[str, ...]  # lines
+
+
+class Place(NamedTuple):
+    """Where a module of a file belongs: a parameter, and which layer if it is stacked."""
+
+    component: str
+    parameter: str
+    layer: int | None
+    module: str  # as diffusers calls it
+
+
+def load_lora(
+    pipe: Any, params: Mapping[str, Params], source: str | os.PathLike[str], *, scale: Weight = 1.0, **options: Any
+) -> dict[str, Params]:
+    """Parameters with a LoRA on, beside those that are on already.
+
+    Args:
+      pipe: the pipeline, or component -> spec.
+      params: component -> parameters.
+      source, **options: as of `read_lora`.
+      scale: as a weight of `set_adapters`.
+
+    Raises:
+      As `read_lora`.
+
+    >>> import flaxdiff, tempfile
+    >>> pipe, params = flaxdiff.load()
+    >>> name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight"
+    >>> width = params["unet"][name].shape[0]
+    >>> style = {"unet": {name: LoRA(None, jnp.ones((width, 2)), jnp.ones((2, width)), jnp.ones(2))}}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     flaxdiff.save_lora(folder, pipe, style)
+    ...     adapted = load_lora(pipe, params, folder, scale=0.5)
+    >>> adapted["unet"][name].scale
+    Array([0.5, 0.5], dtype=float32)
+    """
+    adapter, on = read_lora(pipe, source, **options), adapter_of(params)
+    return set_adapters(params, [on, adapter] if on else [adapter], [1.0, scale] if on else [scale])
+
+
+def read_lora(
+    pipe: Any, source: str | os.PathLike[str], *, weight_name: str | None = None, strict: bool = True, **download: Any
+) -> Adapter | tuple[Adapter, Report]:
+    """Read a LoRA, LoHa or LoKr file of diffusers, PEFT, Kohya or LyCORIS.
+
+    Args:
+      pipe: the pipeline, or component -> spec.
+      source: a file (safetensors, or a pickle, of which nothing is run), or a folder or Hub repository with one.
+      weight_name: which file of a folder.
+      strict: whether a key without a place in the pipeline is an error; if not, a `Report` comes back as well.
+      **download: as of `hub.fetch`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: keys without a place, or of another shape (a LoRA for another model), all listed; or a damaged file.
+    """
+    path = hub.locate(source, NAMES if weight_name is None else (weight_name,), "adapter_config.json", **download)
+    tensors = safetensors.read(path) if path.suffix == ".safetensors" else pickles.read(path)
+    adapter, report = assemble(dict(getattr(pipe, "specs", pipe)), tensors, formats.configured(path), str(path))
+    if not strict:
+        return adapter, report
+    if any(report):
+        raise ValueError(complaint(str(path), report))
+    return adapter
+
+
+def complaint(source: str, report: Report) -> str:
+    """What to say of a file that does not fit."""
+    lines = [*(f"± {line}" for line in report.misshapen), *(f"+ {key}" for key in report.unexpected)]
+    counts = f"{len(report.unexpected)} unexpected, {len(report.misshapen)} misshapen"
+    more = [f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    remedy = "It was made for another base model, or is no LoRA; strict=False leaves out what does not fit and says so."
+    return "\n".join(
+        [f"{source} does not fit this pipeline: {counts}.", *(f"  {s}" for s in lines[:SHOWN]), *more, remedy]
+    )
+
+
+def assemble(
+    specs: Mapping[str, Spec], tensors: Tensors, config: Mapping[str, Any], source: str
+) -> tuple[Adapter, Report]:
+    """The updates that the tensors of a file are, and what did not fit; arguments as `read_lora` finds them."""
+    found, unexpected = formats.modules(tensors)
+    wanted, misshapen = places(specs), []
+    pieces: dict[tuple[str, str], dict[int | None, formats.Factors]] = {}
+    for name, keys in found.items():
+        place = wanted.get(name)
+        if place is None:
+            unexpected += keys.values()
+            continue
+        leaf = layout(specs[place.component])[place.parameter]
+        shape = convert.shape_in_file(leaf)
+        down = keys.get("down")
+        alpha = formats.alpha(config, place.component, place.module, tensors[down].shape[0]) if down else None
+        try:
+            f = formats.factors(tensors, keys, alpha)
+        except KeyError as missing:
+            misshapen.append(f"{name} has no {missing.args[0]} beside {sorted(keys)}")
+            continue
+        except ValueError as fault:
+            misshapen.append(f"{name} has {fault}")
+            continue
+        inside = int(np.prod(shape[1:]))
+        if (f.up.shape[0], f.down.shape[1]) != (shape[0], inside):
+            ours = f"[{shape[0]}, {inside}]"
+            misshapen.append(f"{name} updates a weight of [{f.up.shape[0]}, {f.down.shape[1]}], the model's is {ours}")
+            continue
+        pieces.setdefault((place.component, place.parameter), {})[place.layer] = f
+    adapter: Adapter = {}
+    for (component, parameter), layers in pieces.items():
+        adapter.setdefault(component, {})[parameter] = _update(layout(specs[component])[parameter], layers)
+    return adapter, Report(tuple(unexpected), tuple(misshapen))
+
+
+def places(specs: Mapping[str, Spec]) -> dict[str, Place]:
+    """Every spelling of every module that a LoRA may update -> where it belongs."""
+    found = {}
+    for component, spec in specs.items():
+        for parameter, leaf in layout(spec).items():
+            if leaf.kind not in ("linear", "conv"):
+                continue
+            for i, name in enumerate(convert.names_in_file(parameter, leaf)):
+                module = name.removesuffix(".weight")
+                place = Place(component, parameter, i if leaf.stack else None, module)
+                for spelling in formats.spellings(component, spec, module):
+                    found.setdefault(spelling, place)
+    return found
+
+
+def _update(leaf: Leaf, layers: Mapping[int | None, formats.Factors]) -> LoRA:
+    """The factors of a parameter in our layout; layers of a stack without any get zeros."""
+    rank = max(len(f.down) for f in layers.values())
+    shape = convert.shape_in_file(leaf)
+
+    def one(f: formats.Factors | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        down, up = np.zeros((rank, int(np.prod(shape[1:]))), np.float32), np.zeros((shape[0], rank), np.float32)
+        if f is not None:
+            down[: len(f.down)], up[:, : len(f.down)] = f.down, f.up
+        down, up = down.reshape(rank, *shape[1:]), up.reshape(shape[0], rank, *(1,) * (len(shape) - 2))
+        axes = convert.axes(leaf.kind, len(shape))
+        return down.transpose(axes), up.transpose(axes), np.full(rank, 0 if f is None else f.scale, np.float32)
+
+    if leaf.stack is None:
+        return LoRA(None, *map(jnp.asarray, one(layers[None])))
+    stacked = zip(*(one(layers.get(i)) for i in range(leaf.shape[0])))
+    return LoRA(None, *(jnp.asarray(np.stack(arrays)) for arrays in stacked))
+
+
+# --- putting on, weighing, taking off ---------------------------------------------------------------------------------
+
+
+def set_adapters(
+    params: Mapping[str, Params],
+    adapters: Sequence[Adapter] | Mapping[str, Adapter],
+    adapter_weights: Weight | Sequence[Weight] | Mapping[str, Weight] = 1.0,
+) -> dict[str, Params]:
+    """Parameters with these adapters on and no others: W + Σ weight · scale · down · up.
+
+    Args:
+      params: component -> parameters; adapters that are on them are taken off.
+      adapters: one after the other, or by name.
+      adapter_weights: one for all, or one for each: a number; one for each image of the batch, [B]; or a dictionary by
+        component ({"unet": 0.7, "text_encoder": 0}) or by block of the U-Net, as diffusers has it ({"down": 0.5, "up":
+        {"block_0": 1, "block_1": [0.2, 0.4, 0.6]}}; what is not named counts 1).
+
+    Returns:
+      New parameters of the same names. Other weights, or other adapters of the same ranks in the same places, are other
+      values: a compiled program serves them all.
+
+    Raises:
+      ValueError: an adapter for another pipeline, another number of weights than adapters, or names that differ.
+
+    >>> import flaxdiff
+    >>> pipe, params = flaxdiff.load()
+    >>> name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight"
+    >>> width = params["unet"][name].shape[0]
+    >>> style = {"unet": {name: LoRA(None, jnp.ones((width, 4)), jnp.ones((4, width)), jnp.ones(4))}}
+    >>> adapted = set_adapters(params, {"style": style, "again": style}, {"style": 0.25, "again": 0.5})
+    >>> adapted["unet"][name].down.shape[-1]
+    8
+    """
+    if isinstance(adapters, Mapping):
+        given = adapter_weights if isinstance(adapter_weights, Mapping) else dict.fromkeys(adapters, adapter_weights)
+        if set(given) != set(adapters):
+            raise ValueError(f"Weights are given for {sorted(given)}, adapters for {sorted(adapters)}; name the same.")
+        adapters, adapter_weights = list(adapters.values()), [given[name] for name in adapters]
+    elif not isinstance(adapter_weights, list | tuple):
+        adapter_weights = [adapter_weights] * len(adapters)
+    if len(adapters) != len(adapter_weights):
+        raise ValueError(f"{len(adapters)} adapters and {len(adapter_weights)} weights; give one for each.")
+    adapted = unload_lora(params)
+    for component in dict.fromkeys(c for adapter in adapters for c in adapter):
+        if component not in params:
+            raise ValueError(f"An adapter is for {component!r}, and the pipeline has {sorted(params)}.")
+        for name in dict.fromkeys(n for adapter in adapters for n in adapter.get(component, {})):
+            if name not in params[component]:
+                raise ValueError(f"An adapter is for {component}'s {name}, which is not there; read it with this pipe.")
+            parts = [
+                _weighed(adapter[component][name], _weight(weight, component, name), name)
+                for adapter, weight in zip(adapters, adapter_weights)
+                if name in adapter.get(component, {})
+            ]
+            adapted[component][name] = _beside(f"{component}'s {name}", adapted[component][name], parts)
+    return adapted
+
+
+def _weight(weight: Weight, component: str, name: str) -> Weight:
+    """The weight of one parameter."""
+    if isinstance(weight, Mapping) and not {"down", "mid", "up"} & set(weight):
+        weight = weight.get(component, 1.0)
+    if not isinstance(weight, Mapping):
+        return weight
+    block = re.match(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(?:attentions|resnets)\.(\d+)", name)
+    if component != "unet" or block is None:
+        return 1.0
+    where, i, j = block.groups()
+    weight = weight.get(where, 1.0)
+    if isinstance(weight, Mapping):
+        weight = weight.get(f"block_{i}", 1.0)
+    if isinstance(weight, list | tuple):
+        if len(weight) > 1 and int(j) >= len(weight):
+            raise ValueError(f"{len(weight)} weights for block {i} of {where!r}, which has more: {name}.")
+        weight = weight[int(j) if len(weight) > 1 else 0]
+    return weight
+
+
+TIMES = r"(time_emb_proj|time_embedding|add_embedding)\b"  # layers that see steps before images
+
+
+def _weighed(lora: LoRA, weight: Weight, name: str) -> LoRA:
+    """An update with its scales [..., rank] times a weight, or [..., B, rank] with one for each image."""
+    weight = jnp.asarray(weight, jnp.float32)
+    if weight.ndim > 1:
+        raise ValueError(f"The weight of an adapter is one number or one for each image, not {list(weight.shape)}.")
+    if weight.ndim and re.search(TIMES, name):
+        raise ValueError(f"{name} is worked out for all images at once; its adapter cannot weigh differently in each.")
+    scale = lora.scale * weight if not weight.ndim else lora.scale[..., None, :] * weight[:, None]
+    return LoRA(None, lora.down, lora.up, scale)
+
+
+def _beside(name: str, base: Any, parts: Sequence[LoRA]) -> LoRA:
+    """A weight with several updates, their ranks side by side."""
+    dtype, whole = weights.dtype(base), jax.eval_shape(weights.dense, base).shape
+    for part in parts:
+        if (shape := (*part.down.shape[:-1], part.up.shape[-1])) != whole:
+            raise ValueError(
+                f"An adapter updates {name} of {list(shape)}, and it is {list(whole)}: another base model."
+            )
+    shape = np.broadcast_shapes(*(part.scale.shape[:-1] for part in _aligned(parts)))
+    scales = [jnp.broadcast_to(part.scale, (*shape, part.scale.shape[-1])) for part in _aligned(parts)]
+    down = jnp.concatenate([part.down for part in parts], -1).astype(dtype)
+    up = jnp.concatenate([part.up for part in parts], -2).astype(dtype)
+    return LoRA(base, down, up, jnp.concatenate(scales, -1))
+
+
+def _aligned(parts: Sequence[LoRA]) -> list[LoRA]:
+    """Updates whose scales have an axis of images if any has."""
+    rank = max(part.scale.ndim for part in parts)
+    widen = lambda s: s if s.ndim == rank else s[..., None, :]
+    return [LoRA(None, part.down, part.up, widen(part.scale)) for part in parts]
+
+
+def adapter_of(params: Mapping[str, Params]) -> Adapter:
+    """What is on the parameters, as one adapter: to save it, or to put it elsewhere."""
+    found: Adapter = {}
+    for component, own in params.items():
+        on = {name: _whole(weight) for name, weight in own.items() if isinstance(weight, LoRA)}
+        if on:
+            found[component] = on
+    return found
+
+
+def _whole(lora: LoRA) -> LoRA:
+    """An update without its base, and a scale for each rank."""
+    stack = lora.down.ndim - 2 if lora.down.ndim < 4 else 0
+    scale = jnp.asarray(lora.scale)
+    if scale.ndim == stack:
+        scale = jnp.broadcast_to(scale[..., None], (*scale.shape, lora.down.shape[-1]))
+    return LoRA(None, lora.down, lora.up, scale)
+
+
+def unload_lora(params: Mapping[str, Params]) -> dict[str, Params]:
+    """Parameters without the adapters that are on them."""
+    off = lambda weight: weight.base if isinstance(weight, LoRA) else weight
+    return {component: {name: off(weight) for name, weight in own.items()} for component, own in params.items()}
+
+
+def fuse_lora(params: Mapping[str, Params]) -> dict[str, Params]:
+    """Parameters with the adapters that are on them merged into the weights: as fast, and as large, as without any.
+
+    Raises:
+      ValueError: an adapter weighs differently in each image.
+    """
+    merge = lambda weight: weights.dense(weight) if isinstance(weight, LoRA) else weight
+    return {component: {name: merge(weight) for name, weight in own.items()} for component, own in params.items()}
+
+
+def unfuse_lora(fused: Mapping[str, Params], adapter: Adapter) -> dict[str, Params]:
+    """Fused parameters less an adapter, which is `adapter_of` those that were fused; exact up to rounding."""
+    return fuse_lora(set_adapters(fused, [adapter], [-1.0]))
+
+
+def save_lora(folder: str | os.PathLike[str], pipe: Any, adapter: Adapter) -> None:
+    """Write an adapter as `pytorch_lora_weights.safetensors`, as PyTorch's diffusers and PEFT read it.
+
+    Args:
+      folder: where to write; made if it is not there.
+      pipe: the pipeline, or component -> spec.
+      adapter: from `read_lora`, `merge_adapters` or `adapter_of`; its scales are multiplied into the factors.
+
+    Raises:
+      ValueError: it weighs differently in each image.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for component, own in adapter.items():
+        spec = dict(getattr(pipe, "specs", pipe))[component]
+        for name, lora in own.items():
+            leaf = layout(spec)[name]
+            layers = jax.device_get(lora if leaf.stack else jax.tree.map(lambda a: a[None], lora))
+            if layers.scale.ndim != 2:
+                raise ValueError(f"{name} has scales {list(lora.scale.shape)}: save an adapter of one weight.")
+            for i, file_name in enumerate(convert.names_in_file(name, leaf)):
+                if not np.any(layers.scale[i]):
+                    continue  # a layer that it leaves alone
+                module = f"{component}.{file_name.removesuffix('.weight')}"
+                back = np.argsort(convert.axes(leaf.kind, layers.down.ndim - 1))
+                up = np.swapaxes(np.swapaxes(layers.up[i], -1, -2) * layers.scale[i], -1, -2)
+                for role, array in (("A", layers.down[i]), ("B", up)):
+                    arrays[f"{module}.lora_{role}.weight"] = np.ascontiguousarray(array.transpose(back))
+    with files.staged(Path(folder)) as stage:
+        shapes = {key: (array.shape, array.dtype) for key, array in arrays.items()}
+        safetensors.write(stage / NAMES[0], shapes, arrays.values())

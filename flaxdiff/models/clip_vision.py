@@ -1,0 +1,106 @@
+"""CLIPVisionModelWithProjection: the image encoder of IP-Adapter and of image variations.
+
+A transformer over the patches of a picture, with one token more for the whole. `image_embeds` is the projection of that
+token, `hidden_states` holds every layer for those that read the patches.
+
+Reference: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flaxdiff.core import Config, Model, param
+from flaxdiff.models.clip import CLIPEncoder
+from flaxdiff.nn.layers import Conv, Embedding, LayerNorm, Linear, normal, value
+from flaxdiff.nn.stack import states
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig(Config):
+    """transformers' keys and defaults, as far as the network reads them."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+
+class CLIPVisionOutput(NamedTuple):
+    """What the encoder has to say."""
+
+    image_embeds: jax.Array  # [B, P]
+    last_hidden_state: jax.Array  # [B, N + 1, D], the whole picture first
+    hidden_states: jax.Array  # [L + 1, B, N + 1, D]: the embeddings, then each layer's output
+
+
+class CLIPVisionEmbeddings(nnx.Module):
+    """Patches of a picture [B, H, W, C], and a token for the whole of it, with their positions."""
+
+    def __init__(self, c: CLIPVisionConfig):
+        self.class_embedding = param((c.hidden_size,), "raw", normal)
+        self.patch_embedding = Conv(c.num_channels, c.hidden_size, c.patch_size, c.patch_size, padding=0, bias=False)
+        self.position_embedding = Embedding((c.image_size // c.patch_size) ** 2 + 1, c.hidden_size)
+        self.image_size = c.image_size
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        if pixels.shape[1:3] != (self.image_size,) * 2:
+            raise ValueError(
+                f"The image encoder reads pictures of {self.image_size} x {self.image_size} pixels, and was given "
+                f"{pixels.shape[1]} x {pixels.shape[2]}; see flaxdiff.images.clip_pixels."
+            )
+        whole, position = value(self.class_embedding), value(self.position_embedding.weight)
+        patches = self.patch_embedding(pixels.astype(whole.dtype)).reshape(len(pixels), -1, len(whole))
+        first = jnp.broadcast_to(whole, (len(pixels), 1, len(whole)))
+        return jnp.concatenate([first, patches], 1) + position
+
+
+class CLIPVisionTransformer(nnx.Module):
+    """A picture -> every layer's tokens."""
+
+    def __init__(self, c: CLIPVisionConfig):
+        norm = lambda: LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.embeddings, self.pre_layrnorm = CLIPVisionEmbeddings(c), norm()  # the checkpoints' spelling
+        self.encoder, self.post_layernorm = CLIPEncoder(c, causal=False), norm()
+
+
+class CLIPVisionModelWithProjection(Model):
+    """The image encoder of IP-Adapter.
+
+    >>> import flaxdiff
+    >>> spec = CLIPVisionModelWithProjection.from_config(
+    ...     {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8})
+    >>> out = flaxdiff.apply(spec, flaxdiff.init(spec, jax.random.key(0)), jnp.zeros((1, 16, 16, 3)))
+    >>> out.image_embeds.shape, out.hidden_states.shape
+    ((1, 512), (3, 1, 5, 32))
+    """
+
+    config_class = CLIPVisionConfig
+    library = "transformers"
+    ignored = r"vision_model\.embeddings\.position_ids"
+
+    def __init__(self, config: CLIPVisionConfig):
+        self.vision_model = CLIPVisionTransformer(config)
+        self.visual_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
+
+    def __call__(self, pixel_values: jax.Array) -> CLIPVisionOutput:
+        """Normalised pictures [B, S, S, 3], see `images.clip_pixels`."""
+        model = self.vision_model
+        hidden = states(model.encoder.layers, model.pre_layrnorm(model.embeddings(pixel_values)))
+        return CLIPVisionOutput(self.visual_projection(model.post_layernorm(hidden[-1, :, 0])), hidden[-1], hidden)
+
+    @classmethod
+    def to_config(cls, config: Any) -> dict[str, Any]:
+        """transformers' form: it names the architecture and its type."""
+        keys = super().to_config(config)
+        del keys["_class_name"]
+        return {"architectures": [cls.__name__], "model_type": "clip_vision_model", **keys}

@@ -1,0 +1,176 @@
+"""IPAdapter: what turns the embedding of a picture into tokens, and the keys and values that a U-Net makes of them.
+
+The projection has one of five forms: a linear layer (base), a small network over all patches (full face) or over the
+embedding of a face (FaceID), and a resampler in which a few learned tokens, or tokens of the face, attend to patches
+(Plus, FaceID Plus). Parameter names are those of the published files.
+
+Reference: Ye et al., IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models, 2023.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flaxdiff.core import Config, Model, only, param
+from flaxdiff.nn.activations import ACTIVATIONS
+from flaxdiff.nn.attention import KeysValues, attention
+from flaxdiff.nn.layers import LayerNorm, Linear, normal, value
+
+HEAD = 64  # channels of a head in every published resampler
+
+
+@dataclasses.dataclass(frozen=True)
+class IPAdapterConfig(Config):
+    """What a file's tensors say of the network; `attentions`: (channels, blocks) of each transformer in its order."""
+
+    kind: str = only("base", "full", "faceid", "plus", "faceid_plus")
+    image_dim: int = 1024  # channels of what is read: an embedding, patches, or a face
+    cross_attention_dim: int = 768
+    tokens: int = 4
+    hidden_dim: int = 1024  # channels inside the projection
+    patch_dim: int = 1280  # of the patches that a face is refined by
+    heads: int = 12
+    depth: int = 4
+    shortcut: bool = False  # version 2 of FaceID Plus adds what the face alone gives
+    attentions: tuple[tuple[int, int], ...] = ()
+
+
+class PerceiverAttention(nnx.Module):
+    """Latents attend to patches and to themselves."""
+
+    def __init__(self, width: int, heads: int):
+        self.norm1, self.norm2, self.heads = LayerNorm(width), LayerNorm(width), heads
+        self.to_q, self.to_kv = Linear(width, heads * HEAD, False), Linear(width, 2 * heads * HEAD, False)
+        self.to_out = Linear(heads * HEAD, width, False)
+
+    def __call__(self, x: jax.Array, latents: jax.Array) -> jax.Array:
+        latents = self.norm2(latents)
+        k, v = jnp.split(self.to_kv(jnp.concatenate([self.norm1(x), latents], 1)), 2, -1)
+        split = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
+        h = attention(split(self.to_q(latents)), split(k), split(v))
+        return self.to_out(h.reshape(*h.shape[:2], -1))
+
+
+def _sequence(layers: Sequence[nnx.Module | None], x: jax.Array) -> jax.Array:
+    """Layers by their number in the file; where there is none, an activation."""
+    for layer in layers:
+        x = ACTIVATIONS["gelu"](x) if layer is None else layer(x)
+    return x
+
+
+class Resampler(nnx.Module):
+    """Patches [B, N, D] -> tokens [B, T, C], by latents that attend to them."""
+
+    def __init__(self, fan_in: int, width: int, fan_out: int, heads: int, depth: int, latents: int | None):
+        self.latents = None if latents is None else param((1, latents, width), "raw", normal)
+        self.proj_in, self.proj_out, self.norm_out = Linear(fan_in, width), Linear(width, fan_out), LayerNorm(fan_out)
+        forward = lambda: nnx.List(
+            [LayerNorm(width), Linear(width, 4 * width, False), None, Linear(4 * width, width, False)]
+        )
+        self.layers = nnx.List([nnx.List([PerceiverAttention(width, heads), forward()]) for _ in range(depth)])
+
+    def __call__(self, x: jax.Array, latents: jax.Array | None = None) -> jax.Array:
+        x = self.proj_in(x)
+        if latents is None:
+            own = value(self.latents)
+            latents = jnp.broadcast_to(own, (len(x), *own.shape[1:]))
+        for attend, forward in self.layers:
+            latents = latents + attend(x, latents)
+            latents = latents + _sequence(forward, latents)
+        return self.norm_out(self.proj_out(latents))
+
+
+class Projection(nnx.Module):
+    """Embeddings [B, D], or patches [B, N, D] -> normalised tokens [B, T, C]."""
+
+    def __init__(self, c: IPAdapterConfig):
+        width, tokens = c.cross_attention_dim, c.tokens
+        if c.kind == "base":
+            self.proj, self.norm = Linear(c.image_dim, tokens * width), LayerNorm(width)
+        elif c.kind == "full":
+            self.proj = nnx.List(
+                [Linear(c.image_dim, c.hidden_dim), None, Linear(c.hidden_dim, width), LayerNorm(width)]
+            )
+        else:
+            self.proj = nnx.List([Linear(c.image_dim, c.hidden_dim), None, Linear(c.hidden_dim, tokens * width)])
+            self.norm = LayerNorm(width)
+        self.kind, self.width = c.kind, width
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = self.proj(x) if self.kind == "base" else _sequence(self.proj, x)
+        return h if self.kind == "full" else self.norm(h.reshape(len(x), -1, self.width))
+
+
+class FacePlus(nnx.Module):
+    """Tokens of a face, refined by patches."""
+
+    def __init__(self, c: IPAdapterConfig):
+        width = c.cross_attention_dim
+        self.proj = nnx.List([Linear(c.image_dim, c.hidden_dim), None, Linear(c.hidden_dim, c.tokens * width)])
+        self.norm, self.shortcut, self.width = LayerNorm(width), c.shortcut, width
+        self.perceiver_resampler = Resampler(c.patch_dim, width, width, c.heads, c.depth, None)
+
+    def __call__(self, x: jax.Array, patches: jax.Array) -> jax.Array:
+        face = self.norm(_sequence(self.proj, x).reshape(len(x), -1, self.width))
+        refined = self.perceiver_resampler(patches, face)
+        return face + refined if self.shortcut else refined
+
+
+class TokenKeysValues(nnx.Module):
+    """What one attention makes of the tokens."""
+
+    def __init__(self, fan_in: int, width: int):
+        self.to_k_ip, self.to_v_ip = Linear(fan_in, width, False), Linear(fan_in, width, False)
+
+
+PROJECTIONS: Mapping[str, Callable[[IPAdapterConfig], nnx.Module]] = {
+    "base": Projection,
+    "full": Projection,
+    "faceid": Projection,
+    "plus": lambda c: Resampler(c.image_dim, c.hidden_dim, c.cross_attention_dim, c.heads, c.depth, c.tokens),
+    "faceid_plus": FacePlus,
+}
+
+
+class IPAdapter(Model):
+    """Pictures' embeddings -> the keys and values that a U-Net's attentions add.
+
+    >>> import flaxdiff
+    >>> spec = IPAdapter.from_config({"image_dim": 8, "cross_attention_dim": 16, "attentions": [[32, 2]]})
+    >>> params = flaxdiff.init(spec, jax.random.key(0))
+    >>> [(k, v)] = flaxdiff.apply(spec, params, jnp.zeros((1, 3, 8)))
+    >>> k.shape  # of three pictures with four tokens each, in two blocks
+    (1, 3, 2, 4, 32)
+    """
+
+    config_class = IPAdapterConfig
+    library = None
+
+    def __init__(self, config: IPAdapterConfig):
+        self.image_proj = PROJECTIONS[config.kind](config)
+        blocks = [width for width, depth in config.attentions for _ in range(depth)]
+        pairs = [TokenKeysValues(config.cross_attention_dim, width) for width in blocks]
+        self.ip_adapter = nnx.List(
+            [part for pair in pairs for part in (None, pair)]
+        )  # self-attentions have a number too
+        self.config = config
+
+    def __call__(self, embeds: jax.Array, patches: jax.Array | None = None) -> list[KeysValues]:
+        """(k, v) [B, I, blocks, T, C] of each transformer in the file's order.
+
+        Args:
+          embeds: of I pictures, [B, I, D], or their patches [B, I, N, D].
+          patches: [B, I, N, D], beside the embeddings of faces.
+        """
+        batch, dtype = embeds.shape[:2], self.ip_adapter[1].to_k_ip.weight.get_value().dtype
+        flat = [x.astype(dtype).reshape(-1, *x.shape[2:]) for x in (embeds, patches) if x is not None]
+        tokens, pairs = self.image_proj(*flat), iter(self.ip_adapter[1::2])
+
+        def stacked(blocks: list[TokenKeysValues]) -> KeysValues:
+            each = [(block.to_k_ip(tokens), block.to_v_ip(tokens)) for block in blocks]
+            return tuple(a.reshape(*batch, *a.shape[1:]) for a in (jnp.stack(parts, 1) for parts in zip(*each)))
+
+        return [stacked([next(pairs) for _ in range(depth)]) for _, depth in self.config.attentions]

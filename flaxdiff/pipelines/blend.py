@@ -1,0 +1,36 @@
+"""Inpainting with any network: what the mask leaves alone is put back after every step, as noisy as the sample is.
+
+Reference: Avrahami et al., Blended Latent Diffusion, 2022.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flaxdiff.schedulers.tables import SchedulerState
+
+
+class Known(NamedTuple):
+    """What is known of the result."""
+
+    mask: jax.Array  # [B, h, w, 1]: 1 where to paint, 0 where the latents are known
+    latents: jax.Array  # [B, h, w, C]
+    noise: jax.Array  # [B, h, w, C], the run's own
+
+
+def blend(state: SchedulerState, known: Known) -> SchedulerState:
+    """mask x + (1 - mask) (alpha known + sigma noise), at the level that the step has led to; after the last, no noise.
+
+    >>> from flaxdiff.schedulers import DDIMScheduler, tables
+    >>> state = tables.init(DDIMScheduler().plan(1), jnp.zeros((1, 2, 2, 3)), jax.random.key(0))
+    >>> state = tables.step(state, jnp.zeros((1, 2, 2, 3)))
+    >>> one = jnp.ones((1, 2, 2, 3))
+    >>> float(blend(state, Known(jnp.zeros((1, 2, 2, 1)), one, one)).sample.mean())
+    1.0
+    """
+    plan, i = state.plan, state.index
+    done = i >= plan.steps
+    alpha, sigma = jnp.where(done, 1, plan.alpha[i]), jnp.where(done, 0, plan.sigma[i])
+    x = known.mask * state.sample + (1 - known.mask) * (alpha * known.latents + sigma * known.noise)
+    return state._replace(slots=state.slots.at[0].set(x))

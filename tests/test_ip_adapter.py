@@ -1,0 +1,199 @@
+"""IP-Adapters against PyTorch's, in whole pipelines: every form, several at once, masks, scales by layer."""
+
+import diffusers
+import jax
+import numpy as np
+import peers
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+
+import flaxdiff
+
+rng = np.random.default_rng(0)
+normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+picture = lambda size=40: Image.fromarray(rng.integers(0, 255, (size, size, 3), np.uint8))
+KEY = jax.random.key(0)
+TEXT = dict(prompt=["a red dog", "cat"], negative_prompt=["ugly", "ugly"], num_inference_steps=3, guidance_scale=5.0)
+BASES = {"1": peers.stable_diffusion_1, "XL": peers.stable_diffusion_xl}
+
+
+def write(state, path):
+    """A state dict as a file, flat in safetensors and nested in a pickle."""
+    if path.suffix == ".bin":
+        torch.save(state, path)
+    else:
+        save_file({f"{part}.{k}": t.contiguous() for part, ts in state.items() for k, t in ts.items()}, path)
+    return path
+
+
+def pair(base, folder, *kinds, format="safetensors", **options):
+    """A pipeline with IP-Adapters, here and there."""
+    peer = BASES[base]()
+    states = [peers.ip_adapter(kind, peer.unet, seed) for seed, kind in enumerate(kinds)]
+    peer.image_encoder = peers.image_encoder()
+    peer.feature_extractor = transformers.CLIPImageProcessorPil(size=32, crop_size=32)
+    peer.scheduler = diffusers.DDIMScheduler.from_config(peer.scheduler.config)
+    peer.set_progress_bar_config(disable=True)
+    peer.text_encoder.__dict__["text_model"] = peer.text_encoder  # diffusers looks for it where transformers 4 had it
+    peer.image_encoder.save_pretrained(folder / "image_encoder")
+    pipe, params = flaxdiff.load(peers.saved(BASES[base]))
+    pipe = pipe.replace(progress=False, scheduler=flaxdiff.DDIMScheduler.from_config(pipe.scheduler))
+    for i, state in enumerate(states):
+        path = write(state, folder / f"adapter{i}.{format}")
+        pipe, params = flaxdiff.load_ip_adapter(pipe, params, path, **options)
+    n = len(states)
+    peer.load_ip_adapter(states, [""] * n, [""] * n, image_encoder_folder=None, low_cpu_mem_usage=False)
+    return pipe, params, peer
+
+
+def compare(pipe, params, peer, options, scale=1.0, ours=(), theirs=(), text=TEXT):
+    noise = normal(2, 8, 8, 4)
+    peer.set_ip_adapter_scale(scale)
+    with torch.no_grad():
+        there = peer(**text, **options, **dict(theirs), latents=peers.nchw(noise), output_type="np").images
+    here = pipe(params, KEY, **text, **options, **dict(ours), ip_adapter_scale=scale, latents=noise, output_type="np")
+    return peers.relative(here.images, there)
+
+
+@pytest.mark.parametrize(
+    ("base", "kind", "format"),
+    [
+        ("1", "base", "bin"),
+        ("1", "plus", "safetensors"),
+        ("1", "full", "bin"),
+        ("XL", "base", "safetensors"),
+        pytest.param("XL", "plus", "bin", marks=pytest.mark.slow),
+    ],
+)
+def test_pictures(base, kind, format, tmp_path):
+    """Each form of projection that reads pictures; a scale for all, and by layer."""
+    pipe, params, peer = pair(base, tmp_path, kind, format=format)
+    options = dict(ip_adapter_image=picture())
+    assert compare(pipe, params, peer, options, 0.7) < 1e-3
+    by_layer = {"down": 0.3, "up": {"block_1": [0.9, 0.2]}} if base == "1" else {"up": {"block_0": [0.5, 1.5]}}
+    assert compare(pipe, params, peer, options, by_layer) < 1e-3
+    absent = pipe(params, KEY, **TEXT, **options, ip_adapter_scale=0.0, output_type="np").images
+    assert np.abs(absent - pipe(params, KEY, **TEXT, **options, output_type="np").images).max() > 1e-3
+
+
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_faces(shortcut, tmp_path):
+    """FaceID reads embeddings, FaceID Plus patches as well; its second version adds a shortcut."""
+    kind = "faceid_plus" if shortcut else "faceid"
+    pipe, params, peer = pair("1", tmp_path, kind, shortcut=shortcut)
+    embeds, patches = normal(2, 1, 12), normal(2, 1, 5, 16)
+    ours = dict(ip_adapter_image_embeds=[embeds])
+    if shortcut:
+        ours["ip_adapter_clip_embeds"] = [patches]
+        layer = peer.unet.encoder_hid_proj.image_projection_layers[0]
+        layer.clip_embeds, layer.shortcut = torch.tensor(patches), True
+    text = TEXT | dict(prompt="a red dog", negative_prompt="ugly")
+    noise = normal(1, 8, 8, 4)
+    with torch.no_grad():
+        there = peer(
+            **text, ip_adapter_image_embeds=[torch.tensor(embeds)], latents=peers.nchw(noise), output_type="np"
+        ).images
+    here = pipe(params, KEY, **text, **ours, latents=noise, output_type="np").images
+    assert peers.relative(here, there) < 1e-3
+
+
+def test_the_lora_of_a_face(tmp_path):
+    """FaceID's file updates the U-Net as well: against the updates merged in PyTorch."""
+    peer = peers.stable_diffusion_1()
+    state, draw = peers.ip_adapter("faceid", peer.unet), torch.Generator().manual_seed(3)
+    for i, name in enumerate(peer.unet.attn_processors):
+        module = peer.unet.get_submodule(name.removesuffix(".processor"))
+        for part, layer in dict(q=module.to_q, k=module.to_k, v=module.to_v, out=module.to_out[0]).items():
+            down, up = (torch.randn(s, generator=draw) * 0.1 for s in ((2, layer.in_features), (layer.out_features, 2)))
+            state["ip_adapter"] |= {f"{i}.to_{part}_lora.down.weight": down, f"{i}.to_{part}_lora.up.weight": up}
+            with torch.no_grad():
+                layer.weight += up @ down
+    pipe, params = flaxdiff.load(peers.saved(peers.stable_diffusion_1))
+    _, params = flaxdiff.load_ip_adapter(pipe, params, write(state, tmp_path / "face.bin"))
+    x, t, text = normal(1, 8, 8, 4), np.float32([7]), normal(1, 5, 16)
+    with torch.no_grad():
+        theirs = peer.unet(peers.nchw(x), torch.tensor(t), torch.tensor(text)).sample
+    assert peers.relative(flaxdiff.apply(pipe.unet, params["unet"], x, t, text), peers.nhwc(theirs)) < 1e-4
+
+
+def test_several_with_masks(tmp_path):
+    """A style and two masked pictures at once."""
+    pipe, params, peer = pair("1", tmp_path, "base", "plus")
+    first, second, third = picture(), picture(), picture()
+    options = dict(ip_adapter_image=[first, [second, third]])
+    assert compare(pipe, params, peer, options, [0.7, 0.4]) < 1e-3
+    left = np.zeros((16, 16), np.float32)
+    left[:, :9] = 1
+    masks = [[np.ones((16, 16), np.float32)], [left, 1 - left]]
+    there = dict(cross_attention_kwargs={"ip_adapter_masks": [torch.tensor(np.stack(m))[None] for m in masks]})
+    here = dict(ip_adapter_masks=masks)
+    assert compare(pipe, params, peer, options, [0.7, [0.9, 0.4]], here, there) < 1e-3
+
+
+def test_nothing_recompiles(tmp_path):
+    """Pictures, scales, by layer or not, and masks are values."""
+    from flaxdiff.pipelines import pipeline
+
+    pipe, params, _ = pair("1", tmp_path, "base")
+    sizes = lambda: [f._cache_size() for f in (pipeline._begin, pipeline._step, pipeline._decode)]
+    run = lambda **options: pipe(params, KEY, **TEXT, **options, output_type="np").images
+    one, mask = picture(), np.ones((16, 16), np.float32)
+    first, before = run(ip_adapter_image=one), sizes()
+    for change in (
+        dict(ip_adapter_image=picture()),
+        *(dict(ip_adapter_image=one, ip_adapter_scale=s) for s in (0.3, {"up": 1.0})),
+    ):
+        assert np.abs(run(**change) - first).max() > 1e-4
+    assert sizes() == before
+    masked = dict(ip_adapter_image=one, ip_adapter_masks=[[mask]])
+    np.testing.assert_allclose(run(**masked), first, atol=1e-5)
+    before = sizes()
+    half = mask * (np.arange(16) < 8)
+    assert np.abs(run(ip_adapter_image=one, ip_adapter_masks=[[half]]) - first).max() > 1e-4
+    assert sizes() == before
+
+
+def test_saved_without(tmp_path):
+    """diffusers' layout has no place for an adapter; the rest is saved as it was."""
+    pipe, params = flaxdiff.load(peers.saved(peers.stable_diffusion_1))
+    path = write(peers.ip_adapter("base", peers.stable_diffusion_1().unet), tmp_path / "base.bin")
+    more, added = flaxdiff.load_ip_adapter(pipe, params, path, image_encoder_folder=None)
+    assert set(added) == {*params, "ip_adapter"} and all(added[name] is params[name] for name in params)
+    flaxdiff.save(tmp_path / "saved", more, added)
+    assert flaxdiff.load(tmp_path / "saved")[0].specs == pipe.specs
+
+
+def test_bad_input(tmp_path):
+    peer = peers.stable_diffusion_1()
+    pipe, params = flaxdiff.load(peers.saved(peers.stable_diffusion_1))
+    with pytest.raises(ValueError, match="has no IP-Adapter; put one on"):
+        pipe.prepare_inputs(prompt="cat", ip_adapter_image=picture())
+    path = write(peers.ip_adapter("base", peer.unet), tmp_path / "base.bin")
+    with pytest.raises(FileNotFoundError):
+        flaxdiff.load_ip_adapter(pipe, params, path)
+    other = write(peers.ip_adapter("base", peers.stable_diffusion_xl().unet), tmp_path / "xl.bin")
+    with pytest.raises(ValueError, match="attends to 32 channels.*attends to 16: it was made for another base model"):
+        flaxdiff.load_ip_adapter(pipe, params, other)
+    with pytest.raises(ValueError, match="is no IP-Adapter: it lacks"):
+        flaxdiff.load_ip_adapter(
+            pipe, params, write({"image_proj": {"x": torch.ones(2)}}, tmp_path / "none.safetensors")
+        )
+    pipe, params = flaxdiff.load_ip_adapter(pipe, params, path, image_encoder_folder=None)
+    for options, message in (
+        (dict(), "give either ip_adapter_image= or ip_adapter_image_embeds="),
+        (dict(ip_adapter_image=picture()), "no image encoder to read ip_adapter_image; give ip_adapter_image_embeds="),
+        (dict(ip_adapter_image_embeds=[normal(2, 1, 20)] * 2), "2 entries for 1 IP-Adapters"),
+        (
+            dict(ip_adapter_image_embeds=[normal(2, 1, 20)], ip_adapter_scale={"up": {"block_0": 1.0}}),
+            "no transformers in up",
+        ),
+        (
+            dict(ip_adapter_image_embeds=[normal(2, 1, 20)], ip_adapter_masks=[[np.ones((16, 16))] * 2]),
+            "2 masks for 1 pictures",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe.prepare_inputs(prompt="cat", **options)
