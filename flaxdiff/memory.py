@@ -133,6 +133,11 @@ def offload(params: Params, rules: Any = "host") -> Params:
     return _by_path(change, params, [(_VECTORS, None), *rules_of(rules)])
 
 
+def fetched(params: Mapping[str, Params], names: str) -> dict[str, Params]:
+    """Component -> parameters, those of the components that the regex names on the device."""
+    return offload(params, [(rf"^({names})", "device"), ("", None)])
+
+
 def residency(pipe: "DiffusionPipeline", params: Mapping[str, Params], budget: int) -> dict[str, str]:
     """Which components stay on the device between calls, and which lie on the host and come for their stage.
 
@@ -159,8 +164,8 @@ def residency(pipe: "DiffusionPipeline", params: Mapping[str, Params], budget: i
     size = {name: sum(map(_bytes, jax.tree.leaves(params[name]))) for name in names}
     total = lambda chosen: sum(size[name] for name in set(chosen))
     stages = [
-        [name for name in names if name not in (*pipe.family.loop, "vae")],
-        [name for name in names if name in pipe.family.loop],
+        [name for name in names if name != "vae" and not re.match(pipe.family.loop, name)],
+        [name for name in names if re.match(pipe.family.loop, name)],
         [name for name in names if name == "vae"],
     ]
     least = max(map(total, stages))

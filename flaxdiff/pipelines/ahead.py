@@ -64,7 +64,7 @@ class Executables(NamedTuple):
     step: Callable
     decode: Callable
     signature: Hashable = None
-    loop: tuple[str, ...] = ()  # networks whose weights `step` takes on the device
+    loop: str = r"(?!)"  # regex of networks whose weights `step` takes on the device
 
     def generate(self, params: Mapping[str, Params], key: jax.Array, inputs: Inputs) -> jax.Array:
         """Pictures [B, H, W, C], float32 in [0, 1]: as `pipe.generate`, but nothing is traced or compiled.
@@ -78,7 +78,7 @@ class Executables(NamedTuple):
                 "with these parameters and inputs first, or pipe.generate, which compiles as it needs."
             )
         conditions, state = self.begin(params, key, inputs)
-        looped = memory.offload(params, dict.fromkeys(self.loop, "device"))
+        looped = memory.fetched(params, self.loop)
         for _ in range(int(inputs["plan"].steps)):
             state = self.step(looped, conditions, state)
         del looped
@@ -160,7 +160,7 @@ def _built(program: Program, arguments: Any, folder: Path | None = None) -> dict
                 state.sampler.slots.sharding,
             )
             latents = _laid(latents, [NamedSharding(slots.mesh, PartitionSpec(*slots.spec[1:]))])
-        looped = memory.offload(arguments[0], dict.fromkeys(program.family.loop, "device"))  # as a call does
+        looped = memory.fetched(arguments[0], program.family.loop)  # as a call does
         jobs["step"] = start("step", program.step, looped, conditions, state, **places)
         jobs["decode"] = start("decode", program.decode, arguments[0], latents)
         results = {"begin": begun, "step": state, "decode": 0}

@@ -71,7 +71,7 @@ class Family(NamedTuple):
         steps; None where it makes nothing of it that is worth keeping.
       distilled: (networks' specs, guidance_scale) -> what to tell a network that was distilled with guidance, arrays
         for the inputs, in place of a second branch; none for others. None where no network is.
-      loop: the networks that `predict` calls.
+      loop: regex of the names of the networks that `predict` calls.
     """
 
     prepare: Callable[..., dict[str, Any]]
@@ -82,7 +82,7 @@ class Family(NamedTuple):
     encode_image: Callable[..., jax.Array] | None = None
     times: Callable[[Networks, jax.Array, Cond], Any] | None = None
     distilled: Callable[[Mapping[str, core.Spec], Any], dict[str, Any]] | None = None
-    loop: tuple[str, ...] = ("unet",)
+    loop: str = r"unet|controlnet"
 
 
 class Conditions(NamedTuple):

@@ -321,7 +321,7 @@ class DiffusionPipeline:
         run = ahead.find(program, params, key, inputs) or _jitted(program)
         conditions, state = run.begin(params, key, inputs)
         timesteps = np.asarray(inputs["plan"].timesteps)
-        looped = memory.offload(params, dict.fromkeys(self.family.loop, "device"))
+        looped = memory.fetched(params, self.family.loop)
         with tqdm(total=int(inputs["plan"].steps), disable=not self.progress) as bar:
             for i in range(bar.total):
                 before, state = state, run.step(looped, conditions, state)
