@@ -87,8 +87,13 @@ class Tensor:
         self.file.forget(self.offset, self.nbytes)
 
     @contextlib.contextmanager
-    def view(self) -> Iterator[np.ndarray]:
-        """The numbers, as a view of the file that is valid inside the `with` block; only what is used of it is read."""
+    def view(self, checked: bool = True) -> Iterator[np.ndarray]:
+        """The numbers, as a view of the file that is valid inside the `with` block.
+
+        Without being `checked` first, which reads all of it, no more is read than is used.
+        """
+        if checked:
+            self.check()
         numbers = self.file.array(self.offset, self.nbytes).view(self.dtype)
         if self.strides is None:
             numbers = numbers.reshape(self.shape)
