@@ -135,27 +135,27 @@ def _report(spec: Spec, source: str, faults: dict[str, list[str]], total: int) -
 
 
 def read(name: str, place: Place, dtype: np.dtype, index: tuple[slice, ...] | None = None) -> np.ndarray:
-    """A parameter, or the part of it that `index` selects, in our layout.
+    """A parameter, or the part of it that `index` selects, in our layout; a whole one is held against its checksum.
 
     Beside the result this keeps one tensor of the file in memory, whatever the number of layers.
 
     Raises:
       ValueError: there are infinities or NaNs in the file, or in the result because the dtype cannot hold a number.
     """
-    leaf = place.leaf
+    leaf, checked = place.leaf, index is None
     index = tuple(range(n)[i] for n, i in zip(leaf.shape, index or (slice(None),) * len(leaf.shape)))
     out = buffer(tuple(map(len, index)), dtype)
     parts = [np.s_[i.start : i.stop : i.step] for i in index]
     if leaf.stack is None:
-        _fill(out, place.names[0], place.tensors[0], leaf, parts)
+        _fill(out, place.names[0], place.tensors[0], leaf, parts, checked)
     else:
         for row, layer in enumerate(index[0]):
-            _fill(out[row], place.names[layer], place.tensors[layer], leaf, parts[1:])
+            _fill(out[row], place.names[layer], place.tensors[layer], leaf, parts[1:], checked)
     return out
 
 
-def _fill(out: np.ndarray, name: str, tensor: Tensor, leaf: Leaf, parts: list[slice]) -> None:
-    with tensor.view(checked=False) as numbers:  # the caller knows whether all of it is read
+def _fill(out: np.ndarray, name: str, tensor: Tensor, leaf: Leaf, parts: list[slice], checked: bool) -> None:
+    with tensor.view(checked) as numbers:
         ours = numbers.reshape(shape_in_file(leaf)).transpose(axes(leaf.kind, len(parts)))[tuple(parts)]
         copy(out, ours)
         if finite(out):

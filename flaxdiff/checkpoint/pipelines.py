@@ -91,7 +91,7 @@ def load_pipeline(
 
     parts = {name: read_tokenizer(root / name, components[name]) for name in of("tokenizer")}
     parts |= {name: read_scheduler(root / name, components[name]) for name in of("scheduler")}
-    sharding = sharding or reading.by_rules(mesh, rules)
+    sharding = reading.by_rules(mesh, rules) if sharding is None else sharding
     found = {
         name: reading.find(model, repo, name, dtype, chosen[name], sharding, download, changes)
         for name, model in models.items()

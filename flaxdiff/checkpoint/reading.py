@@ -185,11 +185,11 @@ def place(
 
 
 def _put(name: str, at: convert.Place, shape: jax.ShapeDtypeStruct, sharding: Sharding | None) -> jax.Array:
-    if sharding is None or sharding.is_fully_addressable:  # so that this process reads all of it
-        for tensor in at.tensors:
-            tensor.check()
     if sharding is None:
         return jax.device_put(convert.read(name, at, shape.dtype))
+    if sharding.is_fully_addressable:  # so that this process reads all of it
+        for tensor in at.tensors:
+            tensor.check()
     parts: dict[str, np.ndarray] = {}  # devices that hold the same part share it
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
