@@ -6,6 +6,8 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compile times dominate: ask XLA for little optimisation. Eight devices let any test shard.
 flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# Fake devices wait for each other, on few and busy cores for longer than XLA has patience.
+flags += " --xla_cpu_collective_timeout_seconds=600 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
