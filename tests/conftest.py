@@ -17,3 +17,5 @@ import jax  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "flaxdiff-test-cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+collect_ignore = ["processes.py"]  # a script that test_parallel.py runs
