@@ -225,15 +225,21 @@ def test_convolutions_refuse_what_xla_gets_wrong():
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["fsdp=2+cp", "fsdp=2+tp"])
 def test_gradients_with_everything_split(preset):
-    """Weights over some axes, rows and heads over others: the shipped UNet and its gradients as on one device."""
-    pipe, params = flaxdiff.load()
-    spec, params, mesh = pipe.unet, params["unet"], flaxdiff.make_mesh(preset)
+    """Weights over some axes, rows and heads over others: a UNet and its gradients as on one device."""
+    config = {"block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 4}
+    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "norm_num_groups": 8}
+    blocks["up_block_types"] = ("CrossAttnUpBlock2D", "UpBlock2D")
+    spec = flaxdiff.UNet2DConditionModel.from_config(config | blocks)
+    params, mesh = flaxdiff.init(spec, KEY), flaxdiff.make_mesh(preset)
     rng = np.random.default_rng(0)
-    x, text = (rng.standard_normal(s).astype(np.float32) for s in ((2, 16, 16, 8), (2, 7, 256)))
+    x, text = (rng.standard_normal(s).astype(np.float32) for s in ((2, 16, 16, 4), (2, 7, 32)))
 
     def both(params, x, text):
-        run = lambda params: flaxdiff.apply(spec, params, x, 7, text)
-        return run(params), jax.grad(lambda params: jnp.square(run(params)).mean())(params)
+        def loss(params):
+            out = flaxdiff.apply(spec, params, x, 7, text)
+            return jnp.square(out).mean(), out
+
+        return jax.grad(loss, has_aux=True)(params)
 
     wanted = jax.jit(both)(params, x, text)
     with jax.set_mesh(mesh):
