@@ -1,6 +1,7 @@
 """What every test runs under: eight fake devices, strict dtype promotion, a kept compilation cache."""
 
 import os
+import sys
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,9 +14,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "flaxdiff-test-cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 collect_ignore = ["processes.py"]  # a script that test_parallel.py runs
+
+
+@pytest.fixture(autouse=True)
+def parity(record_property):
+    """What the test compared with PyTorch, class by class, in its report: docs/coverage.py reads it there."""
+    yield
+    if "peers" in sys.modules:
+        for name, share in sys.modules["peers"].compared.items():
+            record_property(f"parity {name}", share)
+        sys.modules["peers"].compared.clear()

@@ -17,7 +17,7 @@ import pytest
 
 import flaxdiff
 from flaxdiff import guidance, registry
-from flaxdiff.pipelines import ahead
+from flaxdiff.pipelines import ahead, keeping
 
 SIZE = {"height": 16, "width": 16}
 
@@ -207,7 +207,7 @@ def test_another_size_is_kept_beside(loaded, copy):
 def test_every_family_can_be_named(name):
     """All that a family holds, functions and data, has words for the manifest."""
     parts = [part for part in registry.find(name).family if part is not None]
-    assert all(json.loads(json.dumps(ahead._named(part))) for part in parts)
+    assert all(json.loads(json.dumps(keeping._named(part))) for part in parts)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,8 @@ def test_loads_what_pytorch_saved_and_saves_what_pytorch_loads(name, scan, saved
     assert not any(report.values())
     theirs = model.state_dict()
     assert all(torch.equal(weight, theirs[key]) for key, weight in again.state_dict().items())
-    assert np.array_equal(call_torch(name, again), expected)
+    # to rounding: which kernels PyTorch takes depends on how weights lie in memory
+    assert peers.relative(call_torch(name, again), expected) <= 1e-6
 
 
 def test_config_survives_the_round_trip(saved, tmp_path):

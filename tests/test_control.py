@@ -53,7 +53,7 @@ def test_controlnet(build, pooled, tmp_path):
 
     out, ours = run(params, unet_params, True)
     for mine, its in zip((*out.down_block_res_samples, out.mid_block_res_sample), (*down, mid), strict=True):
-        assert peers.relative(mine, peers.nhwc(its)) < 1e-4
+        assert peers.relative(mine, peers.nhwc(its), of=type(peer).__name__) < 1e-4
     assert peers.relative(ours, peers.nhwc(theirs)) < 1e-4
 
 
@@ -84,7 +84,7 @@ def test_t2i_adapter(kind, options, tmp_path):
         theirs = peer(peers.nchw(picture))
     ours = jax.jit(lambda params: flaxdiff.apply(spec, params, picture))(params)
     for mine, its in zip(ours, theirs, strict=True):
-        assert peers.relative(mine, peers.nhwc(its)) < 1e-4
+        assert peers.relative(mine, peers.nhwc(its), of=type(peer).__name__) < 1e-4
 
 
 XL = dict(
@@ -157,7 +157,7 @@ def compare(pair, options, noise, monkeypatch, **pictures):
     with torch.no_grad():
         theirs = peer(**options, **there, output_type="np").images
     ours = pipe(params, KEY, **options, **pictures, latents=noise, output_type="np").images
-    return peers.relative(ours, theirs)
+    return peers.relative(ours, theirs, of=type(pipe).__name__)
 
 
 @pytest.mark.parametrize("base", ["StableDiffusion", pytest.param("StableDiffusionXL", marks=pytest.mark.slow)])

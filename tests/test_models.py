@@ -34,6 +34,11 @@ UNETS = [
 ]
 
 
+def agree(peer, ours, theirs):
+    """What our model computes is what PyTorch's `peer` does."""
+    assert peers.relative(ours, theirs, of=type(peer).__name__) < 1e-4
+
+
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("build", UNETS)
 def test_unet_2d_condition(build, scan):
@@ -50,7 +55,7 @@ def test_unet_2d_condition(build, scan):
         there = added and {k: torch.tensor(v) for k, v in added.items()}
         theirs = peer(peers.nchw(x), torch.tensor(t), torch.tensor(text), added_cond_kwargs=there).sample
     ours = jax.jit(lambda params: flaxdiff.apply(spec, params, x, t, text, added_cond_kwargs=added))(params)
-    assert peers.relative(ours, peers.nhwc(theirs)) < 1e-4
+    agree(peer, ours, peers.nhwc(theirs))
 
 
 def test_unet_2d():
@@ -58,7 +63,7 @@ def test_unet_2d():
     x, t = normal(2, 8, 8, 3), np.float32([3, 981])
     with torch.no_grad():
         theirs = peer(peers.nchw(x), torch.tensor(t)).sample
-    assert peers.relative(flaxdiff.apply(spec, params, x, t), peers.nhwc(theirs)) < 1e-4
+    agree(peer, flaxdiff.apply(spec, params, x, t), peers.nhwc(theirs))
 
 
 def test_autoencoder_kl():
@@ -67,10 +72,10 @@ def test_autoencoder_kl():
     with torch.no_grad():
         posterior, decoded = peer.encode(peers.nchw(image)).latent_dist, peer.decode(peers.nchw(latent)).sample
     ours = flaxdiff.apply(spec, params, image, method="encode")
-    assert peers.relative(ours.mean, peers.nhwc(posterior.mean)) < 1e-4
-    assert peers.relative(ours.logvar, peers.nhwc(posterior.logvar)) < 1e-4
-    assert peers.relative(ours.kl(), posterior.kl().numpy()) < 1e-4
-    assert peers.relative(flaxdiff.apply(spec, params, latent, method="decode"), peers.nhwc(decoded)) < 1e-4
+    agree(peer, ours.mean, peers.nhwc(posterior.mean))
+    agree(peer, ours.logvar, peers.nhwc(posterior.logvar))
+    agree(peer, ours.kl(), posterior.kl().numpy())
+    agree(peer, flaxdiff.apply(spec, params, latent, method="decode"), peers.nhwc(decoded))
 
 
 FOUR = dict(norm_num_groups=8, latent_channels=4)
@@ -112,11 +117,11 @@ def test_autoencoders(name, tmp_path):
         theirs = peer.encode(peers.nchw(image))
         latent = theirs.latent_dist.mean if "latent_dist" in theirs else theirs.latents
         decoded, whole = peer.decode(latent).sample, peer(peers.nchw(image)).sample
-    assert peers.relative(run(image, method="encode").mean, peers.nhwc(latent)) < 1e-4
-    assert peers.relative(run(peers.nhwc(latent), method="decode"), peers.nhwc(decoded)) < 1e-4
-    assert peers.relative(run(image), peers.nhwc(whole)) < 1e-4
+    agree(peer, run(image, method="encode").mean, peers.nhwc(latent))
+    agree(peer, run(peers.nhwc(latent), method="decode"), peers.nhwc(decoded))
+    agree(peer, run(image), peers.nhwc(whole))
     sliced = spec.replace(slicing=True)
-    assert peers.relative(flaxdiff.apply(sliced, params, image), peers.nhwc(whole)) < 1e-4
+    agree(peer, flaxdiff.apply(sliced, params, image), peers.nhwc(whole))
     if name == "AutoencoderTiny":  # tiles of its own kind
         peer.enable_tiling()
         peer.tile_sample_min_size, peer.tile_latent_min_size = 128, 16
@@ -124,19 +129,19 @@ def test_autoencoders(name, tmp_path):
         with torch.no_grad():
             encoded, decoded = peer.encode(peers.nchw(large)).latents, peer.decode(peers.nchw(latent)).sample
         tiled = functools.partial(flaxdiff.apply, spec.replace(tiling=128), params)
-        assert peers.relative(tiled(large, method="encode").mean, peers.nhwc(encoded)) < 1e-4
-        assert peers.relative(tiled(latent, method="decode"), peers.nhwc(decoded)) < 1e-4
+        agree(peer, tiled(large, method="encode").mean, peers.nhwc(encoded))
+        agree(peer, tiled(latent, method="decode"), peers.nhwc(decoded))
     if name == "VQModel":
         with torch.no_grad():
             codes = peer.quantize(latent)[2][2].reshape(2, *latent.shape[2:])
         ours = run(image, method="codes")
         np.testing.assert_array_equal(ours, codes)
-        assert peers.relative(run(ours, method="decode"), peers.nhwc(decoded)) < 1e-4
+        agree(peer, run(ours, method="decode"), peers.nhwc(decoded))
     if name == "AsymmetricAutoencoderKL":
         mask = np.float32(rng.random((2, 24, 16, 1)) > 0.5)
         with torch.no_grad():
             decoded = peer.decode(latent, image=peers.nchw(image), mask=peers.nchw(mask)).sample
-        assert peers.relative(run(peers.nhwc(latent), image, mask, method="decode"), peers.nhwc(decoded)) < 1e-4
+        agree(peer, run(peers.nhwc(latent), image, mask, method="decode"), peers.nhwc(decoded))
 
 
 def test_consistency_decoder_vae(tmp_path, monkeypatch):
@@ -162,11 +167,11 @@ def test_consistency_decoder_vae(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: next(noise))
     with torch.no_grad():
         theirs = peer.decode(peers.nchw(latent)).sample
-    assert peers.relative(ours, peers.nhwc(theirs)) < 1e-4
+    agree(peer, ours, peers.nhwc(theirs))
     image = normal(1, 16, 16, 3)
     with torch.no_grad():
         posterior = peer.encode(peers.nchw(image)).latent_dist
-    assert peers.relative(flaxdiff.apply(spec, params, image, method="encode").mean, peers.nhwc(posterior.mean)) < 1e-4
+    agree(peer, flaxdiff.apply(spec, params, image, method="encode").mean, peers.nhwc(posterior.mean))
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -177,10 +182,10 @@ def test_clip(component, scan):
     with torch.no_grad():
         theirs = peer(torch.tensor(ids), output_hidden_states=True)
     ours = flaxdiff.apply(spec, params, jnp.asarray(ids, jnp.int32))
-    assert peers.relative(ours.last_hidden_state, theirs.last_hidden_state) < 1e-4
-    assert peers.relative(ours.hidden_states, torch.stack(theirs.hidden_states)) < 1e-4
+    agree(peer, ours.last_hidden_state, theirs.last_hidden_state)
+    agree(peer, ours.hidden_states, torch.stack(theirs.hidden_states))
     key = "text_embeds" if component == "text_encoder_2" else "pooler_output"
-    assert peers.relative(getattr(ours, key), getattr(theirs, key)) < 1e-4
+    agree(peer, getattr(ours, key), getattr(theirs, key))
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -193,8 +198,8 @@ def test_clip_vision(scan, tmp_path):
         theirs = peer(peers.nchw(pixels), output_hidden_states=True)
     ours = flaxdiff.apply(spec, params, pixels)
     for key in ("image_embeds", "last_hidden_state"):
-        assert peers.relative(getattr(ours, key), getattr(theirs, key)) < 1e-4
-    assert peers.relative(ours.hidden_states, torch.stack(theirs.hidden_states)) < 1e-4
+        agree(peer, getattr(ours, key), getattr(theirs, key))
+    agree(peer, ours.hidden_states, torch.stack(theirs.hidden_states))
     with pytest.raises(ValueError, match="reads pictures of 32 x 32 pixels, and was given 16 x 32"):
         flaxdiff.apply(spec, params, pixels[:, :16])
 

@@ -1,7 +1,9 @@
 """The package as a whole: what importing it costs, its public names, its command."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -70,3 +72,15 @@ def test_command_refuses(arguments, message, tmp_path, monkeypatch, capsys):
     assert cli.main(["sample", "cat", *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_table_of_coverage_is_of_today():
+    """It has every class, and the tests that it names are there."""
+    page = (Path(__file__).parent.parent / "docs" / "coverage.md").read_text()
+    sorts = ("pipeline", "model", "scheduler", "flax")
+    remedy = "run pytest -n 2 --junitxml=results.xml && python docs/coverage.py results.xml"
+    assert sorted(re.findall(r"^\| `(\w+)`", page, re.M)) == sorted(n for s in sorts for n in registry.names(s)), remedy
+    for file, test in set(re.findall(r"`(\w+\.py)::(\w+)`", page)):
+        assert re.search(rf"^def {test}\(", (Path(__file__).parent / file).read_text(), re.M), (
+            f"{file}::{test}: {remedy}"
+        )

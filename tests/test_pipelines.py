@@ -32,7 +32,8 @@ def compare(pipe, params, peer, options, latents=None, peer_options=None, **ours
     here = {} if latents is None else {"latents": latents}
     with torch.no_grad():
         theirs = peer(**options, **there, **(peer_options or {}), output_type="np").images
-    return peers.relative(pipe(params, KEY, **options, **here, **ours, output_type="np").images, theirs)
+    made = pipe(params, KEY, **options, **here, **ours, output_type="np").images
+    return peers.relative(made, theirs, of=type(pipe).__name__)
 
 
 @pytest.mark.parametrize("build", [peers.stable_diffusion_1, peers.stable_diffusion_2, peers.stable_diffusion_xl])
@@ -130,7 +131,7 @@ def test_refiner_takes_over():
         final = refiner_peer(**text, denoising_start=0.6, image=theirs, output_type="np").images
     assert peers.relative(ours, peers.nhwc(theirs)) < 1e-3
     refined = refiner(refiner_params, KEY, **text, denoising_start=0.6, image=ours, output_type="np").images
-    assert peers.relative(refined, final) < 1e-3
+    assert peers.relative(refined, final, of=type(refiner).__name__) < 1e-3
 
 
 @pytest.mark.parametrize("start", ["pixels", "latents"])
@@ -159,7 +160,7 @@ def test_image_to_image(start, monkeypatch):
     with torch.no_grad():
         theirs = peer(**options, image=there, output_type="np").images
     ours = pipe(params, KEY, **options, image=image, latents=noise, output_type="np").images
-    assert peers.relative(ours, theirs) < 1e-3
+    assert peers.relative(ours, theirs, of=type(pipe).__name__) < 1e-3
 
 
 @pytest.mark.parametrize(("name", "options"), [("DDPM", {}), ("DDIM", {"eta": 0.0}), ("DDIM", {"eta": 0.7})])
@@ -184,7 +185,8 @@ def test_unconditional(name, options, monkeypatch):
     step = jax.jit(lambda state, noise: _noisy_step(pipe.program, params, conditions, state, noise))
     for i in range(6):
         state = step(state, draws[min(i + 1, 6)])
-    assert peers.relative(pipe.program.decode(params, state.sampler.sample), theirs) < 1e-3
+    made = pipe.program.decode(params, state.sampler.sample)
+    assert peers.relative(made, theirs, of=type(pipe).__name__) < 1e-3
 
 
 # --- one program -----------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def compare(monkeypatch, pipe, params, peer, options, noise, ours=None, theirs=N
     run = pipe(params, KEY, **{"output_type": "np", **options, "latents": latents, **(ours or {})}).images
     if isinstance(run, list):
         return max(np.abs(np.int32(a) - np.int32(b)).max() for a, b in zip(run, pictures, strict=True)) / 255
-    return peers.relative(run, pictures)
+    return peers.relative(run, pictures, of=type(pipe).__name__)
 
 
 # --- inpainting ------------------------------------------------------------------------------------------------------
