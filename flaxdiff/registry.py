@@ -17,6 +17,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.adapters.lora": (
             "adapter_of",
             "fuse_lora",
+            "init_lora",
             "load_lora",
             "read_lora",
             "save_lora",

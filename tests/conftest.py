@@ -31,3 +31,10 @@ def parity(record_property):
         for name, share in sys.modules["peers"].compared.items():
             record_property(f"parity {name}", share)
         sys.modules["peers"].compared.clear()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget():
+    """Compiled programs go with the module that they were for: kept, they come to many gigabytes in a process."""
+    yield
+    jax.clear_caches()

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import transformers
 
+from flaxdiff.pipelines import calling
+
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
 
@@ -35,6 +37,11 @@ def differs(share: float, of: str | None) -> float:
     if of is not None:
         compared[of] = max(share, compared.get(of, 0.0))
     return share
+
+
+def programs() -> list[int]:
+    """How many programs the calls of pipelines have compiled so far: of each part of a run."""
+    return [part._cache_size() for part in (calling._begin, calling._step, calling._decode)]
 
 
 def nchw(x) -> torch.Tensor:

@@ -135,25 +135,22 @@ def test_several_with_masks(tmp_path):
 
 def test_nothing_recompiles(tmp_path):
     """Pictures, scales, by layer or not, and masks are values."""
-    from flaxdiff.pipelines import pipeline
-
     pipe, params, _ = pair("1", tmp_path, "base")
-    sizes = lambda: [f._cache_size() for f in (pipeline._begin, pipeline._step, pipeline._decode)]
     run = lambda **options: pipe(params, KEY, **TEXT, **options, output_type="np").images
     one, mask = picture(), np.ones((16, 16), np.float32)
-    first, before = run(ip_adapter_image=one), sizes()
+    first, before = run(ip_adapter_image=one), peers.programs()
     for change in (
         dict(ip_adapter_image=picture()),
         *(dict(ip_adapter_image=one, ip_adapter_scale=s) for s in (0.3, {"up": 1.0})),
     ):
         assert np.abs(run(**change) - first).max() > 1e-4
-    assert sizes() == before
+    assert peers.programs() == before
     masked = dict(ip_adapter_image=one, ip_adapter_masks=[[mask]])
     np.testing.assert_allclose(run(**masked), first, atol=1e-5)
-    before = sizes()
+    before = peers.programs()
     half = mask * (np.arange(16) < 8)
     assert np.abs(run(ip_adapter_image=one, ip_adapter_masks=[[half]]) - first).max() > 1e-4
-    assert sizes() == before
+    assert peers.programs() == before
 
 
 def test_saved_without(tmp_path):

@@ -149,6 +149,41 @@ def assemble(
     return adapter, Report(tuple(unexpected), tuple(misshapen))
 
 
+def init_lora(
+    pipe: Any, key: jax.Array, rank: int = 4, targets: str = r"unet\..*attn.*\.(to_[qkv]|to_out\.0)"
+) -> Adapter:
+    """An adapter to train, that changes nothing yet: down is drawn from N(0, 1 / rank²), up is zero.
+
+    Args:
+      pipe: the pipeline, or component -> spec.
+      key: a PRNG key.
+      rank: of each update.
+      targets: regex of the modules, whole names with the component in front; by default the attentions of the U-Net.
+
+    Raises:
+      ValueError: no module has such a name.
+
+    >>> import flaxdiff
+    >>> pipe, params = flaxdiff.load()
+    >>> adapter = init_lora(pipe, jax.random.key(0), rank=2)
+    >>> adapter["unet"]["mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight"].up.shape
+    (2, 128)
+    """
+    specs, adapter = dict(getattr(pipe, "specs", pipe)), Adapter()
+    for component, spec in specs.items():
+        for name, leaf in layout(spec).items():
+            modules = [f"{component}.{file.removesuffix('.weight')}" for file in convert.names_in_file(name, leaf)]
+            if leaf.kind in ("linear", "conv") and all(re.fullmatch(targets, module) for module in modules):
+                key, drawn = jax.random.split(key)
+                stack, shape = leaf.shape[: bool(leaf.stack)], leaf.shape[bool(leaf.stack) :]
+                down = jax.random.normal(drawn, (*stack, *shape[:-1], rank)) / rank
+                up = jnp.zeros((*stack, *(1,) * (len(shape) - 2), rank, shape[-1]))
+                adapter.setdefault(component, {})[name] = LoRA(None, down, up, jnp.ones((*stack, rank)))
+    if not adapter:
+        raise ValueError(f"targets={targets!r} matches no module of {sorted(specs)}; they have names as in a file.")
+    return adapter
+
+
 def places(specs: Mapping[str, Spec]) -> dict[str, Place]:
     """Every spelling of every module that a LoRA may update -> where it belongs."""
     found = {}

@@ -8,51 +8,26 @@ scheduler or autoencoder) returns a new pipeline here.
 
 import dataclasses
 import functools
-import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
 
-from flaxdiff import images as pictures
-from flaxdiff import memory, registry
-from flaxdiff.adapters import ip_adapter
+from flaxdiff import registry
 from flaxdiff.core import Params, Spec
 from flaxdiff.guidance import Guidance, standard
-from flaxdiff.pipelines import ahead
+from flaxdiff.pipelines import ahead, calling, inputs
 from flaxdiff.pipelines.generate import Family, Program
 from flaxdiff.pipelines.tasks import blank_inputs, text_to_image
 from flaxdiff.schedulers import Scheduler
-
-ROWS = 64  # length of the scheduler's tables: runs of up to so many evaluations share a compiled program
-
-# given for each image, or for each prompt
-STARTS = ("latents", "image", "image_latents", "noisy_latents", "mask", "beside", "beside_image")
-
-_begin = jax.jit(Program.begin, static_argnums=0)
-_step = jax.jit(Program.step, static_argnums=0)
-_decode = jax.jit(Program.decode, static_argnums=0)
-
-
-def _jitted(program: Program) -> ahead.Executables:
-    """The parts of a run as functions that compile when they are called."""
-    return ahead.Executables(*(functools.partial(part, program) for part in (_begin, _step, _decode)))
 
 
 @functools.cache
 def _interned(program: Program) -> Program:
     """One object for all equal programs: methods are equal, and so compiled once, only if they share their object."""
     return program
-
-
-class PipelineOutput(NamedTuple):
-    """What a call returns: pictures of Pillow, or an array when asked for."""
-
-    images: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,68 +165,8 @@ class DiffusionPipeline:
         """
         return self.program.generate
 
-    def prepare_inputs(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        *,
-        num_inference_steps: int | None = None,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        guidance_scale: float | Sequence[float] | None = None,
-        guidance_rescale: float | Sequence[float] = 0.0,
-        num_images_per_prompt: int = 1,
-        **options: Any,
-    ) -> dict[str, Any]:
-        """Turn what is asked for into arrays, on the host: the `inputs` of `generate`.
-
-        Args:
-          prompt: what to draw; one text or several.
-          num_inference_steps: steps of the scheduler, by default as many as the checkpoint or its class asks for; or
-          timesteps, sigmas: a schedule of one's own.
-          guidance_scale: strength of the prompt, one number or one for each image; at most 1 asks the network once.
-          guidance_rescale: see `guidance.rescale`.
-          num_images_per_prompt: pictures of each prompt.
-          **options: of the family (`negative_prompt`, `prompt_embeds`, …), of the task (`height`, `image`, …), and of
-            the scheduler's plan (`eta`, `denoising_end`, …).
-
-        Raises:
-          ValueError: nothing to draw, a size that does not divide, and the like.
-        """
-        ahead.keep_compiled()
-        defaults = {**self.defaults, **dict(dict(self.settings).get("defaults", ()))}
-        scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-        distilled = self.family.distilled(dict(self.specs), scale) if self.family.distilled else {}
-        guided = bool(np.max(scale) > 1) and not distilled
-        options["prompt"] = prompt
-        takes = lambda function: {k: v for k, v in options.items() if k in inspect.signature(function).parameters}
-        size, arrays, window = self.task(self, **takes(self.task))
-        arrays |= distilled
-        prepares = (self.family.prepare, ip_adapter.prepare, *self.extras)
-        for prepare in prepares:
-            arrays |= prepare(self, size, guided, **takes(prepare))
-        taken = {k for function in (self.task, *prepares) for k in takes(function)}
-        options = {k: v for k, v in options.items() if k not in taken}
-        if options.pop("prompt", None) is not None:
-            raise TypeError(f"{type(self).__name__} takes no prompt.")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: ask for at least one.")
-
-        prompts = max((len(a) for k, a in arrays.items() if np.ndim(a) and k not in STARTS), default=1)
-        if prompts == 1:  # one prompt for several pictures to start from
-            prompts = max((len(a) for k, a in arrays.items() if k in STARTS), default=1)
-        batch = prompts * num_images_per_prompt
-        inputs = {k: _per_image(k, a, prompts, num_images_per_prompt) for k, a in arrays.items()}
-        if timesteps is None and sigmas is None:
-            asked = num_inference_steps is not None
-            num_inference_steps = num_inference_steps if asked else defaults["num_inference_steps"]
-        plan = self.scheduler.plan(num_inference_steps, timesteps=timesteps, sigmas=sigmas, **window, **options)
-        rows = max(ROWS, 1 << (int(plan.steps) - 1).bit_length())
-        inputs |= {"index": np.arange(batch, dtype=np.int32), "size": size, "plan": plan.pad(rows)}
-        if guided:
-            strengths = {"guidance_scale": scale, "guidance_rescale": guidance_rescale}
-            strengths |= {k: inputs.pop(k) for k in ("image_guidance_scale",) if k in inputs}
-            inputs["guidance"] = {k: np.asarray(v, np.float32) for k, v in strengths.items()}
-        return inputs
+    prepare_inputs = inputs.prepare_inputs
+    __call__ = calling.call
 
     def compile(
         self,
@@ -291,62 +206,3 @@ class DiffusionPipeline:
         inputs = blank_inputs(self, **options) if inputs is None else inputs
         key = jax.eval_shape(lambda: jax.random.key(0))
         return ahead.compiled(self.program, (params, key, inputs), folder)
-
-    def __call__(
-        self,
-        params: Mapping[str, Params],
-        key: jax.Array | Sequence[jax.Array],
-        *,
-        output_type: str = "pil",
-        callback_on_step_end: Callable[[Self, int, float, dict[str, jax.Array]], Mapping | None] | None = None,
-        **options: Any,
-    ) -> PipelineOutput:
-        """Make pictures.
-
-        Args:
-          params: component -> parameters, on the device or on the host, see `memory.offload`.
-          key: one PRNG key, or one for each image: a picture that pleases is made again, and refined, by its own key.
-          output_type: "pil", "np" (float32 [B, H, W, C] in [0, 1]), or "latent" (not decoded).
-          callback_on_step_end: called as (pipe, step, timestep, {"latents": …}) after each step; latents that it
-            returns in a dictionary replace those of the run.
-          **options: see `prepare_inputs`.
-
-        Returns:
-          The pictures, as `.images`.
-        """
-        if output_type not in ("pil", "np", "latent"):
-            raise ValueError(f"output_type={output_type!r} is not known; use 'pil', 'np' or 'latent'.")
-        inputs, program = self.prepare_inputs(**options), self.program
-        key = jnp.stack(list(key)) if isinstance(key, Sequence) else key
-        run = ahead.find(program, params, key, inputs) or _jitted(program)
-        conditions, state = run.begin(params, key, inputs)
-        timesteps = np.asarray(inputs["plan"].timesteps)
-        looped = memory.fetched(params, self.family.loop)
-        with tqdm(total=int(inputs["plan"].steps), disable=not self.progress) as bar:
-            for i in range(bar.total):
-                before, state = state, run.step(looped, conditions, state)
-                if callback_on_step_end is not None:
-                    told = callback_on_step_end(self, i, float(timesteps[i]), {"latents": state.sampler.sample})
-                    if told and "latents" in told:
-                        slots = state.sampler.slots.at[0].set(told["latents"])
-                        state = state._replace(sampler=state.sampler._replace(slots=slots))
-                jax.block_until_ready(before)  # one step behind, so that the bar is true and the device never waits
-                bar.update()
-        del looped  # what came from the host makes room for the decoder
-        if output_type == "latent":
-            return PipelineOutput(state.sampler.sample)
-        images = np.asarray(run.decode(params, state.sampler.sample))
-        if output_type == "np":
-            return PipelineOutput(images)
-        return PipelineOutput(self.finish(pictures.to_pil(images), options))
-
-
-def _per_image(name: str, array: Any, prompts: int, copies: int) -> np.ndarray | jax.Array:
-    """Values for each prompt as values for each image; what is the same for all is broadcast, a number stays one."""
-    if np.ndim(array) == 0:
-        return np.asarray(array)
-    if len(array) == prompts * copies and name in STARTS:
-        return array
-    if len(array) not in (1, prompts):
-        raise ValueError(f"{name} has {len(array)} entries for {prompts} prompts; give one, or one for each.")
-    return np.repeat(array, prompts * copies // len(array), axis=0)

@@ -249,6 +249,23 @@ def batch(
     return Batch(emoji, background, captions)
 
 
+def pictures(size: int, seed: int, step: int, uncaptioned: float = 0.0) -> tuple[np.ndarray, list[str]]:
+    """The pictures [B, 64, 64, 3] in [-1, 1] of a training batch, and their captions, of which a share is empty."""
+    names, rgba = load()
+    chosen, background, captions = batch(names, size, seed, step)
+    dropped = np.random.default_rng((seed, step, 1)).random(size) < uncaptioned
+    images = over(rgba[chosen], np.array(list(BACKGROUNDS.values()))[background])
+    return images, ["" if d else c for c, d in zip(captions, dropped)]
+
+
+def edges(images: np.ndarray) -> np.ndarray:
+    """Where pictures [B, H, W, 3] in [-1, 1] change: white lines on black, [B, H, W, 3] in [0, 1]."""
+    padded = np.pad(images, ((0, 0), (0, 1), (0, 1), (0, 0)), mode="edge")
+    across, down = (np.abs(np.diff(padded, axis=axis)).max(-1) for axis in (1, 2))
+    change = np.clip(2 * np.maximum(across[:, :, :-1], down[:, :-1]), 0, 1)
+    return np.repeat(change[..., None], 3, -1)
+
+
 def corpus(names: tuple[str, ...]) -> list[str]:
     """Text for a tokenizer to learn from: the names above all, and the phrasings often enough to be single tokens."""
     nicks = [nick for short in nicknames(names).values() for nick in short]

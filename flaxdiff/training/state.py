@@ -64,9 +64,9 @@ def replace(params: Any, leaves: Mapping[str, Any]) -> Any:
 
 
 def create(params: Any, tx: optax.GradientTransformation, trainable: str = ".*") -> TrainState:
-    """The state before the first step."""
-    hot = select(params, trainable)
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(hot), jax.tree.map(jnp.copy, hot))
+    """The state before the first step. What is trained is copied: it may begin as a frozen network's own arrays."""
+    hot = jax.tree.map(jnp.copy, select(params, trainable))
+    return TrainState(jnp.zeros((), jnp.int32), replace(params, hot), tx.init(hot), jax.tree.map(jnp.copy, hot))
 
 
 def adam(

@@ -1,0 +1,84 @@
+"""A call of a pipeline: the parts of a run one after the other from the host, under a progress bar."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from flaxdiff import images as pictures
+from flaxdiff import memory
+from flaxdiff.core import Params
+from flaxdiff.pipelines import ahead
+from flaxdiff.pipelines.generate import Program
+
+if TYPE_CHECKING:
+    from flaxdiff.pipelines.pipeline import DiffusionPipeline
+
+_begin = jax.jit(Program.begin, static_argnums=0)
+_step = jax.jit(Program.step, static_argnums=0)
+_decode = jax.jit(Program.decode, static_argnums=0)
+
+
+def _jitted(program: Program) -> ahead.Executables:
+    """The parts of a run as functions that compile when they are called."""
+    return ahead.Executables(*(functools.partial(part, program) for part in (_begin, _step, _decode)))
+
+
+class PipelineOutput(NamedTuple):
+    """What a call returns: pictures of Pillow, or an array when asked for."""
+
+    images: Any
+
+
+def call(
+    pipe: "DiffusionPipeline",
+    params: Mapping[str, Params],
+    key: jax.Array | Sequence[jax.Array],
+    *,
+    output_type: str = "pil",
+    callback_on_step_end: Callable[["DiffusionPipeline", int, float, dict[str, jax.Array]], Mapping | None]
+    | None = None,
+    **options: Any,
+) -> PipelineOutput:
+    """Make pictures.
+
+    Args:
+      params: component -> parameters, on the device or on the host, see `memory.offload`.
+      key: one PRNG key, or one for each image: a picture that pleases is made again, and refined, by its own key.
+      output_type: "pil", "np" (float32 [B, H, W, C] in [0, 1]), or "latent" (not decoded).
+      callback_on_step_end: called as (pipe, step, timestep, {"latents": …}) after each step; latents that it
+        returns in a dictionary replace those of the run.
+      **options: see `prepare_inputs`.
+
+    Returns:
+      The pictures, as `.images`.
+    """
+    if output_type not in ("pil", "np", "latent"):
+        raise ValueError(f"output_type={output_type!r} is not known; use 'pil', 'np' or 'latent'.")
+    inputs, program = pipe.prepare_inputs(**options), pipe.program
+    key = jnp.stack(list(key)) if isinstance(key, Sequence) else key
+    run = ahead.find(program, params, key, inputs) or _jitted(program)
+    conditions, state = run.begin(params, key, inputs)
+    timesteps = np.asarray(inputs["plan"].timesteps)
+    looped = memory.fetched(params, pipe.family.loop)
+    with tqdm(total=int(inputs["plan"].steps), disable=not pipe.progress) as bar:
+        for i in range(bar.total):
+            before, state = state, run.step(looped, conditions, state)
+            if callback_on_step_end is not None:
+                told = callback_on_step_end(pipe, i, float(timesteps[i]), {"latents": state.sampler.sample})
+                if told and "latents" in told:
+                    slots = state.sampler.slots.at[0].set(told["latents"])
+                    state = state._replace(sampler=state.sampler._replace(slots=slots))
+            jax.block_until_ready(before)  # one step behind, so that the bar is true and the device never waits
+            bar.update()
+    del looped  # what came from the host makes room for the decoder
+    if output_type == "latent":
+        return PipelineOutput(state.sampler.sample)
+    images = np.asarray(run.decode(params, state.sampler.sample))
+    if output_type == "np":
+        return PipelineOutput(images)
+    return PipelineOutput(pipe.finish(pictures.to_pil(images), options))

@@ -1,0 +1,94 @@
+"""What is asked for, as arrays: from prompts, pictures and settings to the `inputs` of `generate.py`, on the host."""
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from flaxdiff.adapters import ip_adapter
+from flaxdiff.pipelines import ahead
+
+if TYPE_CHECKING:
+    from flaxdiff.pipelines.pipeline import DiffusionPipeline
+
+ROWS = 64  # length of the scheduler's tables: runs of up to so many evaluations share a compiled program
+
+# given for each image, or for each prompt
+STARTS = ("latents", "image", "image_latents", "noisy_latents", "mask", "beside", "beside_image")
+
+
+def prepare_inputs(
+    pipe: "DiffusionPipeline",
+    prompt: str | Sequence[str] | None = None,
+    *,
+    num_inference_steps: int | None = None,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    guidance_scale: float | Sequence[float] | None = None,
+    guidance_rescale: float | Sequence[float] = 0.0,
+    num_images_per_prompt: int = 1,
+    **options: Any,
+) -> dict[str, Any]:
+    """Turn what is asked for into arrays, on the host: the `inputs` of `generate`.
+
+    Args:
+      prompt: what to draw; one text or several.
+      num_inference_steps: steps of the scheduler, by default as many as the checkpoint or its class asks for; or
+      timesteps, sigmas: a schedule of one's own.
+      guidance_scale: strength of the prompt, one number or one for each image; at most 1 asks the network once.
+      guidance_rescale: see `guidance.rescale`.
+      num_images_per_prompt: pictures of each prompt.
+      **options: of the family (`negative_prompt`, `prompt_embeds`, …), of the task (`height`, `image`, …), and of
+        the scheduler's plan (`eta`, `denoising_end`, …).
+
+    Raises:
+      ValueError: nothing to draw, a size that does not divide, and the like.
+    """
+    ahead.keep_compiled()
+    defaults = {**pipe.defaults, **dict(dict(pipe.settings).get("defaults", ()))}
+    scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+    distilled = pipe.family.distilled(dict(pipe.specs), scale) if pipe.family.distilled else {}
+    guided = bool(np.max(scale) > 1) and not distilled
+    options["prompt"] = prompt
+    takes = lambda function: {k: v for k, v in options.items() if k in inspect.signature(function).parameters}
+    size, arrays, window = pipe.task(pipe, **takes(pipe.task))
+    arrays |= distilled
+    prepares = (pipe.family.prepare, ip_adapter.prepare, *pipe.extras)
+    for prepare in prepares:
+        arrays |= prepare(pipe, size, guided, **takes(prepare))
+    taken = {k for function in (pipe.task, *prepares) for k in takes(function)}
+    options = {k: v for k, v in options.items() if k not in taken}
+    if options.pop("prompt", None) is not None:
+        raise TypeError(f"{type(pipe).__name__} takes no prompt.")
+    if num_images_per_prompt < 1:
+        raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: ask for at least one.")
+
+    prompts = max((len(a) for k, a in arrays.items() if np.ndim(a) and k not in STARTS), default=1)
+    if prompts == 1:  # one prompt for several pictures to start from
+        prompts = max((len(a) for k, a in arrays.items() if k in STARTS), default=1)
+    batch = prompts * num_images_per_prompt
+    inputs = {k: _per_image(k, a, prompts, num_images_per_prompt) for k, a in arrays.items()}
+    if timesteps is None and sigmas is None:
+        asked = num_inference_steps is not None
+        num_inference_steps = num_inference_steps if asked else defaults["num_inference_steps"]
+    plan = pipe.scheduler.plan(num_inference_steps, timesteps=timesteps, sigmas=sigmas, **window, **options)
+    rows = max(ROWS, 1 << (int(plan.steps) - 1).bit_length())
+    inputs |= {"index": np.arange(batch, dtype=np.int32), "size": size, "plan": plan.pad(rows)}
+    if guided:
+        strengths = {"guidance_scale": scale, "guidance_rescale": guidance_rescale}
+        strengths |= {k: inputs.pop(k) for k in ("image_guidance_scale",) if k in inputs}
+        inputs["guidance"] = {k: np.asarray(v, np.float32) for k, v in strengths.items()}
+    return inputs
+
+
+def _per_image(name: str, array: Any, prompts: int, copies: int) -> np.ndarray | jax.Array:
+    """Values for each prompt as values for each image; what is the same for all is broadcast, a number stays one."""
+    if np.ndim(array) == 0:
+        return np.asarray(array)
+    if len(array) == prompts * copies and name in STARTS:
+        return array
+    if len(array) not in (1, prompts):
+        raise ValueError(f"{name} has {len(array)} entries for {prompts} prompts; give one, or one for each.")
+    return np.repeat(array, prompts * copies // len(array), axis=0)
