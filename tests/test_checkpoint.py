@@ -124,7 +124,7 @@ def test_loads_what_pytorch_saved_and_saves_what_pytorch_loads(name, scan, saved
     theirs = model.state_dict()
     assert all(torch.equal(weight, theirs[key]) for key, weight in again.state_dict().items())
     # to rounding: which kernels PyTorch takes depends on how weights lie in memory
-    assert peers.relative(call_torch(name, again), expected) <= 1e-6
+    assert peers.relative(call_torch(name, again), expected) <= 1e-5
 
 
 def test_config_survives_the_round_trip(saved, tmp_path):

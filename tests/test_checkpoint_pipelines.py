@@ -49,7 +49,7 @@ def test_pytorch_loads_what_we_saved_and_computes_the_same(build, tmp_path):
         peer.set_progress_bar_config(disable=True)
         torch.manual_seed(0)
         pictures.append(peer(**options).images)
-    assert peers.relative(*pictures) <= 1e-6  # to rounding: PyTorch's kernels depend on how weights lie in memory
+    assert peers.relative(*pictures) <= 1e-5  # to rounding: PyTorch's kernels depend on how weights lie in memory
 
     back, loaded = flaxdiff.load(tmp_path / "ours")
     parts = lambda p: (type(p), p.specs, p.scheduler, p.settings)
