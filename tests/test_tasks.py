@@ -112,6 +112,20 @@ def test_inpainting(name, build, channels, scheduler, monkeypatch):
         assert pipe(params, KEY, **options).images[0].size == (30, 24)
 
 
+def test_an_autoencoder_that_sees_the_mask(monkeypatch):
+    """The decoder of AsymmetricAutoencoderKL is told of the picture around what is painted."""
+    torch.manual_seed(0)
+    halves = {f"{half}_block_out_channels": (16, 32) for half in ("down", "up")}
+    types = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    vae = diffusers.AsymmetricAutoencoderKL(**halves, **types, norm_num_groups=8, sample_size=16).eval()
+    vae.register_to_config(block_out_channels=(16, 32))  # as published: the pipeline reads its factor there
+    name = "StableDiffusionInpaintPipeline"
+    pipe, params, peer = made(peers.stable_diffusion_1, name, "DDIMScheduler", vae=vae)
+    options = dict(prompt="cat", num_inference_steps=2, image=PICTURE, mask_image=MASK, strength=0.6)
+    options |= dict(height=16, width=16)
+    assert compare(monkeypatch, pipe, params, peer, options, normal(1, 8, 8, 4)) < 1e-3
+
+
 @pytest.mark.slow
 def test_an_ensemble_inpaints(monkeypatch):
     """The second half of the denoising goes on from latents that the first left as noisy as they were."""

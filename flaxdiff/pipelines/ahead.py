@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from flaxdiff import memory, weights
 from flaxdiff.core import Params
-from flaxdiff.pipelines.generate import Inputs, Program
+from flaxdiff.pipelines.generate import Inputs, Program, for_decoder
 from flaxdiff.pipelines.keeping import devices_of, kept
 
 
@@ -51,7 +51,7 @@ class Executables(NamedTuple):
         for _ in range(int(inputs["plan"].steps)):
             state = self.step(looped, conditions, state)
         del looped
-        return self.decode(params, state.sampler.sample)
+        return self.decode(params, state.sampler.sample, for_decoder(inputs))
 
 
 _ready: dict[Hashable, Executables] = {}  # (program, signature) -> what a call finds, as it would in jit's own cache
@@ -131,7 +131,7 @@ def _built(program: Program, arguments: Any, folder: Path | None = None) -> dict
             latents = _laid(latents, [NamedSharding(slots.mesh, PartitionSpec(*slots.spec[1:]))])
         looped = memory.fetched(arguments[0], program.family.loop)  # as a call does
         jobs["step"] = start("step", program.step, looped, conditions, state, **places)
-        jobs["decode"] = start("decode", program.decode, arguments[0], latents)
+        jobs["decode"] = start("decode", program.decode, arguments[0], latents, for_decoder(arguments[2]))
         results = {"begin": begun, "step": state, "decode": 0}
         return {name: Part(job.result(), jax.tree.structure(results[name])) for name, job in jobs.items()}
 

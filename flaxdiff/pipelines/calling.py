@@ -13,7 +13,7 @@ from flaxdiff import images as pictures
 from flaxdiff import memory
 from flaxdiff.core import Params
 from flaxdiff.pipelines import ahead
-from flaxdiff.pipelines.generate import Program
+from flaxdiff.pipelines.generate import Program, for_decoder
 
 if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
@@ -78,7 +78,7 @@ def call(
     del looped  # what came from the host makes room for the decoder
     if output_type == "latent":
         return PipelineOutput(state.sampler.sample)
-    images = np.asarray(run.decode(params, state.sampler.sample))
+    images = np.asarray(run.decode(params, state.sampler.sample, for_decoder(inputs)))
     if output_type == "np":
         return PipelineOutput(images)
     return PipelineOutput(pipe.finish(pictures.to_pil(images), options))

@@ -11,11 +11,13 @@ it in one program. `begin`, `step` and `decode` are its parts, for a host that w
   guidance        {"guidance_scale", "guidance_rescale"}: numbers, or one for each image; absent without a second branch
   latents, image, image_latents, noisy_latents    where to start, see `start`
   mask [B, h, w, 1]    1 where to paint over what the run starts from, which elsewhere is kept: see `blend.py`
+decoder_… [B, …]    what the family's `decode` is told beside the latents, by the name that follows
 what `beside.py` reads, and what the family's `encode` reads, e.g. prompt_ids.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +43,15 @@ class Size:
     width: int
 
 
+def for_decoder(inputs: Inputs) -> dict[str, Any]:
+    """What inputs have for the decoder beside the latents.
+
+    >>> for_decoder({"decoder_mask": 1, "index": 2})
+    {'mask': 1}
+    """
+    return {k.removeprefix("decoder_"): v for k, v in inputs.items() if k.startswith("decoder_")}
+
+
 class Networks(NamedTuple):
     """The networks of a pipeline with their weights, for the functions of a family: `networks("unet", x, t, text)`."""
 
@@ -64,7 +75,7 @@ class Family(NamedTuple):
       predict: (networks, model_input [B, h, w, C], timestep [] or what `times` made of it, cond) -> the network's
         output.
       latent_shape: (networks' specs, size) -> (h, w, C).
-      decode: (networks, latents) -> images [B, H, W, 3] in [-1, 1].
+      decode: (networks, latents, …) -> images [B, H, W, 3] in [-1, 1]; further arguments as `for_decoder` finds them.
       encode_image: (networks, images in [-1, 1], keys [B], spread = 1) -> latents, drawn with so much of the
         posterior's deviation; None where there is no way in.
       times: (networks, timesteps [N], cond) -> what the network makes of each time, [N, …], worked out once for all
@@ -78,7 +89,7 @@ class Family(NamedTuple):
     encode: Callable[[Networks, Inputs], Mapping[str, Cond]]
     predict: Callable[[Networks, jax.Array, Any, Cond], jax.Array]
     latent_shape: Callable[[Mapping[str, core.Spec], Size], tuple[int, int, int]]
-    decode: Callable[[Networks, jax.Array], jax.Array]
+    decode: Callable[..., jax.Array]
     encode_image: Callable[..., jax.Array] | None = None
     times: Callable[[Networks, jax.Array, Cond], Any] | None = None
     distilled: Callable[[Mapping[str, core.Spec], Any], dict[str, Any]] | None = None
@@ -140,7 +151,7 @@ class Program:
             return jax.lax.cond(row < state.sampler.plan.steps, forward, lambda state: state, state), None
 
         state, _ = jax.lax.scan(body, state, jnp.arange(len(inputs["plan"].timesteps)))
-        return self.decode(params, state.sampler.sample)
+        return self.decode(params, state.sampler.sample, for_decoder(inputs))
 
     def begin(self, params: Mapping[str, core.Params], key: jax.Array, inputs: Inputs) -> tuple[Conditions, State]:
         """What the network is told throughout, and the state before the first evaluation."""
@@ -196,7 +207,12 @@ class Program:
         sampler = tables.step(sampler, guess)
         return State(sampler if known is None else blend(sampler, known), memory)
 
-    def decode(self, params: Mapping[str, core.Params], latents: jax.Array) -> jax.Array:
-        """Latents -> pictures [B, H, W, C], float32 in [0, 1]."""
-        images = self.family.decode(self.networks(params), latents)
+    def decode(
+        self,
+        params: Mapping[str, core.Params],
+        latents: jax.Array,
+        told: Mapping[str, jax.Array] = MappingProxyType({}),
+    ) -> jax.Array:
+        """Latents, and what inputs have for the decoder -> pictures [B, H, W, C], float32 in [0, 1]."""
+        images = self.family.decode(self.networks(params), latents, **told)
         return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)

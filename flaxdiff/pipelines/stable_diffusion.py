@@ -102,10 +102,10 @@ def latent_shape(specs: Mapping[str, core.Spec], size: Size) -> tuple[int, int, 
     return size.height // factor, size.width // factor, vae.latent_channels
 
 
-def decode(networks: Networks, latents: jax.Array) -> jax.Array:
-    """Latents as the denoiser knows them -> images in [-1, 1]."""
+def decode(networks: Networks, latents: jax.Array, **told: jax.Array) -> jax.Array:
+    """Latents as the denoiser knows them -> images in [-1, 1]; some autoencoders are told of the known part."""
     vae = networks.config("vae")
-    return networks("vae", latents / vae.scaling_factor + (vae.shift_factor or 0), method="decode")
+    return networks("vae", latents / vae.scaling_factor + (vae.shift_factor or 0), **told, method="decode")
 
 
 def encode_image(networks: Networks, images: jax.Array, keys: jax.Array, spread: jax.Array | float = 1.0) -> jax.Array:

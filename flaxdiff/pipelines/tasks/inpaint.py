@@ -1,9 +1,11 @@
 """Inpainting: paint over the white part of a mask, with a network made for it or with any other.
 
 A network with nine input channels sees the mask and the latent of the masked picture beside the sample. One with four
-does not know; what the mask leaves alone is put back after each of its steps (see `blend.py`).
+does not know; what the mask leaves alone is put back after each of its steps (see `blend.py`). Some autoencoders
+(AsymmetricAutoencoderKL) see the picture and the mask as they decode.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +66,9 @@ def inpaint(
     else:
         start = {"image": pictures.to_array(image, size.height, size.width, box)}
     small = pictures.nearest(mask, *(side // vae_factor(pipe) for side in (size.height, size.width)))
+
+    if "image" in start and "mask" in inspect.signature(pipe.vae.module.decode).parameters:
+        start |= {"decoder_image": start["image"], "decoder_mask": np.float32(mask)}
 
     match pipe.unet.config.in_channels - pipe.vae.config.latent_channels:
         case 0:
