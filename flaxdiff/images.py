@@ -226,6 +226,13 @@ def apply_overlay(mask: Image.Image, original: Image.Image, image: Image.Image, 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
+def _pillows(images: Image.Image | np.ndarray | Sequence) -> Sequence[Image.Image]:
+    """One picture or several, as Pillow's."""
+    if hasattr(images, "ndim"):
+        images = to_pil(images if images.ndim == 4 else images[None])
+    return [images] if isinstance(images, Image.Image) else images
+
+
 def clip_pixels(images: Image.Image | np.ndarray | Sequence, size: int = 224) -> np.ndarray:
     """Pictures as CLIP's image encoders read them, float32 [B, S, S, 3].
 
@@ -238,16 +245,28 @@ def clip_pixels(images: Image.Image | np.ndarray | Sequence, size: int = 224) ->
     >>> clip_pixels(Image.new("RGB", (400, 300), "white")).shape
     (1, 224, 224, 3)
     """
-    if isinstance(images, np.ndarray) or hasattr(images, "ndim"):
-        images = to_pil(images if images.ndim == 4 else images[None])
     cut = []
-    for image in [images] if isinstance(images, Image.Image) else images:
+    for image in _pillows(images):
         scale = size / min(image.size)
         width, height = (max(int(side * scale), size) for side in image.size)
         resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - size) // 2, (height - size) // 2
         cut.append(np.asarray(resized.crop((left, top, left + size, top + size)), np.float32) / 255)
     return ((np.stack(cut) - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)).astype(np.float32)
+
+
+def depth_pixels(images: Image.Image | np.ndarray | Sequence, size: int = 384) -> np.ndarray:
+    """Pictures as depth models read them, squeezed into a square, float32 [B, S, S, 3] in [-1, 1].
+
+    Args:
+      images: as of `clip_pixels`.
+      size: side in pixels.
+
+    >>> depth_pixels(Image.new("RGB", (400, 300), "white")).shape
+    (1, 384, 384, 3)
+    """
+    squares = [image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC) for image in _pillows(images)]
+    return np.stack([np.asarray(image, np.float32) for image in squares]) / np.float32(127.5) - 1
 
 
 def make_image_grid(images: Sequence[Image.Image], rows: int, cols: int, resize: int | None = None) -> Image.Image:

@@ -53,6 +53,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.consistency_decoder_vae": ("ConsistencyDecoderVAE",),
         "flaxdiff.models.clip": ("CLIPTextModel", "CLIPTextModelWithProjection"),
         "flaxdiff.models.clip_vision": ("CLIPVisionModelWithProjection",),
+        "flaxdiff.models.dpt": ("DPTForDepthEstimation",),
         "flaxdiff.models.ip_adapter": ("IPAdapter",),
         "flaxdiff.models.controlnet": ("ControlNetModel",),
         "flaxdiff.models.t2i_adapter": ("T2IAdapter",),

@@ -52,6 +52,16 @@ def nhwc(x: torch.Tensor) -> np.ndarray:
     return x.detach().permute(0, 2, 3, 1).numpy()
 
 
+def lively(model: torch.nn.Module) -> torch.nn.Module:
+    """A model with weights large enough that its output depends on its input; transformers draws tiny ones."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.normal_(std=(2 / p[0].numel()) ** 0.5)
+    return model.eval()
+
+
 @functools.cache
 def tokenizer(pad: str = "<|endoftext|>") -> transformers.CLIPTokenizer:
     """CLIP's tokenizer with letters for words."""

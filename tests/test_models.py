@@ -204,6 +204,31 @@ def test_clip_vision(scan, tmp_path):
         flaxdiff.apply(spec, params, pixels[:, :16])
 
 
+BIT = dict(depths=[1, 2, 1], hidden_sizes=[16, 32, 40], embedding_size=8, num_groups=4)
+BIT |= dict(model_type="bit", global_padding="same", layer_type="bottleneck", embedding_dynamic_padding=True)
+BIT |= dict(out_features=["stage1", "stage2", "stage3"])
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_dpt(hybrid, tmp_path):
+    shared = dict(hidden_size=16, num_hidden_layers=5, num_attention_heads=2, intermediate_size=24, image_size=48)
+    shared |= dict(patch_size=16, backbone_out_indices=[0, 1, 2, 4], fusion_hidden_size=8)
+    plain = dict(neck_hidden_sizes=[8, 12, 16, 24])
+    mixed = dict(neck_hidden_sizes=[16, 32, 16, 24], reassemble_factors=[1, 1, 1, 0.5], is_hybrid=True)
+    mixed |= dict(backbone_featmap_shape=[1, 40, 3, 3], backbone_config=BIT)
+    config = transformers.DPTConfig(**shared, **(mixed if hybrid else plain))
+    peer = peers.lively(transformers.DPTForDepthEstimation(config))
+    peer.save_pretrained(tmp_path)
+    spec, params = flaxdiff.DPTForDepthEstimation.from_pretrained(tmp_path)
+    pixels = normal(2, 48, 48, 3)
+    with torch.no_grad():
+        theirs = peer(peers.nchw(pixels)).predicted_depth
+    assert theirs.std() > 0.1
+    agree(peer, flaxdiff.apply(spec, params, pixels), theirs)
+    with pytest.raises(ValueError, match="reads pictures of 48 x 48 pixels, and was given 16 x 48"):
+        flaxdiff.apply(spec, params, pixels[:, :16])
+
+
 @pytest.mark.parametrize("size", [(50, 40), (31, 77), (32, 32)])
 def test_clip_pixels(size):
     from PIL import Image
@@ -212,6 +237,9 @@ def test_clip_pixels(size):
     processor = transformers.CLIPImageProcessorPil(size=32, crop_size=32)
     theirs = np.asarray(processor(picture, return_tensors="np").pixel_values)[0].transpose(1, 2, 0)
     np.testing.assert_allclose(flaxdiff.images.clip_pixels(picture, 32)[0], theirs, atol=1e-5)
+    processor = transformers.DPTImageProcessor(size={"height": 32, "width": 32})
+    theirs = np.asarray(processor(picture, return_tensors="np").pixel_values)[0].transpose(1, 2, 0)
+    np.testing.assert_allclose(flaxdiff.images.depth_pixels(picture, 32)[0], theirs, atol=1e-5)
 
 
 def test_clip_of_the_first_configurations():
@@ -248,6 +276,18 @@ def test_full_size(name, scan):
     leaves = flaxdiff.layout(spec).items()
     ours = {n: convert.shape_in_file(leaf) for own, leaf in leaves for n in convert.names_in_file(own, leaf)}
     assert ours == theirs
+
+
+def test_full_size_of_the_depth_model():
+    """That of Stable Diffusion 2's depth-to-image, whose residual network has transformers' defaults."""
+    from flaxdiff.checkpoint import convert
+
+    config = dict(is_hybrid=True, neck_hidden_sizes=[256, 512, 768, 768], reassemble_factors=[1, 1, 1, 0.5])
+    with torch.device("meta"):
+        peer = transformers.DPTForDepthEstimation(transformers.DPTConfig(**config))
+    leaves = flaxdiff.layout(flaxdiff.DPTForDepthEstimation.from_config(config)).items()
+    ours = {n: convert.shape_in_file(leaf) for own, leaf in leaves for n in convert.names_in_file(own, leaf)}
+    assert ours == {name: tuple(value.shape) for name, value in peer.state_dict().items()}
 
 
 def call(spec):

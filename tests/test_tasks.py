@@ -192,29 +192,42 @@ def test_upscale(monkeypatch, tmp_path):
         pipe.prepare_inputs(prompt="cat", image=PICTURE, noise_level=900)
 
 
-ESTIMATOR = DPTForDepthEstimation(
-    DPTConfig(
-        hidden_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=32,
-        patch_size=8,
-        backbone_out_indices=[0, 1, 2, 3],
-        neck_hidden_sizes=[8] * 4,
-        fusion_hidden_size=8,
+ESTIMATOR = peers.lively(
+    DPTForDepthEstimation(
+        DPTConfig(
+            hidden_size=16,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=16,
+            image_size=32,
+            patch_size=8,
+            backbone_out_indices=[0, 1, 2, 3],
+            neck_hidden_sizes=[8] * 4,
+            fusion_hidden_size=8,
+        )
     )
 )
 
 
 @pytest.mark.slow
-def test_depth_to_image(monkeypatch):
+def test_depth_to_image(monkeypatch, tmp_path):
     build, depth = peers.stable_diffusion_2, normal(1, 11, 13)
-    parts = dict(unet=other(build, in_channels=5), depth_estimator=ESTIMATOR, feature_extractor=DPTImageProcessor())
+    parts = dict(
+        unet=other(build, in_channels=5),
+        depth_estimator=ESTIMATOR,
+        feature_extractor=DPTImageProcessor(size={"height": 32, "width": 32}),
+    )
     pipe, params, peer = made(build, "StableDiffusionDepth2ImgPipeline", "DDIMScheduler", **parts)
     options = dict(prompt="cat", num_inference_steps=4, image=PICTURE, strength=0.6, depth_map=depth)
     there = dict(depth_map=torch.tensor(depth), image=torch.tensor(PICTURE).permute(0, 3, 1, 2))
     assert compare(monkeypatch, pipe, params, peer, options, normal(1, 8, 8, 4), theirs=there) < 1e-3
+    options |= dict(depth_map=None, image=pillow(16, 16, 3))  # as the checkpoint's own model sees it
+    assert compare(monkeypatch, pipe, params, peer, options, normal(1, 8, 8, 4)) < 1e-3
+    flaxdiff.save(tmp_path / "saved", pipe, params)
+    assert dict(flaxdiff.load(tmp_path / "saved")[0].specs)["depth_estimator"] == pipe.depth_estimator
+    alone = pipe.replace(specs=tuple(part for part in pipe.specs if part[0] != "depth_estimator"))
+    with pytest.raises(ValueError, match="give depth_map="):
+        alone.prepare_inputs(**options)
 
 
 def test_image_variation(monkeypatch):

@@ -350,17 +350,7 @@ def shrunk(masks: jax.Array, positions: int) -> jax.Array:
     rows = int(math.sqrt(positions * height / width))
     rows += positions % rows != 0
     columns = positions // rows
-    small = jnp.einsum("rh,bihw,cw->birc", cubic(height, rows), masks, cubic(width, columns))
+    down, across = (pictures.cubic(*sides).astype(np.float32) for sides in ((height, rows), (width, columns)))
+    small = jnp.einsum("rh,bihw,cw->birc", down, masks, across)
     small = small.reshape(*masks.shape[:2], -1)[..., :positions]
     return jnp.pad(small, ((0, 0), (0, 0), (0, positions - small.shape[-1])))
-
-
-def cubic(read: int, made: int) -> np.ndarray:
-    """[made, read]: weights of Keys' cubic, a = -3/4, in samples at the centres of `made` equal parts."""
-    at = (np.arange(made) + 0.5) * read / made - 0.5
-    first, matrix, a = np.floor(at).astype(int), np.zeros((made, read), np.float32), -0.75
-    for tap in range(-1, 3):
-        d = np.abs(at - first - tap)
-        near, far = ((a + 2) * d - (a + 3)) * d * d + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-        np.add.at(matrix, (np.arange(made), np.clip(first + tap, 0, read - 1)), np.where(d <= 1, near, far))
-    return matrix

@@ -4,6 +4,8 @@ The keys of the inputs that say so, each absent where task and network have no u
   beside                        [B, h, w, C] channels to join to the sample: a mask, a depth map, a small picture
   beside_alpha, beside_sigma    [] factors of those channels and of the noise to add to them
   beside_image                  [B, H, W, 3] in [-1, 1]: a picture whose latent follows those channels
+  depth                         [B, h, w, 1] how near things are, in any unit; or
+  depth_pixels                  [B, S, S, 3] in [-1, 1]: a picture for the depth model to say so
   beside_gain, beside_spread    [] factors of that latent, and of the posterior's deviation in it: 1 a draw, 0 the mean
   class_labels                  [B] int32
   timestep_cond                 [B, D] the strength of guidance, as a network reads it that was distilled with it
@@ -14,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from flaxdiff import images as pictures
 
 if TYPE_CHECKING:
     from flaxdiff.pipelines.generate import Cond, Family, Networks
@@ -48,7 +53,22 @@ def _channels(family: "Family", networks: "Networks", keys: jax.Array, inputs: M
             noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(folded(NOISE))
             x = inputs["beside_alpha"] * x + inputs["beside_sigma"] * noise
         parts.append(x)
+    if "depth" in inputs or "depth_pixels" in inputs:
+        parts.append(_depth(family, networks, inputs))
     if "beside_image" in inputs:
         z = family.encode_image(networks, inputs["beside_image"], folded(LATENT), inputs["beside_spread"])
         parts.append(inputs["beside_gain"] * z.astype(jnp.float32))
     return parts
+
+
+def _depth(family: "Family", networks: "Networks", inputs: Mapping[str, Any]) -> jax.Array:
+    """The depth of each picture, from -1, the furthest, to 1, the nearest: [B, h, w, 1]."""
+    if "depth" in inputs:
+        depth = jnp.asarray(inputs["depth"], jnp.float32)
+    else:
+        depth = networks("depth_estimator", inputs["depth_pixels"])[..., None]
+        sides = zip(depth.shape[1:3], family.latent_shape(networks.specs, inputs["size"]))
+        down, across = (pictures.cubic(*old_and_new).astype(np.float32) for old_and_new in sides)
+        depth = jnp.einsum("ih,bhwc,jw->bijc", down, depth, across)
+    low, high = depth.min((1, 2), keepdims=True), depth.max((1, 2), keepdims=True)
+    return 2 * (depth - low) / jnp.where(high > low, high - low, 1) - 1

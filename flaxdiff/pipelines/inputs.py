@@ -16,17 +16,8 @@ if TYPE_CHECKING:
 ROWS = 64  # length of the scheduler's tables: runs of up to so many evaluations share a compiled program
 
 # given for each image, or for each prompt
-STARTS = (
-    "latents",
-    "image",
-    "image_latents",
-    "noisy_latents",
-    "mask",
-    "beside",
-    "beside_image",
-    "decoder_image",
-    "decoder_mask",
-)
+STARTS = ("latents", "image", "image_latents", "noisy_latents", "mask", "beside", "beside_image")
+STARTS += ("decoder_image", "decoder_mask", "depth", "depth_pixels")
 
 
 def prepare_inputs(

@@ -176,6 +176,7 @@ class StableDiffusionDepth2ImgPipeline(DiffusionPipeline):
 
     family = STABLE_DIFFUSION
     task = staticmethod(depth_to_image)
+    reads = ("depth_estimator",)
     defaults = StableDiffusionImg2ImgPipeline.defaults
 
 
