@@ -136,6 +136,9 @@ class Model(nnx.Module):
     def __init__(self, config: Any): ...
 
 
+ModelMixin = FromOriginalModelMixin = Model  # what diffusers calls the two halves of it
+
+
 def frozen(value: Any) -> Any:
     """JSON as a hashable value."""
     if isinstance(value, list | tuple):

@@ -8,11 +8,12 @@ import difflib
 import importlib
 from typing import Any
 
+LED = " led by ControlNets"
 # what sort of thing -> module -> names
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "function": {
         "flaxdiff.core": ("abstract", "apply", "init", "layout"),
-        "flaxdiff.checkpoint": ("load", "save"),
+        "flaxdiff.checkpoint": ("load", "push_to_hub", "save"),
         "flaxdiff.adapters.custom_diffusion": ("load_custom_diffusion",),
         "flaxdiff.adapters.lora": (
             "adapter_of",
@@ -37,11 +38,29 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "other": {
         "flaxdiff.adapters.control": ("MultiAdapter", "MultiControlNetModel"),
         "flaxdiff.checkpoint.pipelines": ("EMOJI",),
-        "flaxdiff.core": ("Spec",),
+        "flaxdiff.core": ("FromOriginalModelMixin", "ModelMixin", "Spec"),
         "flaxdiff.pipelines.auto": (
             "AutoPipelineForImage2Image",
             "AutoPipelineForInpainting",
             "AutoPipelineForText2Image",
+        ),
+        "flaxdiff.pipelines.calling": (
+            "BaseOutput",
+            "ImagePipelineOutput",
+            "StableDiffusionPipelineOutput",
+            "StableDiffusionXLPipelineOutput",
+        ),
+        "flaxdiff.pipelines.mixins": (
+            "FromSingleFileMixin",
+            "IPAdapterMixin",
+            "LoraBaseMixin",
+            "PeftAdapterMixin",
+            "PushToHubMixin",
+            "StableDiffusionLoraLoaderMixin",
+            "StableDiffusionMixin",
+            "StableDiffusionXLLoraLoaderMixin",
+            "TextualInversionLoaderMixin",
+            "UNet2DConditionLoadersMixin",
         ),
         "flaxdiff.schedulers": ("AysSchedules", "KarrasDiffusionSchedulers", "SchedulerMixin"),
         "flaxdiff.weights": ("Float8", "Int8", "LoRA"),
@@ -156,30 +175,15 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "transformers": ("CLIPTokenizer", "CLIPTokenizerFast"),
     },
 }
-# the classes that do the same with other beginnings: what each of them is for -> its name
-COUNTERPARTS: tuple[dict[str, str], ...] = (
+# the classes that do the same with other beginnings: what each of them is for -> its name, without and with ControlNets
+COUNTERPARTS: tuple[dict[str, str], ...] = tuple(
     {
-        "text2image": "StableDiffusionPipeline",
-        "image2image": "StableDiffusionImg2ImgPipeline",
-        "inpainting": "StableDiffusionInpaintPipeline",
-    },
-    {
-        "text2image": "StableDiffusionXLPipeline",
-        "image2image": "StableDiffusionXLImg2ImgPipeline",
-        "inpainting": "StableDiffusionXLInpaintPipeline",
-    },
-    {
-        "text2image": "StableDiffusionControlNetPipeline",
-        "image2image": "StableDiffusionControlNetImg2ImgPipeline",
-        "inpainting": "StableDiffusionControlNetInpaintPipeline",
-    },
-    {
-        "text2image": "StableDiffusionXLControlNetPipeline",
-        "image2image": "StableDiffusionXLControlNetImg2ImgPipeline",
-        "inpainting": "StableDiffusionXLControlNetInpaintPipeline",
-    },
-    {"text2image": "LatentConsistencyModelPipeline", "image2image": "LatentConsistencyModelImg2ImgPipeline"},
-)
+        f"{purpose}{led}": f"{family}{'ControlNet' if led else ''}{task}Pipeline"
+        for purpose, task in (("text2image", ""), ("image2image", "Img2Img"), ("inpainting", "Inpaint"))
+        for led in ("", LED)
+    }
+    for family in ("StableDiffusion", "StableDiffusionXL")
+) + ({"text2image": "LatentConsistencyModelPipeline", "image2image": "LatentConsistencyModelImg2ImgPipeline"},)
 PUBLIC = {
     name: module
     for sort, modules in TABLE.items()
@@ -220,18 +224,29 @@ def sort_of(name: str, *sorts: str) -> str:
     raise ValueError(f"flaxdiff has no {' or '.join(sorts)} called {name!r}; {hint}It has {', '.join(known)}.")
 
 
-def counterpart(name: str, purpose: str) -> str:
+def counterpart(name: str, purpose: str, led: bool | None = None) -> str:
     """The class for a purpose that belongs to the same models as a class at hand. Raises ValueError if there is none.
+
+    Args:
+      name: of the class at hand.
+      purpose: "text2image", "image2image" or "inpainting".
+      led: whether by ControlNets; by default as the class at hand.
 
     >>> counterpart("StableDiffusionXLPipeline", "inpainting")
     'StableDiffusionXLInpaintPipeline'
+    >>> counterpart("StableDiffusionPipeline", "text2image", led=True)
+    'StableDiffusionControlNetPipeline'
     """
     sort_of(name, "pipeline")
     for row in COUNTERPARTS:
-        if name in row.values() and purpose in row:
-            return row[purpose]
+        for own in (key for key in row if row[key] == name):
+            wanted = purpose + LED * (own.endswith(LED) if led is None else led)
+            if wanted in row:
+                return row[wanted]
     has = sorted(row[purpose] for row in COUNTERPARTS if purpose in row)
-    raise ValueError(f"There is no pipeline for {purpose} beside {name}; there are {', '.join(has)}.")
+    raise ValueError(
+        f"There is no pipeline for {purpose}{LED if led else ''} beside {name}; there are {', '.join(has)}."
+    )
 
 
 def find(name: str, *sorts: str) -> Any:

@@ -230,3 +230,15 @@ def test_hub(tmp_path):
         local, again, other = fetch("later", tmp_path / "home", address, offline)
         assert local == again == main
         assert "'some/other' is no folder here" in other and "cannot be reached now" in other
+
+
+def test_what_the_hub_refuses():
+    """A repository that is no id, and one that cannot be reached: said, and nothing left behind."""
+    spec = flaxdiff.AutoencoderKL.from_config({"block_out_channels": [8], "norm_num_groups": 4})
+    params = flaxdiff.init(spec, jax.random.key(0))
+    for repo in ("no id at all", "owner/name"):
+        with pytest.raises(ValueError, match=f"Nothing was written to the Hub repository '{repo}'.*hf auth login"):
+            flaxdiff.push_to_hub(repo, spec, params, token="hf_none")
+    pipe, params = flaxdiff.load()
+    with pytest.raises(ValueError, match="Nothing was written"):
+        pipe.push_to_hub("owner/name", params, token="hf_none")

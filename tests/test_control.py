@@ -217,6 +217,22 @@ def test_adapter_pipelines(base, tmp_path, monkeypatch):
     assert compare(both, TEXT | weights | size, noise, monkeypatch, image=pictures) < 1e-3
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_the_class_for_a_task_led_by_controlnets(base, tmp_path):
+    """As diffusers' AutoPipeline chooses: by what is given, or else as the pipeline at hand."""
+    net = saved(peers.controlnet(BASES[base]().unet), tmp_path)
+    tasks = {"Text2Image": "", "Image2Image": "Img2Img", "Inpainting": "Inpaint"}
+    for task, suffix in tasks.items():
+        auto = getattr(flaxdiff, f"AutoPipelineFor{task}")
+        pipe, params = auto.from_pretrained(peers.saved(BASES[base]), controlnet=net)
+        assert type(pipe).__name__ == f"{base}ControlNet{suffix}Pipeline" and "controlnet" in params
+        plain = auto.from_pipe(pipe, controlnet=None)
+        assert type(plain).__name__ == f"{base}{suffix}Pipeline" and "controlnet" not in dict(plain.specs)
+        again = auto.from_pipe(plain, controlnet=net[0])
+        assert again == pipe == auto.from_pipe(pipe)
+    assert not hasattr(flaxdiff.AutoPipelineForText2Image, "family")
+
+
 def test_nothing_recompiles(tmp_path):
     """The picture, its scale, its window and guess mode are values."""
     unet = peers.stable_diffusion_1().unet

@@ -7,6 +7,7 @@
 
 from flaxdiff.checkpoint.pipelines import load as load
 from flaxdiff.checkpoint.pipelines import load_pipeline as load_pipeline
+from flaxdiff.checkpoint.pipelines import push_to_hub as push_to_hub
 from flaxdiff.checkpoint.pipelines import save as save
 from flaxdiff.checkpoint.pipelines import save_pipeline as save_pipeline
 from flaxdiff.checkpoint.reading import load_model as load_model

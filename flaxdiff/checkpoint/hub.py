@@ -95,3 +95,22 @@ def locate(source: str | os.PathLike[str], names: Sequence[str], *beside: str, *
         return found[0]
     there = sorted(p.name for p in folder.iterdir())
     raise FileNotFoundError(f"{source} has none of {list(names)}; it has {there}. Give weight_name= one of them.")
+
+
+def upload(repo: str, folder: Path, private: bool | None, token: str | bool | None, pr: bool, message: str) -> str:
+    """Write what a folder holds to a Hub repository, which is made if it is not there; the address of the commit.
+
+    Raises:
+      ValueError: it cannot be done.
+    """
+    from huggingface_hub import HfApi, errors
+
+    try:
+        api = HfApi(token=token)
+        api.create_repo(repo, private=private, exist_ok=True)
+        return api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, create_pr=pr).commit_url
+    except (errors.HFValidationError, errors.HfHubHTTPError, errors.LocalTokenNotFoundError, OSError) as error:
+        raise ValueError(
+            f"Nothing was written to the Hub repository {repo!r} ({type(error).__name__}: {error}); give 'owner/name', "
+            "log in with `hf auth login` or give token=, and check the network."
+        ) from error

@@ -5,6 +5,7 @@ have anything imported; components become specs and parameters, a scheduler, and
 """
 
 import os
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,7 +69,7 @@ def load_pipeline(
     download = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
     root = hub.fetch(repo, [files.PIPELINE], **download)
     class_name, components, settings = read_index(root)
-    cls = cls.resolve(class_name)
+    cls = cls.resolve(class_name, changes)
     components = read_by(cls, components)
     if not Path(repo).expanduser().is_dir():
         download["revision"] = root.name  # the commit: all components come from the same one
@@ -282,3 +283,34 @@ def save(
     """
     write = writing.save_model if isinstance(what, Spec) else save_pipeline
     write(folder, what, params, **options)
+
+
+def push_to_hub(
+    repo: str,
+    what: "DiffusionPipeline | Spec",
+    params: Mapping[str, Any],
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload with flaxdiff",
+    **options: Any,
+) -> str:
+    """Write a pipeline, or a single model, to a Hub repository.
+
+    Args:
+      repo: its id, "owner/name"; made if it is not there, and then `private` or not.
+      what, params, **options: as of `save`.
+      token: by default the one of `hf auth login`.
+      create_pr: propose the change rather than make it.
+      commit_message: what the commit says.
+
+    Returns:
+      The address of the commit.
+
+    Raises:
+      ValueError: `repo` is no id, or the Hub refuses: not logged in, no right to write, no network.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder) / "upload", what, params, **options)
+        return hub.upload(repo, Path(folder) / "upload", private, token, create_pr, commit_message)

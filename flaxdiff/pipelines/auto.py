@@ -1,8 +1,11 @@
 """The right pipeline for a task, found by what a checkpoint, or a pipeline at hand, was made for.
 
-Which classes belong together is `registry.COUNTERPARTS`; nothing here knows any of them.
+Which classes belong together is `registry.COUNTERPARTS`; nothing here knows any of them. With `controlnet=` the class
+is one that ControlNets lead.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from flaxdiff import registry
@@ -15,13 +18,17 @@ class AutoPipeline(DiffusionPipeline):
     purpose: ClassVar[str]
 
     @classmethod
-    def resolve(cls, named: str) -> type[DiffusionPipeline]:
-        return registry.find(registry.counterpart(named, cls.purpose), "pipeline")
+    def resolve(cls, named: str, given: Mapping[str, Any] = MappingProxyType({})) -> type[DiffusionPipeline]:
+        led = given["controlnet"] is not None if "controlnet" in given else None
+        return registry.find(registry.counterpart(named, cls.purpose, led), "pipeline")
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline, **changes: Any) -> DiffusionPipeline:
-        """The pipeline for this task with the parts of another; see `DiffusionPipeline.from_pipe`."""
-        return cls.resolve(type(pipe).__name__).from_pipe(pipe, **changes)
+        """The pipeline for this task with the parts of another; see `DiffusionPipeline.from_pipe`.
+
+        With `controlnet=` a spec it is one that ControlNets lead, with `controlnet=None` one that they do not.
+        """
+        return cls.resolve(type(pipe).__name__, changes).from_pipe(pipe, **changes)
 
 
 class AutoPipelineForText2Image(AutoPipeline):

@@ -34,6 +34,9 @@ class PipelineOutput(NamedTuple):
     images: Any
 
 
+BaseOutput = ImagePipelineOutput = StableDiffusionPipelineOutput = StableDiffusionXLPipelineOutput = PipelineOutput
+
+
 def call(
     pipe: "DiffusionPipeline",
     params: Mapping[str, Params],

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import jax
@@ -18,7 +19,7 @@ import numpy as np
 from flaxdiff import registry
 from flaxdiff.core import Params, Spec
 from flaxdiff.guidance import Guidance, standard
-from flaxdiff.pipelines import ahead, calling, inputs
+from flaxdiff.pipelines import ahead, calling, inputs, mixins
 from flaxdiff.pipelines.generate import Family, Program
 from flaxdiff.pipelines.tasks import blank_inputs, text_to_image
 from flaxdiff.schedulers import Scheduler
@@ -31,7 +32,15 @@ def _interned(program: Program) -> Program:
 
 
 @dataclasses.dataclass(frozen=True)
-class DiffusionPipeline:
+class DiffusionPipeline(
+    mixins.StableDiffusionMixin,
+    mixins.StableDiffusionXLLoraLoaderMixin,
+    mixins.UNet2DConditionLoadersMixin,
+    mixins.TextualInversionLoaderMixin,
+    mixins.IPAdapterMixin,
+    mixins.FromSingleFileMixin,
+    mixins.PushToHubMixin,
+):
     """The base of all pipelines; `DiffusionPipeline.from_pretrained` finds the class that a checkpoint names.
 
     Attributes:
@@ -68,8 +77,8 @@ class DiffusionPipeline:
     # --- loading, saving, changing -----------------------------------------------------------------------------------
 
     @classmethod
-    def resolve(cls, named: str) -> type["DiffusionPipeline"]:
-        """The class to use for a checkpoint that names one."""
+    def resolve(cls, named: str, given: Mapping[str, Any] = MappingProxyType({})) -> type["DiffusionPipeline"]:
+        """The class to use for a checkpoint that names one, and components that are given beside it."""
         return cls if hasattr(cls, "family") else registry.find(named, "pipeline")
 
     @classmethod
@@ -78,24 +87,19 @@ class DiffusionPipeline:
 
         Args:
           pipe: any that has the networks which this class needs.
-          **changes: parts to take instead, as of `replace`; specs of further networks too.
+          **changes: parts to take instead, as of `replace`; specs of further networks, and None for one to leave out.
 
         >>> import flaxdiff
         >>> pipe, params = flaxdiff.load()
         >>> flaxdiff.StableDiffusionInpaintPipeline.from_pipe(pipe).specs == pipe.specs
         True
         """
-        more = {k: v for k, v in changes.items() if isinstance(v, Spec) and k not in dict(pipe.specs)}
+        without = [k for k, v in changes.items() if v is None]
+        kept = tuple(part for part in pipe.specs if part[0] not in without)
+        more = {k: v for k, v in changes.items() if isinstance(v, Spec) and k not in dict(kept)}
         fields = {f.name: getattr(pipe, f.name) for f in dataclasses.fields(pipe)}
-        made = cls(**(fields | {"specs": (*pipe.specs, *more.items())}))
-        return made.replace(**{k: v for k, v in changes.items() if k not in more})
-
-    @classmethod
-    def from_single_file(cls, source: str, **options: Any) -> tuple[Self, dict[str, Params]]:
-        """Load a pipeline and its parameters from a file with the original names; see `single_file.load_pipeline`."""
-        from flaxdiff.checkpoint import single_file
-
-        return single_file.load_pipeline(cls, source, **options)
+        made = cls(**(fields | {"specs": (*kept, *more.items())}))
+        return made.replace(**{k: v for k, v in changes.items() if k not in (*more, *without)})
 
     @classmethod
     def from_pretrained(cls, repo: str, **options: Any) -> tuple[Self, dict[str, Params]]:
@@ -128,27 +132,6 @@ class DiffusionPipeline:
         if unknown := sorted(set(changes) - known):
             raise TypeError(f"{type(self).__name__} has no part {unknown}; it has {', '.join(sorted(known))}.")
         return dataclasses.replace(self, **changed)
-
-    def enable_attention_slicing(self) -> Self:
-        """The same pipeline with attention computed in slices: less memory, some time."""
-        return self.replace(**{name: spec.replace(attention="sliced") for name, spec in self.specs})
-
-    def enable_vae_slicing(self) -> Self:
-        """The same pipeline with pictures encoded and decoded one at a time: the memory of one, whatever the batch."""
-        return self.replace(vae=self.vae.replace(slicing=True))
-
-    def enable_vae_tiling(self, side: int | None = None) -> Self:
-        """The same pipeline with large pictures encoded and decoded in tiles that overlap, see `nn/tiling.py`.
-
-        Args:
-          side: of a tile in pixels; by default, as in diffusers, what the autoencoder was trained on.
-
-        >>> import flaxdiff
-        >>> flaxdiff.load()[0].enable_vae_tiling().vae.config.tiling
-        64
-        """
-        size = self.vae.config.sample_size
-        return self.replace(vae=self.vae.replace(tiling=side or (size[0] if isinstance(size, tuple) else size)))
 
     # --- sampling ----------------------------------------------------------------------------------------------------
 
