@@ -75,6 +75,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.dpt": ("DPTForDepthEstimation",),
         "flaxdiff.models.ip_adapter": ("IPAdapter",),
         "flaxdiff.models.controlnet": ("ControlNetModel",),
+        "flaxdiff.models.controlnet_xs": ("ControlNetXSAdapter", "UNetControlNetXSModel"),
         "flaxdiff.models.t2i_adapter": ("T2IAdapter",),
         "flaxdiff.models.unet_2d": ("UNet2DModel",),
         "flaxdiff.models.unet_2d_condition": ("UNet2DConditionModel",),
@@ -138,6 +139,10 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "StableDiffusionXLControlNetImg2ImgPipeline",
             "StableDiffusionXLControlNetInpaintPipeline",
             "StableDiffusionXLControlNetPipeline",
+        ),
+        "flaxdiff.pipelines.controlnet_xs": (
+            "StableDiffusionControlNetXSPipeline",
+            "StableDiffusionXLControlNetXSPipeline",
         ),
         "flaxdiff.pipelines.image_variation": ("StableDiffusionImageVariationPipeline",),
         "flaxdiff.pipelines.k_diffusion": ("StableDiffusionKDiffusionPipeline", "StableDiffusionXLKDiffusionPipeline"),

@@ -101,6 +101,19 @@ XL = dict(
 FULL = [
     ("ControlNetModel", dict(cross_attention_dim=768)),
     ("ControlNetModel", XL),
+    ("ControlNetXSAdapter", dict()),
+    (
+        "ControlNetXSAdapter",
+        dict(
+            block_out_channels=(32, 64, 128),
+            base_block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            num_attention_heads=(1, 1, 2),
+            cross_attention_dim=2048,
+            learn_time_embedding=True,
+        ),
+    ),
     ("T2IAdapter", dict()),
     ("T2IAdapter", dict(adapter_type="full_adapter_xl", downscale_factor=16)),
     ("T2IAdapter", dict(adapter_type="light_adapter", channels=(320, 640, 1280), num_res_blocks=4)),
@@ -231,6 +244,97 @@ def test_the_class_for_a_task_led_by_controlnets(base, tmp_path):
         again = auto.from_pipe(plain, controlnet=net[0])
         assert again == pipe == auto.from_pipe(pipe)
     assert not hasattr(flaxdiff.AutoPipelineForText2Image, "family")
+
+
+# --- ControlNet-XS ---------------------------------------------------------------------------------------------------
+
+TWO = dict(layers_per_block=2, norm_num_groups=8)  # as many blocks as its authors' networks have
+TALL = dict(
+    TWO,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=(2, 4),
+    transformer_layers_per_block=(1, 2),
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=24 + 48,
+    cross_attention_dim=32,
+)
+
+
+def xs(base, **options):
+    """PyTorch's pipeline with a ControlNet-XS; what begins at zero is drawn, so that there is something to compare."""
+    parts = {k: v for k, v in BASES[base]().components.items() if k != "image_encoder"}
+    parts["unet"] = peers.unet(**(TALL if "XL" in base else TWO))
+    torch.manual_seed(1)
+    options = dict(size_ratio=0.5, conditioning_embedding_out_channels=(8, 16), num_attention_heads=2) | options
+    parts["controlnet"] = diffusers.ControlNetXSAdapter.from_unet(parts["unet"], **options).eval()
+    for name, p in parts["controlnet"].named_parameters():
+        if "_to_" in name or "embedding.conv_out" in name:
+            torch.nn.init.normal_(p, std=0.2)
+    peer = getattr(diffusers, f"{base}ControlNetXSPipeline")(**parts)
+    peer.unet.eval()
+    peer.scheduler = diffusers.DDIMScheduler.from_config(peer.scheduler.config)
+    peer.set_progress_bar_config(disable=True)
+    peer.text_encoder.__dict__["text_model"] = peer.text_encoder  # diffusers looks for it where transformers 4 had it
+    return peer, parts
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_controlnet_xs(base, tmp_path, monkeypatch):
+    """A U-Net and its adapter as one, from a folder that holds them so; with a scale and a window."""
+    learned = dict(learn_time_embedding=True, time_embedding_mix=0.7) if "XL" in base else {}
+    peer, parts = xs(base, **learned)
+    peer.save_pretrained(tmp_path / "whole")
+    pipe, params = flaxdiff.load(tmp_path / "whole")
+    assert type(pipe).__name__ == type(peer).__name__ and pipe.unet.module is flaxdiff.UNet2DConditionModel
+    both = Pair(pipe.replace(progress=False), params, peer)
+    for name in ("unet", "controlnet"):  # the same as each from a folder of its own
+        spec, own = saved(parts[name], tmp_path / name)
+        assert spec == dict(pipe.specs)[name]
+        assert own.keys() == params[name].keys() and all((own[k] == params[name][k]).all() for k in own)
+
+    x, t, picture = normal(2, 8, 8, 4), np.float32([3, 981]), uniform(2, 16, 16, 3)
+    text = normal(2, 5, spec.config.cross_attention_dim)
+    added = {"text_embeds": normal(2, 24), "time_ids": np.float32(rng.integers(0, 999, (2, 6)))}
+    added = added if "XL" in base else None
+    there = added and {k: torch.tensor(v) for k, v in added.items()}
+    with torch.no_grad():
+        args = peers.nchw(x), torch.tensor(t), torch.tensor(text), peers.nchw(picture), 0.7
+        theirs = peer.unet(*args, added_cond_kwargs=there).sample
+    fused = flaxdiff.UNetControlNetXSModel.joined(pipe.unet, pipe.controlnet)
+    own = {f"{at}.{k}": v for at, n in (("base", "unet"), ("ctrl", "controlnet")) for k, v in params[n].items()}
+
+    @jax.jit
+    def run(own):
+        condition = flaxdiff.apply(fused, own, picture, method="condition")
+        return flaxdiff.apply(fused, own, x, t, text, added, condition=condition, scale=0.7)
+
+    for cls in (flaxdiff.UNetControlNetXSModel, flaxdiff.ControlNetXSAdapter):
+        assert peers.relative(run(own), peers.nhwc(theirs), of=cls.__name__) < 1e-4
+
+    noise = normal(2, 8, 8, 4)
+    window = dict(control_guidance_start=0.25, control_guidance_end=0.75, controlnet_conditioning_scale=0.8)
+    for more in ({}, window):
+        assert compare(both, TEXT | more, noise, monkeypatch, image=picture) < 1e-3
+
+    flaxdiff.save(tmp_path / "ours", pipe, params)
+    again = type(peer).from_pretrained(tmp_path / "ours")
+    again.unet.eval()
+    state = again.unet.state_dict()
+    assert all(torch.equal(weight, state[key]) for key, weight in peer.unet.state_dict().items())
+
+
+def test_controlnet_xs_refuses():
+    pipe, params = flaxdiff.load()
+    net = flaxdiff.ControlNetXSAdapter
+    with pytest.raises(ValueError, match="either size_ratio or block_out_channels"):
+        net.from_unet(pipe.unet, params["unet"], KEY)
+    with pytest.raises(
+        ValueError, match=r"for a U-Net of \(320, .*\) channels, and the pipeline's has \(64, 96, 128\)"
+    ):
+        flaxdiff.UNetControlNetXSModel.joined(pipe.unet, net.from_config({}))
 
 
 def test_nothing_recompiles(tmp_path):

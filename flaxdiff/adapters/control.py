@@ -133,8 +133,8 @@ def prepare_controlnets(
     starts = "strength" in pipe.defaults  # then `image` is what the run starts from
     given, option = (control_image, "control_image") if starts else (image, "image")
     box = region(image, mask_image, size, padding_mask_crop)
-    arrays = _pictures(pipe, size, names, given, option, box)
-    arrays |= _windows(names, scale, control_guidance_start, control_guidance_end)
+    arrays = pictures(pipe, size, names, given, option, box)
+    arrays |= windows(names, scale, control_guidance_start, control_guidance_end)
     guess_mode |= any(dict(pipe.specs)[name].config.global_pool_conditions for name in names[:1])
     return arrays | {"guess_mode": np.asarray([guess_mode])}
 
@@ -158,11 +158,11 @@ def prepare_adapters(
       ValueError: as `prepare_controlnets`.
     """
     names = named(dict(pipe.specs), "adapter")
-    windows = _windows(names, adapter_conditioning_scale, 0.0, adapter_conditioning_factor)
-    return _pictures(pipe, size, names, image, "image") | windows
+    window = windows(names, adapter_conditioning_scale, 0.0, adapter_conditioning_factor)
+    return pictures(pipe, size, names, image, "image") | window
 
 
-def _pictures(
+def pictures(
     pipe: "DiffusionPipeline",
     size: Size,
     names: Sequence[str],
@@ -211,7 +211,7 @@ def _picture(config: Any, size: Size, given: Pictures, option: str, box: Box | N
     return array
 
 
-def _windows(names: Sequence[str], scale: Each, start: Each, end: Each) -> dict[str, np.ndarray]:
+def windows(names: Sequence[str], scale: Each, start: Each, end: Each) -> dict[str, np.ndarray]:
     """(scale, start, end) of each network, [1, 3]."""
     rows = []
     for option, value in (("scale", scale), ("start", start), ("end", end)):
@@ -242,20 +242,24 @@ def encode(networks: Networks, inputs: Inputs, text: jax.Array, branch: str) -> 
         told[name] = {
             "text": networks(name, text, method="keys_values"),
             "condition": networks(name, inputs[f"{name}_image"], method="condition"),
-            "scale": _table(inputs, name)[..., None] * strengths[:, None],
+            "scale": table(inputs, name)[..., None] * strengths[:, None],
         }
     for name in named(networks.specs, "adapter"):
-        told[name] = {"features": networks(name, inputs[f"{name}_image"]), "scale": _table(inputs, name)}
+        told[name] = {"features": networks(name, inputs[f"{name}_image"]), "scale": table(inputs, name)}
     return told
 
 
-def _table(inputs: Inputs, name: str) -> jax.Array:
+def table(inputs: Inputs, name: str) -> jax.Array:
     """The scale of a network at each row of the plan, [B, N]: zero outside its window."""
-    scale, start, end = jnp.split(jnp.asarray(inputs[f"{name}_window"]), 3, 1)
+    return jnp.where(within(inputs, name), jnp.asarray(inputs[f"{name}_window"])[:, :1], 0)
+
+
+def within(inputs: Inputs, name: str) -> jax.Array:
+    """Whether each row of the plan lies in a network's window, [B, N]."""
+    start, end = (jnp.asarray(inputs[f"{name}_window"])[:, i, None] for i in (1, 2))
     row, steps = jnp.arange(len(inputs["plan"].timesteps), dtype=jnp.float32), jnp.float32(inputs["plan"].steps)
     # a share that is meant to fall on a step falls on it however it was rounded
-    within = (row >= start * steps - 1e-3) & (row + 1 <= end * steps + 1e-3)
-    return jnp.where(within, scale, 0)
+    return (row >= start * steps - 1e-3) & (row + 1 <= end * steps + 1e-3)
 
 
 def times(networks: Networks, timesteps: jax.Array, cond: Cond, of_unet: Any, *added: Any) -> Any:

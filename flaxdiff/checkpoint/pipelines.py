@@ -102,22 +102,23 @@ def load_pipeline(
     _check(parts, sorts)
 
     networks = {name: parts[name] for name in components if name in parts and sorts[name] == "model"}
+    read, params = ({name: part[i] for name, part in networks.items()} for i in (0, 1))
+    specs, shapes = cls.separate(read, params)
     schedulers = {name: part for name, part in parts.items() if sorts[name] == "scheduler"}
     scheduler = schedulers.pop("scheduler")
     settings |= schedulers  # a second one, such as the upscaler's for what it is given, is no sampler
     pipe = cls(
-        specs=tuple((name, spec) for name, (spec, _) in networks.items()),
+        specs=tuple(specs.items()),
         scheduler=scheduler,
         tokenizers=tuple((name, parts[name]) for name in components if name in parts and sorts[name] == "tokenizer"),
         settings=tuple(settings.items()),
     )
-    params = {name: params for name, (_, params) in networks.items()}
     with ThreadPoolExecutor(1) as pool:
-        job = None if compile is None else pool.submit(pipe.compile, dict(params), **compile)
+        job = None if compile is None else pool.submit(pipe.compile, shapes, **compile)
         params |= {name: model.load() for name, model in found.items()}
         if job is not None:
             job.result()
-    return pipe, params
+    return pipe, cls.separate(read, params)[1]
 
 
 def _check(parts: Mapping[str, Any], sorts: Mapping[str, str]) -> None:

@@ -32,6 +32,7 @@ class ResnetBlock2D(nnx.Module):
       groups, eps: of the normalisations.
       act_fn: name of the activation.
       scale_shift: the time embedding scales and shifts the second normalisation instead of being added before it.
+      groups_out: of the second normalisation, where they are not those of the first.
       resample: "down" halves height and width on the way by means of four, "up" doubles them by repetition.
     """
 
@@ -45,10 +46,11 @@ class ResnetBlock2D(nnx.Module):
         act_fn: str = "silu",
         scale_shift: bool = False,
         resample: str | None = None,
+        groups_out: int | None = None,
     ):
         self.norm1, self.conv1 = GroupNorm(fan_in, groups, eps), Conv(fan_in, fan_out)
         self.time_emb_proj = None if temb is None else Linear(temb, fan_out * (1 + scale_shift))
-        self.norm2, self.conv2 = GroupNorm(fan_out, groups, eps), Conv(fan_out, fan_out)
+        self.norm2, self.conv2 = GroupNorm(fan_out, groups_out or groups, eps), Conv(fan_out, fan_out)
         self.conv_shortcut = Conv(fan_in, fan_out, kernel=1, padding=0) if fan_in != fan_out else None
         self.act_fn, self.scale_shift, self.resample = act_fn, scale_shift, resample
 
@@ -84,8 +86,8 @@ def _halved(x: jax.Array) -> jax.Array:
 class Downsample2D(nnx.Module):
     """Halve height and width by a strided convolution; `padding` 0 means one row and column after the last."""
 
-    def __init__(self, channels: int, padding: int):
-        self.conv = Conv(channels, channels, stride=2, padding=padding or ((0, 1), (0, 1)))
+    def __init__(self, channels: int, padding: int, fan_out: int | None = None):
+        self.conv = Conv(channels, fan_out or channels, stride=2, padding=padding or ((0, 1), (0, 1)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.conv(x)
@@ -148,7 +150,7 @@ class Stage(nnx.Module):
         """
         outputs = []
         for i in range(len(self.resnets)):
-            x = self._block(i, (x,), times, contexts)
+            x = self.block(i, (x,), times, contexts)
             outputs.append(x)
         if more is not None and self.attentions is not None:
             outputs[-1] = x = x + more
@@ -168,10 +170,11 @@ class Stage(nnx.Module):
     ) -> jax.Array:
         """x joined with the last skip before each block; the skips used are taken off the list."""
         for i in range(len(self.resnets)):
-            x = self._block(i, (x,) if skips is None else (x, skips.pop()), times, contexts)
+            x = self.block(i, (x,) if skips is None else (x, skips.pop()), times, contexts)
         return x if self.upsamplers is None else _resampled(self.upsamplers[0], x, times, size)
 
-    def _block(self, i: int, parts: tuple[jax.Array, ...], times: Each, contexts: Each) -> jax.Array:
+    def block(self, i: int, parts: tuple[jax.Array, ...], times: Each, contexts: Each) -> jax.Array:
+        """The i-th residual block of what lies side by side in `parts`, and its attention."""
         x = remat(self.resnets[i])(*parts, time=next(times))
         return x if self.attentions is None else self.attentions[i](x, next(contexts))
 
@@ -188,8 +191,14 @@ def times(stages: Iterable[nnx.Module], temb: jax.Array) -> tuple[jax.Array, ...
 class MidBlock(nnx.Module):
     """Residual block, attention, residual block, at the lowest resolution."""
 
-    def __init__(self, width: int, resnet: Callable[[int, int], ResnetBlock2D], attention: MakeAttention = None):
-        self.resnets = nnx.List([resnet(width, width) for _ in range(2)])
+    def __init__(
+        self,
+        width: int,
+        resnet: Callable[[int, int], ResnetBlock2D],
+        attention: MakeAttention = None,
+        fan_in: int | None = None,
+    ):
+        self.resnets = nnx.List([resnet(fan_in or width, width), resnet(width, width)])
         self.attentions = nnx.List([attention(width)]) if attention else None
 
     @property

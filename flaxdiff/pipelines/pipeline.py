@@ -82,6 +82,11 @@ class DiffusionPipeline(
         return cls if hasattr(cls, "family") else registry.find(named, "pipeline")
 
     @classmethod
+    def separate(cls, specs: Mapping[str, Spec], params: Mapping[str, Params]) -> tuple[Mapping, Mapping]:
+        """Specs and parameters by component, as this class holds them, from how a folder does."""
+        return specs, params
+
+    @classmethod
     def from_pipe(cls, pipe: "DiffusionPipeline", **changes: Any) -> Self:
         """A pipeline of this class with the parts of another, whose parameters it shares.
 

@@ -114,20 +114,20 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
     return cond
 
 
-def _added(cond: Cond) -> dict[str, jax.Array]:
+def added(cond: Cond) -> dict[str, jax.Array]:
     return {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
 
 
 def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
     """What the U-Net makes of times [N] and of the conditions."""
-    of_unet = networks("unet", timesteps[:, None], _added(cond), method="times", **stable_diffusion.told(cond))
-    return control.times(networks, timesteps, cond, of_unet, _added(cond))
+    of_unet = networks("unet", timesteps[:, None], added(cond), method="times", **stable_diffusion.told(cond))
+    return control.times(networks, timesteps, cond, of_unet, added(cond))
 
 
 def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
     """The U-Net's output."""
     t, residuals = control.residuals(networks, x, t, cond)
-    return networks("unet", x, t, cond["text"], _added(cond), **residuals)
+    return networks("unet", x, t, cond["text"], added(cond), **residuals)
 
 
 STABLE_DIFFUSION_XL = stable_diffusion.STABLE_DIFFUSION._replace(
