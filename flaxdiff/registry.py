@@ -146,6 +146,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "flaxdiff.pipelines.image_variation": ("StableDiffusionImageVariationPipeline",),
         "flaxdiff.pipelines.k_diffusion": ("StableDiffusionKDiffusionPipeline", "StableDiffusionXLKDiffusionPipeline"),
+        "flaxdiff.pipelines.latent_upscale": ("StableDiffusionLatentUpscalePipeline",),
         "flaxdiff.pipelines.pipeline": ("DiffusionPipeline",),
         "flaxdiff.pipelines.stable_diffusion": (
             "LatentConsistencyModelImg2ImgPipeline",

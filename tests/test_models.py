@@ -58,6 +58,49 @@ def test_unet_2d_condition(build, scan):
     agree(peer, ours, peers.nhwc(theirs))
 
 
+CROWSON = dict(
+    act_fn="gelu",
+    attention_head_dim=64,
+    block_out_channels=(384, 384, 768, 768),
+    down_block_types=("KDownBlock2D",) + ("KCrossAttnDownBlock2D",) * 3,
+    up_block_types=("KCrossAttnUpBlock2D",) * 3 + ("KUpBlock2D",),
+    in_channels=8,
+    out_channels=5,
+    layers_per_block=4,
+    cross_attention_dim=768,
+    conv_in_kernel=1,
+    conv_out_kernel=1,
+    norm_num_groups=None,
+    resnet_time_scale_shift="scale_shift",
+    time_cond_proj_dim=896,
+    time_embedding_type="fourier",
+    timestep_post_act="gelu",
+    mid_block_type=None,
+)
+SMALL = dict(attention_head_dim=16, cross_attention_dim=16, time_cond_proj_dim=20, norm_num_groups=32)
+
+
+@pytest.mark.parametrize(("widths", "layers"), [((32, 64, 64), 2), ((32, 32, 64, 64), 3)])
+def test_unet_of_the_latent_upscaler(widths, layers, tmp_path):
+    """Katherine Crowson's stages, with a normalisation at the end and without."""
+    torch.manual_seed(0)
+    kinds = {f"{way}_block_types": (CROWSON[f"{way}_block_types"]) for way in ("down", "up")}
+    kinds = {"down_block_types": kinds["down_block_types"][: len(widths)]} | {
+        "up_block_types": kinds["up_block_types"][-len(widths) :]
+    }
+    config = CROWSON | SMALL | kinds | dict(block_out_channels=widths, layers_per_block=layers)
+    config |= dict(norm_num_groups=None) if layers == 2 else {}
+    peer = diffusers.UNet2DConditionModel(**config).eval()
+    peer.save_pretrained(tmp_path)
+    spec, params = flaxdiff.UNet2DConditionModel.from_pretrained(tmp_path)
+    x, t, text, told = normal(2, 16, 24, 8), np.float32([0.3, -1]), normal(2, 5, 16), normal(2, 20)
+    with torch.no_grad():
+        args = torch.tensor(t), torch.tensor(text)
+        theirs = peer(peers.nchw(x), *args, timestep_cond=torch.tensor(told)).sample
+    run = jax.jit(lambda params: flaxdiff.apply(spec, params, x, t, text, timestep_cond=told))
+    agree(peer, run(params), peers.nhwc(theirs))
+
+
 def test_unet_2d():
     spec, params, peer = load(peers.ddpm, "unet")
     x, t = normal(2, 8, 8, 3), np.float32([3, 981])

@@ -192,6 +192,44 @@ def test_upscale(monkeypatch, tmp_path):
         pipe.prepare_inputs(prompt="cat", image=PICTURE, noise_level=900)
 
 
+CROWSON = dict(
+    act_fn="gelu",
+    attention_head_dim=16,
+    block_out_channels=(32, 64, 64),
+    down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
+    up_block_types=("KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"),
+    in_channels=8,
+    out_channels=5,
+    cross_attention_dim=16,
+    conv_in_kernel=1,
+    conv_out_kernel=1,
+    norm_num_groups=None,
+    resnet_time_scale_shift="scale_shift",
+    time_cond_proj_dim=128 + 16,
+    time_embedding_type="fourier",
+    timestep_post_act="gelu",
+    mid_block_type=None,
+)
+
+
+def test_latent_upscale(monkeypatch):
+    """Pictures and latents; without guidance the prompt is empty."""
+    torch.manual_seed(0)
+    net = diffusers.UNet2DConditionModel(**CROWSON).eval()
+    name = "StableDiffusionLatentUpscalePipeline"
+    pipe, params, peer = made(peers.stable_diffusion_1, name, "EulerDiscreteScheduler", unet=net)
+    peer.scheduler.register_to_config(prediction_type="sample")
+    pipe = pipe.replace(scheduler=flaxdiff.EulerDiscreteScheduler.from_config(pipe.scheduler, prediction_type="sample"))
+    options = dict(prompt="cat", negative_prompt="dog", num_inference_steps=3, guidance_scale=3.0)
+    noise = normal(1, 16, 16, 4)
+    assert compare(monkeypatch, pipe, params, peer, options | dict(image=normal(1, 8, 8, 4)), noise) < 1e-3
+    there = dict(image=torch.tensor(PICTURE).permute(0, 3, 1, 2))
+    options |= dict(image=PICTURE, guidance_scale=0.0)
+    assert compare(monkeypatch, pipe, params, peer, options, noise, theirs=there) < 1e-3
+    with pytest.raises(ValueError, match="need pooled_prompt_embeds beside them"):
+        pipe.prepare_inputs(image=PICTURE, prompt_embeds=normal(1, 5, 16))
+
+
 ESTIMATOR = peers.lively(
     DPTForDepthEstimation(
         DPTConfig(

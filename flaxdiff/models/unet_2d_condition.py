@@ -10,6 +10,7 @@ Reference: Rombach et al., High-Resolution Image Synthesis with Latent Diffusion
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from flaxdiff import weights
 from flaxdiff.core import Config, Model, only, setting
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.attention import Attention, KeysValues
-from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
+from flaxdiff.nn.embeddings import GaussianFourierProjection, TimestepEmbedding, sinusoids
+from flaxdiff.nn.k_unet import k_down, k_up
 from flaxdiff.nn.layers import Conv, Embedding, GroupNorm, LayerNorm, Linear, value
 from flaxdiff.nn.stack import over, run, stack
 from flaxdiff.nn.unet import Each, MidBlock, ResnetBlock2D, Stage, check_stages, down_fans, times, up_fans
@@ -34,14 +36,14 @@ class EncoderConfig(Config):
     flip_sin_to_cos: bool = True
     freq_shift: float = 0
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    mid_block_type: str = only("UNetMidBlock2DCrossAttn")
+    mid_block_type: str | None = only("UNetMidBlock2DCrossAttn", None)
     only_cross_attention: bool = only(False)
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     downsample_padding: int = 1
     mid_block_scale_factor: float = only(1)
     act_fn: str = "silu"
-    norm_num_groups: int = 32
+    norm_num_groups: int | None = 32
     norm_eps: float = 1e-5
     cross_attention_dim: int = 1280
     transformer_layers_per_block: int | tuple[int, ...] = 1
@@ -65,10 +67,18 @@ class EncoderConfig(Config):
     def __post_init__(self):
         up = ("CrossAttnUpBlock2D", "UpBlock2D") if hasattr(self, "up_block_types") else None
         model, n = type(self).__name__.replace("Config", "Model"), len(self.block_out_channels)
-        check_stages(model, self, ("CrossAttnDownBlock2D", "DownBlock2D"), up)
+        ours = "CrossAttnDownBlock2D", "DownBlock2D"
+        if up and self.crowson:
+            ours, up = ("KCrossAttnDownBlock2D", "KDownBlock2D"), ("KCrossAttnUpBlock2D", "KUpBlock2D")
+        check_stages(model, self, ours, up)
         for key in ("attention_head_dim", "transformer_layers_per_block"):
             if len(self.per_stage(key)) != n:
                 raise ValueError(f"{model}: {key}={getattr(self, key)} needs {n} entries, or one number.")
+
+    @property
+    def crowson(self) -> bool:
+        """Whether the stages are those of `nn/k_unet.py`."""
+        return self.down_block_types[0].startswith("K")
 
     def per_stage(self, key: str) -> tuple[int, ...]:
         """A setting that is one number or one for each stage, as the latter."""
@@ -90,11 +100,11 @@ class UNet2DConditionConfig(EncoderConfig):
     class_embed_type: str | None = only(None)
     resnet_skip_time_act: bool = only(False)
     resnet_out_scale_factor: float = only(1.0)
-    time_embedding_type: str = only("positional")
+    time_embedding_type: str = only("positional", "fourier")
     time_embedding_act_fn: str | None = only(None)
-    timestep_post_act: str | None = only(None)
-    conv_in_kernel: int = only(3)
-    conv_out_kernel: int = only(3)
+    timestep_post_act: str | None = None
+    conv_in_kernel: int = only(3, 1)
+    conv_out_kernel: int = only(3, 1)
     attention_type: str = only("default")
     class_embeddings_concat: bool = only(False)
     mid_block_only_cross_attention: bool | None = only(None)
@@ -170,23 +180,45 @@ class UNetEncoder(Model):
 
     def __init__(self, config: EncoderConfig):
         c, width = config, config.block_out_channels
-        temb, last = self.temb(c), len(width) - 1
-        self.conv_in = Conv(c.in_channels, width[0])
-        self.time_embedding = TimestepEmbedding(width[0], temb, c.act_fn, c.time_cond_proj_dim)
+        temb, last, kernel = self.temb(c), len(width) - 1, getattr(c, "conv_in_kernel", 3)
+        self.conv_in = Conv(c.in_channels, width[0], kernel, padding=kernel // 2)
+        fourier = getattr(c, "time_embedding_type", None) == "fourier"
+        self.time_proj = GaussianFourierProjection(width[0], c.flip_sin_to_cos) if fourier else None
+        after = c.time_cond_proj_dim, getattr(c, "timestep_post_act", None)
+        self.time_embedding = TimestepEmbedding(width[0] * (1 + fourier), temb, c.act_fn, *after)
         self.class_embedding = None if c.num_class_embeds is None else Embedding(c.num_class_embeds, temb)
         text_time = c.addition_embed_type == "text_time"
         self.add_embedding = TimestepEmbedding(c.projection_class_embeddings_input_dim, temb) if text_time else None
-        self.down_blocks = nnx.List(
-            Stage(fans, self.resnet(c), self.attention(c, kind, i), c.downsample_padding if i < last else None)
-            for i, (kind, fans) in enumerate(zip(c.down_block_types, down_fans(width, c.layers_per_block)))
-        )
-        self.mid_block = MidBlock(width[-1], self.resnet(c), self.attention(c, "Cross", last))
+        if c.crowson:
+            stages = [k_down(i, kind, **self.k_blocks(c, i)) for i, kind in enumerate(c.down_block_types)]
+        else:
+            stages = [
+                Stage(fans, self.resnet(c), self.attention(c, kind, i), c.downsample_padding if i < last else None)
+                for i, (kind, fans) in enumerate(zip(c.down_block_types, down_fans(width, c.layers_per_block)))
+            ]
+        self.down_blocks = nnx.List(stages)
+        middle = c.mid_block_type is not None
+        self.mid_block = MidBlock(width[-1], self.resnet(c), self.attention(c, "Cross", last)) if middle else None
         self.config = c
 
     @staticmethod
     def temb(c: EncoderConfig) -> int:
         """Channels of the embedding of time."""
-        return c.time_embedding_dim or 4 * c.block_out_channels[0]
+        fourier = getattr(c, "time_embedding_type", None) == "fourier"
+        return c.time_embedding_dim or (2 if fourier else 4) * c.block_out_channels[0]
+
+    @classmethod
+    def k_blocks(cls, c: EncoderConfig, i: int) -> dict[str, Any]:
+        """What `k_down` and `k_up` are told of resolution i, whose `attention_head_dim` is just that."""
+        return {
+            "width": c.block_out_channels,
+            "layers": c.layers_per_block,
+            "head_dim": c.per_stage("attention_head_dim")[i],
+            "context": c.cross_attention_dim,
+            "temb": cls.temb(c),
+            "eps": c.norm_eps,
+            "act_fn": c.act_fn,
+        }
 
     @classmethod
     def resnet(cls, c: EncoderConfig) -> Callable[[int, int], ResnetBlock2D]:
@@ -225,7 +257,7 @@ class UNetEncoder(Model):
     @property
     def stages(self) -> tuple[nnx.Module, ...]:
         """The stages in the order of their use."""
-        return (*self.down_blocks, self.mid_block)
+        return (*self.down_blocks, *([] if self.mid_block is None else [self.mid_block]))
 
     def keys_values(self, encoder_hidden_states: jax.Array) -> tuple[KeysValues, ...]:
         """What the attentions make of a text [B, M, D], in the order of their use."""
@@ -249,7 +281,8 @@ class UNetEncoder(Model):
         c, dtype = self.config, weights.dtype(value(self.conv_in.weight))
         waves = functools.partial(sinusoids, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
         condition = None if timestep_cond is None else timestep_cond.astype(dtype)
-        temb = self.time_embedding(waves(t, c.block_out_channels[0]).astype(dtype), condition)
+        told = waves(t, c.block_out_channels[0]) if self.time_proj is None else self.time_proj(t)
+        temb = self.time_embedding(told.astype(dtype), condition)
         if self.class_embedding is not None:
             if class_labels is None:
                 raise ValueError(f"This UNet is conditioned on one of {c.num_class_embeds} classes: give class_labels.")
@@ -283,12 +316,17 @@ class UNet2DConditionModel(UNetEncoder):
     def __init__(self, config: UNet2DConditionConfig):
         super().__init__(config)
         c, width, last = config, config.block_out_channels, len(config.block_out_channels) - 1
-        self.up_blocks = nnx.List(
-            Stage(fans, self.resnet(c), self.attention(c, kind, last - i), up=i < last)
-            for i, (kind, fans) in enumerate(zip(c.up_block_types, up_fans(width, c.layers_per_block)))
-        )
-        self.conv_norm_out = GroupNorm(width[0], c.norm_num_groups, c.norm_eps)
-        self.conv_out = Conv(width[0], c.out_channels)
+        if c.crowson:
+            stages = [k_up(i, kind, **self.k_blocks(c, last - i)) for i, kind in enumerate(c.up_block_types)]
+        else:
+            stages = [
+                Stage(fans, self.resnet(c), self.attention(c, kind, last - i), up=i < last)
+                for i, (kind, fans) in enumerate(zip(c.up_block_types, up_fans(width, c.layers_per_block)))
+            ]
+        self.up_blocks = nnx.List(stages)
+        groups = c.norm_num_groups
+        self.conv_norm_out = None if groups is None else GroupNorm(width[0], groups, c.norm_eps)
+        self.conv_out = Conv(width[0], c.out_channels, c.conv_out_kernel, padding=c.conv_out_kernel // 2)
 
     def __call__(
         self,
@@ -329,7 +367,7 @@ class UNet2DConditionModel(UNetEncoder):
         skips, more = [x], iter(down_intrablock_additional_residuals)
         for block in self.down_blocks:
             skips += block.down(skips[-1], projected, contexts, next(more, None))
-        x = self.mid_block(skips[-1], projected, contexts)
+        x = skips[-1] if self.mid_block is None else self.mid_block(skips[-1], projected, contexts)
         if (left := next(more, None)) is not None and left.shape == x.shape:
             x += left
         if down_block_additional_residuals is not None:
@@ -338,7 +376,9 @@ class UNet2DConditionModel(UNetEncoder):
         for i, block in enumerate(self.up_blocks):
             below = skips[: -len(block.resnets)]  # what the next stage joins has the size to reach
             x = block.up(x, skips, projected, contexts, below[-1].shape[1:3] if i < len(self.up_blocks) - 1 else None)
-        return self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(x)))
+        if self.conv_norm_out is not None:
+            x = ACTIVATIONS[self.config.act_fn](self.conv_norm_out(x))
+        return self.conv_out(x)
 
     @property
     def stages(self) -> tuple[nnx.Module, ...]:

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flaxdiff.core import param
 from flaxdiff.nn.activations import ACTIVATIONS
-from flaxdiff.nn.layers import Linear
+from flaxdiff.nn.layers import Linear, normal, value
 
 
 def sinusoids(
@@ -37,12 +38,37 @@ def sinusoids(
 
 
 class TimestepEmbedding(nnx.Module):
-    """Linear, activation, linear; a condition of so many numbers is projected and added before, where there is one."""
+    """Linear, activation, linear; a condition of so many numbers is projected and added before, where there is one.
 
-    def __init__(self, fan_in: int, width: int, act_fn: str = "silu", condition: int | None = None):
+    `post_act_fn` names an activation of the result, if any.
+    """
+
+    def __init__(
+        self,
+        fan_in: int,
+        width: int,
+        act_fn: str = "silu",
+        condition: int | None = None,
+        post_act_fn: str | None = None,
+    ):
         self.linear_1, self.linear_2, self.act_fn = Linear(fan_in, width), Linear(width, width), act_fn
+        self.post_act_fn = post_act_fn
         self.cond_proj = None if condition is None else Linear(condition, fan_in, bias=False)
 
     def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
         x = x if condition is None else x + self.cond_proj(condition)
-        return self.linear_2(ACTIVATIONS[self.act_fn](self.linear_1(x)))
+        x = self.linear_2(ACTIVATIONS[self.act_fn](self.linear_1(x)))
+        return x if self.post_act_fn is None else ACTIVATIONS[self.post_act_fn](x)
+
+
+class GaussianFourierProjection(nnx.Module):
+    """[sin(2π t W), cos(2π t W)] with frequencies W of the checkpoint's own; `flip_sin_to_cos`: cosines first."""
+
+    def __init__(self, width: int, flip_sin_to_cos: bool):
+        self.weight = param((width,), "raw", normal)
+        self.flip_sin_to_cos = flip_sin_to_cos
+
+    def __call__(self, t: jax.Array) -> jax.Array:
+        angle = 2 * jnp.pi * t.astype(jnp.float32)[..., None] * value(self.weight).astype(jnp.float32)
+        parts = (jnp.cos(angle), jnp.sin(angle)) if self.flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
+        return jnp.concatenate(parts, -1)

@@ -1,7 +1,8 @@
 """What a network is told beside the sample and the text: further channels, a class, the guidance it was distilled with.
 
 The keys of the inputs that say so, each absent where task and network have no use for it:
-  beside                        [B, h, w, C] channels to join to the sample: a mask, a depth map, a small picture
+  beside                        [B, h, w, C] channels to join to the sample: a mask, a small picture; what is smaller
+                                than the sample is repeated
   beside_alpha, beside_sigma    [] factors of those channels and of the noise to add to them
   beside_image                  [B, H, W, 3] in [-1, 1]: a picture whose latent follows those channels
   depth                         [B, h, w, 1] how near things are, in any unit; or
@@ -58,7 +59,9 @@ def _channels(family: "Family", networks: "Networks", keys: jax.Array, inputs: M
     if "beside_image" in inputs:
         z = family.encode_image(networks, inputs["beside_image"], folded(LATENT), inputs["beside_spread"])
         parts.append(inputs["beside_gain"] * z.astype(jnp.float32))
-    return parts
+    height = family.latent_shape(networks.specs, inputs["size"])[0]
+    larger = lambda x: jnp.repeat(jnp.repeat(x, height // x.shape[1], 1), height // x.shape[1], 2)
+    return [x if x.shape[1] == height else larger(x) for x in parts]
 
 
 def _depth(family: "Family", networks: "Networks", inputs: Mapping[str, Any]) -> jax.Array:

@@ -52,7 +52,7 @@ def prepare_inputs(
     scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
     distilled = pipe.family.distilled(dict(pipe.specs), scale) if pipe.family.distilled else {}
     guided = bool(np.max(scale) > 1) and not distilled
-    options["prompt"] = prompt
+    options |= {"prompt": prompt, "guidance_scale": scale}
     takes = lambda function: {k: v for k, v in options.items() if k in inspect.signature(function).parameters}
     size, arrays, window = pipe.task(pipe, **takes(pipe.task))
     arrays |= distilled
@@ -60,7 +60,7 @@ def prepare_inputs(
     for prepare in prepares:
         arrays |= prepare(pipe, size, guided, **takes(prepare))
     taken = {k for function in (pipe.task, *prepares) for k in takes(function)}
-    options = {k: v for k, v in options.items() if k not in taken}
+    options = {k: v for k, v in options.items() if k not in (*taken, "guidance_scale")}
     if options.pop("prompt", None) is not None:
         raise TypeError(f"{type(pipe).__name__} takes no prompt.")
     if num_images_per_prompt < 1:

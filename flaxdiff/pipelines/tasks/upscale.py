@@ -7,7 +7,7 @@ import numpy as np
 
 from flaxdiff import images as pictures
 from flaxdiff.pipelines.generate import Size
-from flaxdiff.pipelines.tasks import Prepared, check_channels, need, noise, vae_factor
+from flaxdiff.pipelines.tasks import Prepared, check_channels, check_size, is_latents, need, noise, vae_factor
 
 if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
@@ -37,4 +37,31 @@ def upscale(
     beside = {"beside": small, "beside_alpha": alpha, "beside_sigma": sigma}
     beside["class_labels"] = np.full(1, noise_level, np.int32)
     size = Size(*(side * vae_factor(pipe) for side in small.shape[1:3]))
+    return size, beside | noise(pipe, size, latents), {}
+
+
+def latent_upscale(pipe: "DiffusionPipeline", image: Any = None, latents: jax.Array | None = None) -> Prepared:
+    """Start from noise, with the latent of a picture half as high and wide beside it.
+
+    Args:
+      image: Pillow pictures, arrays [B, H, W, 3] in [0, 1], or latents [B, h, w, Z] as `output_type="latent"` returns
+        them.
+      latents: the noise to start from [B, 2h, 2w, Z], of unit variance, in place of what the key gives.
+
+    Raises:
+      ValueError: no picture, a size that the networks do not divide, a network that takes none.
+    """
+    need(pipe, image)
+    check_channels(pipe, pipe.vae.config.latent_channels)
+    if is_latents(pipe, image):
+        beside = {"beside": image}
+        size = Size(*(2 * side * vae_factor(pipe) for side in image.shape[1:3]))
+    else:
+        beside = {
+            "beside_image": pictures.to_array(image),
+            "beside_gain": np.float32(1),
+            "beside_spread": np.float32(1),
+        }
+        size = Size(*(2 * side for side in beside["beside_image"].shape[1:3]))
+    check_size(pipe, size)
     return size, beside | noise(pipe, size, latents), {}
