@@ -1,8 +1,9 @@
-"""For those who come from diffusers' Flax classes: the same calls, over the pipeline that exists.
+"""For those who come from diffusers' Flax classes: the same calls, over the pipelines and networks that exist.
 
-`FlaxStableDiffusionPipeline` keeps the call shapes of the removed class: prompts as ids, the scheduler's state among
-the parameters, arrays with a leading axis of devices for `jit=True`. A call puts the ids into what
-`StableDiffusionPipeline.prepare_inputs` makes and hands that to its `generate`; there is no second implementation.
+The classes keep the call shapes of the removed ones: prompts as ids, pictures with their channels in front, the
+scheduler's state among the parameters, arrays with a leading axis of devices for `jit=True`. A call puts what it is
+given into what the pipeline's `prepare_inputs` makes, and hands that to its `generate`; there is no second
+implementation.
 
 A scheduler's state used to be tables. Here the table, a `Plan`, depends on the number of steps, which only the call
 knows: so the state names the scheduler, and every call makes its plan. Two more things differ: the noise of a key
@@ -12,7 +13,8 @@ knows: so the state names the scheduler, and every call makes its plan. Two more
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +22,21 @@ import numpy as np
 from PIL import Image
 
 from flaxdiff import images as pictures
-from flaxdiff import schedulers
+from flaxdiff import registry, schedulers
 from flaxdiff.checkpoint import hub, load_pipeline
 from flaxdiff.checkpoint.pipelines import SCHEDULER
+from flaxdiff.flax_models import FlaxModelMixin, last
+from flaxdiff.pipelines.controlled import StableDiffusionControlNetPipeline
 from flaxdiff.pipelines.generate import Inputs, Program
-from flaxdiff.pipelines.stable_diffusion import StableDiffusionPipeline
+from flaxdiff.pipelines.pipeline import DiffusionPipeline
+from flaxdiff.pipelines.stable_diffusion import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
+from flaxdiff.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
+from flaxdiff.pipelines.tasks import vae_factor
+from flaxdiff.pipelines.text import check_prompts, texts
 
 
 @jax.tree_util.register_static
@@ -71,6 +83,9 @@ class FlaxStableDiffusionPipelineOutput(NamedTuple):
     nsfw_content_detected: bool = False
 
 
+FlaxStableDiffusionControlNetPipelineOutput = FlaxImagePipelineOutput = FlaxStableDiffusionPipelineOutput
+
+
 def _run(program: Program, params: Mapping[str, Any], key: jax.Array, shared: Inputs, own: Inputs) -> jax.Array:
     return program.generate(params, key, shared | own)
 
@@ -80,8 +95,130 @@ _on_each_device = jax.pmap(_run, static_broadcasted_argnums=0, in_axes=(None, 0,
 
 
 @dataclasses.dataclass(frozen=True)
-class FlaxStableDiffusionPipeline:
-    """Text to image with Stable Diffusion 1 or 2, called as diffusers' Flax class was; `pipe` does the work.
+class FlaxDiffusionPipeline:
+    """The base of the Flax pipelines; `pipe` does the work. Its `from_pretrained` finds the class for a checkpoint.
+
+    What calls share, by name:
+      prompt_ids: [B, N] from `prepare_inputs`; [B, 2, N] with two text encoders.
+      params: component -> parameters, and the scheduler's state.
+      prng_seed: one PRNG key, of the old sort or the new.
+      num_inference_steps, height, width, strength: as of the pipeline's `prepare_inputs`.
+      guidance_scale: strength of the prompt, one number or one for each image [B].
+      latents, noise: to start from, of unit variance, [B, C, h, w].
+      neg_prompt_ids: what to avoid, as `prompt_ids`; by default the empty text.
+      return_dict: a plain tuple if False.
+      jit: run on several devices by `jax.pmap`. Then all arrays, parameters, keys and pictures included, have an axis
+        of devices in front, as `replicate` and `shard` give them one.
+    They return pictures [B, H, W, 3] and raise ValueError for shapes that do not go together, and where there is no
+    state of a scheduler, or no network, among the parameters.
+    """
+
+    pipe: DiffusionPipeline
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = DiffusionPipeline
+    encoders: ClassVar[int] = 1
+
+    @classmethod
+    def from_pretrained(
+        cls, repo: str | os.PathLike[str], *, variant: str | None = None, **options: Any
+    ) -> tuple[Self, dict[str, Any]]:
+        """A pipeline and its parameters, the scheduler's state among them; options as of `checkpoint.load_pipeline`.
+
+        Where there are no files of the variant, the plain ones are read, as the removed class did. A Flax network, such
+        as `controlnet=`, brings no parameters: put them into `params` under that name.
+        """
+        later = [name for name, part in options.items() if isinstance(part, FlaxModelMixin)]
+        options |= {name: (options[name].spec, {}) for name in later}
+        try:
+            pipe, params = load_pipeline(cls.pipeline_class, repo, variant=variant, **options)
+        except FileNotFoundError:
+            if variant is None:
+                raise
+            pipe, params = load_pipeline(cls.pipeline_class, repo, **options)
+        made = cls if cls is not FlaxDiffusionPipeline else registry.find(f"Flax{type(pipe).__name__}", "flax")
+        params = {name: own for name, own in params.items() if name not in later}
+        return made(pipe), {**params, "scheduler": FlaxSchedulerState(pipe.scheduler)}
+
+    def prepare_text_inputs(self, prompt: str | Sequence[str]) -> np.ndarray:
+        """Prompts as token ids [B, N] int32; N is what the text encoder reads, 77 in Stable Diffusion."""
+        read = texts(check_prompts(self.pipe, prompt, None))
+        ids = [tokenizer(read) for _, tokenizer in self.pipe.tokenizers]
+        return ids[0] if self.encoders == 1 else np.stack(ids, 1)
+
+    @staticmethod
+    def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
+        """Arrays [B, H, W, 3], or one [H, W, 3], in [0, 1] as pictures."""
+        return pictures.to_pil(np.asarray(images).reshape(-1, *np.shape(images)[-3:]))
+
+    def _call(
+        self,
+        prompt_ids: jax.Array,
+        params: Mapping[str, Any],
+        key: jax.Array,
+        jit: bool,
+        return_dict: bool,
+        **asked: Any,
+    ) -> FlaxStableDiffusionPipelineOutput | tuple[np.ndarray, bool]:
+        """A call of any of the classes; what else it was given as of `_inputs`."""
+        scheduler, params = _split(params)
+        if absent := [name for name, _ in self.pipe.specs if name not in params]:
+            raise ValueError(f"params lack {', '.join(absent)}; put the parameters there: params[{absent[0]!r}] = ….")
+        _check_axes(prompt_ids, params, key, jit, self.encoders)
+        run = _on_each_device if jit else _on_one_device
+        images = run(self.pipe.program, params, key, *self._inputs(scheduler, prompt_ids, **asked))
+        output = FlaxStableDiffusionPipelineOutput(np.asarray(images))
+        return output if return_dict else tuple(output)
+
+    def _inputs(
+        self,
+        scheduler: schedulers.Scheduler,
+        prompt_ids: jax.Array,
+        *,
+        guidance_scale: float | jax.Array = 7.5,
+        latents: jax.Array | None = None,
+        neg_prompt_ids: jax.Array | None = None,
+        given: Mapping[str, tuple[jax.Array, int]] = MappingProxyType({}),
+        filled: Mapping[str, jax.Array] = MappingProxyType({}),
+        **options: Any,
+    ) -> tuple[Inputs, Inputs]:
+        """The inputs of `generate`: what all devices share, and what has the first axes of `prompt_ids`.
+
+        Args:
+          given: pictures of a call, [..., B, C, H, W], each with the channels that it must have.
+          filled: what they become among the inputs.
+          **options: of the pipeline's `prepare_inputs`, the same for all; blank pictures among them.
+        """
+        lead, axes = np.shape(prompt_ids)[: -self.encoders], self.encoders
+        pipe = self.pipe.replace(scheduler=scheduler)
+        # As those classes did, evaluate both branches whatever the strength, which may be traced.
+        negative = None if neg_prompt_ids is None else [""] * lead[-1]
+        shared = pipe.prepare_inputs([""] * lead[-1], negative_prompt=negative, guidance_scale=7.5, **options)
+        shared.pop("guidance")
+        read = [name for name in ("prompt_ids", "prompt_ids_2") if name in shared]
+        empty = [shared.pop(f"negative_{name}") for name in read]
+        size, (h, w, c) = shared["size"], pipe.family.latent_shape(dict(pipe.specs), shared["size"])
+        ids = (*lead, *(() if axes == 1 else (axes,)), empty[0].shape[1])
+        for name, array, shape in (
+            ("prompt_ids", prompt_ids, ids),
+            ("neg_prompt_ids", neg_prompt_ids, ids),
+            ("latents", latents, (*lead, c, h, w)),
+            *((name, array, (*lead, n, size.height, size.width)) for name, (array, n) in given.items()),
+        ):
+            if array is not None and np.shape(array) != shape:
+                raise ValueError(f"{name} have shape {np.shape(array)}; expected {shape}, for as many prompts.")
+        scale = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), lead)
+        own = {"guidance": {"guidance_scale": scale, "guidance_rescale": jnp.zeros_like(scale)}, **filled}
+        for i, name in enumerate(read):
+            of_one = lambda a, i=i: a if axes == 1 else a[..., i, :]
+            own[name] = of_one(prompt_ids)
+            avoided = empty[i] if neg_prompt_ids is None else of_one(neg_prompt_ids)
+            own[f"negative_{name}"] = jnp.broadcast_to(avoided, own[name].shape)
+        if latents is not None:
+            own["latents"] = last(latents)
+        return {name: value for name, value in shared.items() if name not in own}, own
+
+
+class FlaxStableDiffusionPipeline(FlaxDiffusionPipeline):
+    """Text to image with Stable Diffusion 1 or 2.
 
     >>> import flaxdiff
     >>> pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(flaxdiff.EMOJI, dtype=jnp.float32)
@@ -90,27 +227,8 @@ class FlaxStableDiffusionPipeline:
     (2, 64, 64, 3)
     """
 
-    pipe: StableDiffusionPipeline
-
-    @classmethod
-    def from_pretrained(
-        cls, repo: str | os.PathLike[str], *, variant: str | None = None, **options: Any
-    ) -> tuple[Self, dict[str, Any]]:
-        """A pipeline and its parameters, the scheduler's state among them; options as of `checkpoint.load_pipeline`.
-
-        Where there are no files of the variant, the plain ones are read, as the removed class did.
-        """
-        try:
-            pipe, params = load_pipeline(StableDiffusionPipeline, repo, variant=variant, **options)
-        except FileNotFoundError:
-            if variant is None:
-                raise
-            pipe, params = load_pipeline(StableDiffusionPipeline, repo, **options)
-        return cls(pipe), {**params, "scheduler": FlaxSchedulerState(pipe.scheduler)}
-
-    def prepare_inputs(self, prompt: str | Sequence[str]) -> np.ndarray:
-        """Prompts as token ids [B, N] int32; N is what the text encoder reads, 77 in Stable Diffusion."""
-        return self.pipe.prepare_inputs(prompt)["prompt_ids"]
+    pipeline_class = StableDiffusionPipeline
+    prepare_inputs = FlaxDiffusionPipeline.prepare_text_inputs
 
     def __call__(
         self,
@@ -126,76 +244,152 @@ class FlaxStableDiffusionPipeline:
         return_dict: bool = True,
         jit: bool = False,
     ) -> FlaxStableDiffusionPipelineOutput | tuple[np.ndarray, bool]:
-        """Make pictures [B, H, W, 3]; one compiled program serves every scheduler and number of steps.
-
-        Args:
-          prompt_ids: [B, N] from `prepare_inputs`.
-          params: component -> parameters, and the scheduler's state.
-          prng_seed: one PRNG key, of the old sort or the new.
-          num_inference_steps, height, width: as of `StableDiffusionPipeline.prepare_inputs`.
-          guidance_scale: strength of the prompt, one number or one for each image [B].
-          latents: noise to start from, of unit variance, [B, C, h, w]: the channels are where that class had them.
-          neg_prompt_ids: what to avoid, as `prompt_ids`; by default the empty text.
-          return_dict: a plain tuple if False.
-          jit: run on several devices by `jax.pmap`. Then all arrays, parameters, keys and pictures included, have an
-            axis of devices in front, as `replicate` and `shard` give them one.
-
-        Raises:
-          ValueError: shapes that do not go together, or no state of a scheduler among the parameters.
-        """
-        scheduler, params = _split(params)
-        _check_axes(prompt_ids, params, prng_seed, jit)
-        asked = (num_inference_steps, height, width, guidance_scale, latents, neg_prompt_ids)
-        run = _on_each_device if jit else _on_one_device
-        images = run(self.pipe.program, params, prng_seed, *self._inputs(scheduler, prompt_ids, *asked))
-        output = FlaxStableDiffusionPipelineOutput(np.asarray(images))
-        return output if return_dict else tuple(output)
+        """Make pictures; one compiled program serves every scheduler and number of steps."""
+        asked = dict(zip(ASKED, (num_inference_steps, height, width, guidance_scale, latents, neg_prompt_ids)))
+        return self._call(prompt_ids, params, prng_seed, jit, return_dict, **asked)
 
     def _generate(
         self, prompt_ids: jax.Array, params: Mapping[str, Any], prng_seed: jax.Array, *asked: Any, **named: Any
     ) -> jax.Array:
         """The pure function behind a call, for `jax.pmap`; of its arguments, steps, height and width are static."""
         scheduler, params = _split(params)
-        return _run(self.pipe.program, params, prng_seed, *self._inputs(scheduler, prompt_ids, *asked, **named))
+        inputs = self._inputs(scheduler, prompt_ids, **{"num_inference_steps": 50, **dict(zip(ASKED, asked)), **named})
+        return _run(self.pipe.program, params, prng_seed, *inputs)
 
-    def _inputs(
+
+ASKED = ("num_inference_steps", "height", "width", "guidance_scale", "latents", "neg_prompt_ids")
+
+
+class FlaxStableDiffusionXLPipeline(FlaxDiffusionPipeline):
+    """Text to image with Stable Diffusion XL; ids are those of both text encoders, [B, 2, N]."""
+
+    pipeline_class = StableDiffusionXLPipeline
+    encoders = 2
+    prepare_inputs = FlaxDiffusionPipeline.prepare_text_inputs
+
+    def __call__(
         self,
-        scheduler: schedulers.Scheduler,
         prompt_ids: jax.Array,
+        params: Mapping[str, Any],
+        prng_seed: jax.Array,
         num_inference_steps: int = 50,
+        guidance_scale: float | jax.Array = 7.5,
         height: int | None = None,
         width: int | None = None,
+        latents: jax.Array | None = None,
+        neg_prompt_ids: jax.Array | None = None,
+        return_dict: bool = True,
+        jit: bool = False,
+    ) -> FlaxStableDiffusionPipelineOutput | tuple[np.ndarray, bool]:
+        """Make pictures."""
+        asked = dict(zip(ASKED, (num_inference_steps, height, width, guidance_scale, latents, neg_prompt_ids)))
+        return self._call(prompt_ids, params, prng_seed, jit, return_dict, **asked)
+
+
+class FlaxStableDiffusionImg2ImgPipeline(FlaxDiffusionPipeline):
+    """Image to image with Stable Diffusion 1 or 2; pictures are [B, 3, H, W] in [-1, 1], as from `prepare_inputs`."""
+
+    pipeline_class = StableDiffusionImg2ImgPipeline
+
+    def prepare_inputs(self, prompt: str | Sequence[str], image: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts as ids, and Pillow's pictures as arrays."""
+        return self.prepare_text_inputs(prompt), np.moveaxis(pictures.to_array(image), -1, 1)
+
+    def __call__(
+        self,
+        prompt_ids: jax.Array,
+        image: jax.Array,
+        params: Mapping[str, Any],
+        prng_seed: jax.Array,
+        strength: float = 0.8,
+        num_inference_steps: int = 50,
+        guidance_scale: float | jax.Array = 7.5,
+        noise: jax.Array | None = None,
+        neg_prompt_ids: jax.Array | None = None,
+        return_dict: bool = True,
+        jit: bool = False,
+    ) -> FlaxStableDiffusionPipelineOutput | tuple[np.ndarray, bool]:
+        """Make pictures from pictures."""
+        told = {"guidance_scale": guidance_scale, "latents": noise, "neg_prompt_ids": neg_prompt_ids}
+        told |= {"num_inference_steps": num_inference_steps, "strength": strength, "image": _blank(image)}
+        arrays = {"given": {"image": (image, 3)}, "filled": {"image": last(image)}}
+        return self._call(prompt_ids, params, prng_seed, jit, return_dict, **told, **arrays)
+
+
+class FlaxStableDiffusionInpaintPipeline(FlaxDiffusionPipeline):
+    """Paint over a part of a picture, with a U-Net of Stable Diffusion that was made for it (nine channels)."""
+
+    pipeline_class = StableDiffusionInpaintPipeline
+
+    def prepare_inputs(
+        self, prompt: str | Sequence[str], image: Any, mask: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Prompts as ids, the masked pictures [B, 3, H, W] in [-1, 1], and the masks [B, 1, H, W], 1 where to paint."""
+        image = pictures.to_array(image)
+        mask = pictures.to_mask(mask, *image.shape[1:3])
+        return self.prepare_text_inputs(prompt), *(np.moveaxis(a, -1, 1) for a in (image * (mask < 0.5), mask))
+
+    def __call__(
+        self,
+        prompt_ids: jax.Array,
+        mask: jax.Array,
+        masked_image: jax.Array,
+        params: Mapping[str, Any],
+        prng_seed: jax.Array,
+        num_inference_steps: int = 50,
         guidance_scale: float | jax.Array = 7.5,
         latents: jax.Array | None = None,
         neg_prompt_ids: jax.Array | None = None,
-    ) -> tuple[Inputs, Inputs]:
-        """The inputs of `generate`: what all devices share, and what has the first axes of `prompt_ids`."""
-        *lead, length = np.shape(prompt_ids)
-        pipe = self.pipe.replace(scheduler=scheduler)
-        # As that class did, evaluate both branches whatever the strength, which may be traced.
-        options = {"num_inference_steps": num_inference_steps, "height": height, "width": width, "guidance_scale": 7.5}
-        shared = pipe.prepare_inputs([""] * lead[-1], **options)
-        empty, _, _ = (shared.pop(name) for name in ("negative_prompt_ids", "prompt_ids", "guidance"))
-        h, w, c = pipe.family.latent_shape(dict(pipe.specs), shared["size"])
-        for name, array, shape in (
-            ("prompt_ids", prompt_ids, (*lead, empty.shape[1])),
-            ("neg_prompt_ids", neg_prompt_ids, (*lead, length)),
-            ("latents", latents, (*lead, c, h, w)),
-        ):
-            if array is not None and np.shape(array) != shape:
-                raise ValueError(f"{name} have shape {np.shape(array)}; expected {shape}, for as many prompts.")
-        scale = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), lead)
-        negative = jnp.broadcast_to(empty if neg_prompt_ids is None else neg_prompt_ids, (*lead, length))
-        own = {"prompt_ids": prompt_ids, "negative_prompt_ids": negative}
-        own["guidance"] = {"guidance_scale": scale, "guidance_rescale": jnp.zeros_like(scale)}
-        if latents is not None:
-            own["latents"] = jnp.moveaxis(jnp.asarray(latents), -3, -1)
-        return shared, own
+        return_dict: bool = True,
+        jit: bool = False,
+    ) -> FlaxStableDiffusionPipelineOutput | tuple[np.ndarray, bool]:
+        """Make pictures."""
+        told = {"guidance_scale": guidance_scale, "latents": latents, "neg_prompt_ids": neg_prompt_ids}
+        blank = {"image": _blank(masked_image), "mask_image": _blank(mask)}
+        told |= {"num_inference_steps": num_inference_steps, **blank}
+        told |= dict(zip(("height", "width"), np.shape(mask)[-2:]))
+        factor, known = vae_factor(self.pipe), last(masked_image)
+        small = last(mask)[..., ::factor, ::factor, :]
+        filled = {"image": known, "beside_image": known, "beside": small.astype(jnp.float32)}
+        arrays = {"given": {"mask": (mask, 1), "masked_image": (masked_image, 3)}, "filled": filled}
+        return self._call(prompt_ids, params, prng_seed, jit, return_dict, **told, **arrays)
 
-    @staticmethod
-    def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
-        """Arrays [B, H, W, 3], or one [H, W, 3], in [0, 1] as pictures."""
-        return pictures.to_pil(np.asarray(images).reshape(-1, *np.shape(images)[-3:]))
+
+class FlaxStableDiffusionControlNetPipeline(FlaxDiffusionPipeline):
+    """Text to image led by pictures [B, 3, H, W] in [0, 1] through a ControlNet, whose parameters go into `params`."""
+
+    pipeline_class = StableDiffusionControlNetPipeline
+
+    def prepare_image_inputs(self, image: Any) -> np.ndarray:
+        """Pillow's pictures as arrays."""
+        return np.moveaxis((pictures.to_array(image) + 1) / 2, -1, 1)
+
+    def __call__(
+        self,
+        prompt_ids: jax.Array,
+        image: jax.Array,
+        params: Mapping[str, Any],
+        prng_seed: jax.Array,
+        num_inference_steps: int = 50,
+        guidance_scale: float | jax.Array = 7.5,
+        latents: jax.Array | None = None,
+        neg_prompt_ids: jax.Array | None = None,
+        controlnet_conditioning_scale: float = 1.0,
+        return_dict: bool = True,
+        jit: bool = False,
+    ) -> FlaxStableDiffusionPipelineOutput | tuple[np.ndarray, bool]:
+        """Make pictures."""
+        told = {"guidance_scale": guidance_scale, "latents": latents, "neg_prompt_ids": neg_prompt_ids}
+        told |= {"num_inference_steps": num_inference_steps, "image": _blank(image)}
+        told["controlnet_conditioning_scale"] = controlnet_conditioning_scale
+        arrays = {"given": {"image": (image, 3)}, "filled": {"controlnet_image": last(image)}}
+        return self._call(prompt_ids, params, prng_seed, jit, return_dict, **told, **arrays)
+
+
+def _blank(pictures: jax.Array) -> np.ndarray:
+    """One blank picture [1, H, W, C] for what is [..., C, H, W]."""
+    channels, height, width = np.shape(pictures)[-3:]
+    return np.zeros((1, height, width, channels), np.float32)
 
 
 def _split(params: Mapping[str, Any]) -> tuple[schedulers.Scheduler, dict[str, Any]]:
@@ -209,10 +403,11 @@ def _split(params: Mapping[str, Any]) -> tuple[schedulers.Scheduler, dict[str, A
     return state.scheduler, {name: value for name, value in params.items() if name != "scheduler"}
 
 
-def _check_axes(prompt_ids: jax.Array, params: Mapping[str, Any], key: jax.Array, jit: bool) -> None:
+def _check_axes(prompt_ids: jax.Array, params: Mapping[str, Any], key: jax.Array, jit: bool, encoders: int = 1) -> None:
     """Raise ValueError unless there are ids, and with `jit` parameters and a key for each of their devices."""
-    if np.ndim(prompt_ids) != 2 + jit:
-        expected = "[devices, B, N], as shard returns them, with jit=True" if jit else "[B, N], or jit=True"
+    if np.ndim(prompt_ids) != 1 + encoders + jit:
+        ids = "B, N" if encoders == 1 else f"B, {encoders}, N"
+        expected = f"[devices, {ids}], as shard returns them, with jit=True" if jit else f"[{ids}], or jit=True"
         raise ValueError(f"prompt_ids have shape {np.shape(prompt_ids)}; expected {expected}.")
     n, typed = len(prompt_ids), jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if jit and (key.shape if typed else key.shape[:-1])[:1] != (n,):

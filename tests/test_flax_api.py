@@ -342,3 +342,128 @@ def test_refusals(loaded):
         pipeline.prepare_inputs(["cat", 3])
     with pytest.raises(ValueError, match="batch of 7 does not divide"):
         flaxdiff.shard(ids[:7])
+
+
+# --- other tasks, and networks ---------------------------------------------------------------------------------------
+
+
+def close(pipeline, params, call, given, theirs):
+    """A call on one device, and the same on eight, make what the pipeline makes."""
+    np.testing.assert_allclose(call(given, params, jax.random.PRNGKey(5), jit=False), theirs, atol=1e-5)
+    many = lambda a: np.stack([a] * 8)
+    args = [many(a) for a in given], replicate(params), many(np.asarray(jax.random.PRNGKey(5)))
+    np.testing.assert_allclose(call(*args, jit=True), many(theirs), atol=1e-5)
+
+
+PICTURE = Image.fromarray(np.random.default_rng(1).integers(0, 255, (16, 16, 3), np.uint8))
+TWO = dict(prompt=["red dog", "cat"], num_inference_steps=3, guidance_scale=7.5, output_type="np")
+
+
+def test_image_to_image(folder):
+    pipeline, params = flaxdiff.FlaxStableDiffusionImg2ImgPipeline.from_pretrained(folder)
+    ids, image = pipeline.prepare_inputs(TWO["prompt"], [PICTURE] * 2)
+    assert ids.shape == (2, 77) and image.shape == (2, 3, 16, 16)
+    noise = np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float32)
+    options = dict(strength=0.6, latents=noise.transpose(0, 2, 3, 1), image=[PICTURE] * 2)
+    theirs = pipeline.pipe(params, jax.random.PRNGKey(5), **TWO | options).images
+
+    def call(given, params, key, jit):
+        return pipeline(*given[:2], params, key, 0.6, 3, noise=given[2], jit=jit).images
+
+    close(pipeline, params, call, [ids, image, noise], theirs)
+    with pytest.raises(ValueError, match=r"image have shape \(2, 16, 16, 3\); expected \(2, 3, 3, 16\)|divi|nearest"):
+        pipeline(ids, np.moveaxis(image, 1, -1), params, jax.random.PRNGKey(5))
+
+
+def test_inpainting(folder):
+    root, spec = folder.parent / "nine", flaxdiff.UNet2DConditionModel.from_pretrained(folder / "unet")[0]
+    spec = spec.replace(in_channels=9)
+    unet = spec, flaxdiff.init(spec, jax.random.key(0))
+    pipe, params = flaxdiff.StableDiffusionInpaintPipeline.from_pretrained(folder, unet=unet)
+    flaxdiff.save(root, pipe, params)
+    pipeline, params = flaxdiff.FlaxDiffusionPipeline.from_pretrained(root)
+    assert type(pipeline) is flaxdiff.FlaxStableDiffusionInpaintPipeline
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (4, 2, 12, 9))
+    ids, masked, small = pipeline.prepare_inputs(TWO["prompt"], [PICTURE] * 2, [mask] * 2)
+    assert masked.shape == (2, 3, 16, 16) and small.shape == (2, 1, 16, 16)
+    options = dict(image=[PICTURE] * 2, mask_image=[mask] * 2, height=16, width=16)
+    theirs = pipeline.pipe(params, jax.random.PRNGKey(5), **TWO | options).images
+
+    def call(given, params, key, jit):
+        return pipeline(given[0], given[2], given[1], params, key, 3, jit=jit).images
+
+    close(pipeline, params, call, [ids, masked, small], theirs)
+
+
+def test_controlnet(folder, tmp_path):
+    spec, weights = flaxdiff.UNet2DConditionModel.from_pretrained(folder / "unet")
+    options = dict(conditioning_embedding_out_channels=(8, 16))
+    net, own = flaxdiff.ControlNetModel.from_unet(spec, weights, jax.random.key(0), **options)
+    flaxdiff.save(tmp_path, net, jax.tree.map(lambda a: a + 0.01, own))
+    controlnet, own = flaxdiff.FlaxControlNetModel.from_pretrained(tmp_path, from_pt=True, dtype=jnp.float32)
+    loader = flaxdiff.FlaxStableDiffusionControlNetPipeline.from_pretrained
+    pipeline, params = loader(folder, controlnet=controlnet)
+    ids, image = pipeline.prepare_text_inputs(TWO["prompt"]), pipeline.prepare_image_inputs([PICTURE] * 2)
+    assert image.shape == (2, 3, 16, 16) and image.min() >= 0
+    with pytest.raises(ValueError, match="params lack controlnet"):
+        pipeline(ids, image, params, jax.random.PRNGKey(5))
+    params["controlnet"] = own
+    theirs = pipeline.pipe(
+        params, jax.random.PRNGKey(5), **TWO, image=[PICTURE] * 2, controlnet_conditioning_scale=0.7
+    ).images
+
+    def call(given, params, key, jit):
+        return pipeline(*given, params, key, 3, controlnet_conditioning_scale=0.7, jit=jit).images
+
+    close(pipeline, params, call, [ids, image], theirs)
+
+
+def test_xl():
+    import peers
+
+    pipeline, params = flaxdiff.FlaxDiffusionPipeline.from_pretrained(peers.saved(peers.stable_diffusion_xl))
+    assert type(pipeline) is flaxdiff.FlaxStableDiffusionXLPipeline
+    ids, bad = pipeline.prepare_inputs(TWO["prompt"]), pipeline.prepare_inputs(["ugly", "bad"])
+    assert ids.shape == (2, 2, 16)
+    theirs = pipeline.pipe(params, jax.random.PRNGKey(5), **TWO).images
+
+    def call(given, params, key, jit):
+        return pipeline(*given, params, key, 3, jit=jit).images
+
+    close(pipeline, params, call, [ids], theirs)
+    avoided = pipeline.pipe(params, jax.random.PRNGKey(5), **TWO, negative_prompt=["ugly", "bad"]).images
+    ours = pipeline(ids, params, jax.random.PRNGKey(5), 3, neg_prompt_ids=bad).images
+    np.testing.assert_allclose(ours, avoided, atol=1e-5)
+    assert np.abs(avoided - theirs).max() > 1e-3
+
+
+def test_networks():
+    """Against PyTorch's classes, whose arrays have the same axes."""
+    import peers
+    import torch
+
+    rng, folder = np.random.default_rng(0), peers.saved(peers.stable_diffusion_1)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    peer = peers.stable_diffusion_1()
+    x, t, text, picture = normal(2, 4, 8, 8), np.float32([3, 981]), normal(2, 5, 16), normal(2, 3, 16, 16)
+    unet, params = flaxdiff.FlaxUNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    with torch.no_grad():
+        theirs = peer.unet(*map(torch.tensor, (x, t, text))).sample
+        there = peer.vae.encode(torch.tensor(picture)).latent_dist.mean
+        decoded = peer.vae.decode(there).sample
+    assert peers.relative(unet.apply({"params": params}, x, t, text).sample, theirs) < 1e-4
+    assert unet.init_weights(jax.random.key(0)).keys() == params.keys()
+    assert all(a.dtype == jnp.bfloat16 for a in unet.to_bf16(params).values())
+    vae, params = flaxdiff.FlaxAutoencoderKL.from_pretrained(folder, subfolder="vae")
+    run = lambda *args, **options: vae.apply({"params": params}, *args, **options)
+    latent = run(picture, method=vae.encode).latent_dist.mean
+    assert peers.relative(np.moveaxis(np.asarray(latent), -1, 1), there) < 1e-4
+    for given in (latent, np.moveaxis(np.asarray(latent), -1, 1)):
+        assert peers.relative(run(given, method=vae.decode).sample, decoded) < 1e-4
+    assert peers.relative(run(picture).sample, decoded) < 1e-4
+    net = flaxdiff.FlaxControlNetModel.from_config({"cross_attention_dim": 16, "block_out_channels": [32] * 4})
+    out = jax.eval_shape(
+        lambda p: net.apply({"params": p}, x, t, text, normal(2, 3, 64, 64)), flaxdiff.abstract(net.spec)
+    )
+    assert out.mid_block_res_sample.shape == (2, 1, 1, 32)
