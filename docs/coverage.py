@@ -17,10 +17,24 @@ from flaxdiff import registry
 
 PAGE = Path(__file__).parent / "coverage.md"
 SORTS = {"pipeline": "Pipelines", "model": "Networks", "scheduler": "Schedulers", "flax": "Flax classes"}
-# tested in another way: nothing of PyTorch's to compare with number by number
+PROPERTIES = "`test_schedulers_properties.py::test_{}`"
+# compared in another way than by one number, or with what stands in this table
 OTHERWISE = {
+    "AmusedScheduler": PROPERTIES.format("amused_as_diffusers"),
+    "DPMSolver2SAncestralScheduler": "no class of diffusers: " + PROPERTIES.format("dpm_2s_ancestral_as_published"),
+    "DPMSolverAdaptiveScheduler": "no class of diffusers: "
+    + PROPERTIES.format("dpm_adaptive_finds_the_exact_solution"),
+    "DPMSolverFastScheduler": "no class of diffusers: " + PROPERTIES.format("order_of_convergence"),
     "DiffusionPipeline": "hands out the others",
-}
+    "IPAdapter": "no class of diffusers: `test_ip_adapter.py::test_pictures`",
+    "KarrasVeScheduler": PROPERTIES.format("karras_ve_as_diffusers"),
+    "RePaintScheduler": PROPERTIES.format("repaint_as_diffusers"),
+    "ScoreSdeVeScheduler": PROPERTIES.format("score_sde_ve_as_diffusers"),
+    "ScoreSdeVpScheduler": PROPERTIES.format("score_sde_vp_as_diffusers"),
+    "StableDiffusionKDiffusionPipeline": "names of schedulers: `test_tasks.py::test_k_diffusion_names_schedulers`",
+    "StableDiffusionXLKDiffusionPipeline": "names of schedulers, as the one before",
+    "VQDiffusionScheduler": PROPERTIES.format("vq_diffusion_as_diffusers"),
+} | dict.fromkeys(registry.names("flax"), "what it stands for, with the calls of old: `test_flax_api.py`")
 HEAD = """# What is here
 
 Each class with the largest difference from PyTorch's class of the same name that the tests have seen: tiny networks
@@ -34,9 +48,9 @@ def read(results: Path) -> dict[str, tuple[float, list[str]]]:
     """class -> (largest difference, the tests that compared it), of the tests that passed."""
     found: dict[str, tuple[float, set[str]]] = {}
     for case in ElementTree.parse(results).iter("testcase"):
-        test = f"{case.get('classname').split('.')[-1]}.py::{re.sub(r'[[].*', '', case.get('name'))}"
-        if any(case.find(outcome) is not None for outcome in ("failure", "error", "skipped")):
+        if case.get("classname") is None or any(case.find(o) is not None for o in ("failure", "error", "skipped")):
             continue
+        test = f"{case.get('classname').split('.')[-1]}.py::{re.sub(r'[[].*', '', case.get('name'))}"
         for told in case.iter("property"):
             if told.get("name").startswith("parity "):
                 share, tests = found.get(name := told.get("name").removeprefix("parity "), (0.0, set()))

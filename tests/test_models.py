@@ -377,7 +377,15 @@ def test_an_unknown_option_that_is_off_changes_nothing():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier' is not supported; use one of"),
+        ({"class_embed_type": "timestep"}, "class_embed_type='timestep' is not supported; use one of"),
+        (
+            {"down_block_types": ["KDownBlock2D"] + ["DownBlock2D"] * 3},
+            r"down_block_types holds \['DownBlock2D'\]; supported are \['KCrossAttnDownBlock2D', 'KDownBlock2D'\]",
+        ),
+        (
+            CROWSON | {"block_out_channels": [16, 32, 32, 32], "attention_head_dim": 16},
+            "multiples of 32 channels, not 16 and 16",
+        ),
         ({"down_block_types": ["Down"] * 4}, r"down_block_types holds \['Down'\]; supported are"),
         ({"down_block_types": ["DownBlock2D"]}, "down_block_types has 1 entries and block_out_channels 4"),
         ({"attention_head_dim": [5, 10]}, r"attention_head_dim=\(5, 10\) needs 4 entries"),

@@ -37,7 +37,7 @@ class EncoderConfig(Config):
     freq_shift: float = 0
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     mid_block_type: str | None = only("UNetMidBlock2DCrossAttn", None)
-    only_cross_attention: bool = only(False)
+    only_cross_attention: bool | tuple[bool, ...] = False  # in place of self-attention
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     downsample_padding: int = 1
@@ -71,7 +71,7 @@ class EncoderConfig(Config):
         if up and self.crowson:
             ours, up = ("KCrossAttnDownBlock2D", "KDownBlock2D"), ("KCrossAttnUpBlock2D", "KUpBlock2D")
         check_stages(model, self, ours, up)
-        for key in ("attention_head_dim", "transformer_layers_per_block"):
+        for key in ("attention_head_dim", "transformer_layers_per_block", "only_cross_attention"):
             if len(self.per_stage(key)) != n:
                 raise ValueError(f"{model}: {key}={getattr(self, key)} needs {n} entries, or one number.")
 
@@ -138,15 +138,26 @@ class FeedForward(nnx.Module):
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, attention to the context, feed-forward; each added to what it reads normalised."""
+    """Self-attention, attention to the context, feed-forward; each added to what it reads normalised.
 
-    def __init__(self, width: int, heads: int, context: int, chunking: tuple[int, int] | None):
-        self.norm1, self.attn1 = LayerNorm(width), Attention(width, heads, width // heads)
+    With `only_cross` the first attends to the context as well.
+    """
+
+    def __init__(self, width: int, heads: int, context: int, chunking: tuple[int, int] | None, only_cross: bool):
+        self.norm1 = LayerNorm(width)
+        self.attn1 = Attention(width, heads, width // heads, context if only_cross else None)
         self.norm2, self.attn2 = LayerNorm(width), Attention(width, heads, width // heads, context)
         self.norm3, self.ff = LayerNorm(width), FeedForward(width, chunking)
+        self.only_cross = only_cross
 
-    def __call__(self, x: jax.Array, context: KeysValues) -> jax.Array:
-        x = x + self.attn1(self.norm1(x))
+    def keys_values(self, context: jax.Array) -> Any:
+        """What the attentions make of a context [B, M, D]."""
+        second = self.attn2.keys_values(context)
+        return (self.attn1.keys_values(context), second) if self.only_cross else second
+
+    def __call__(self, x: jax.Array, context: Any) -> jax.Array:
+        first, context = context if self.only_cross else (None, context)
+        x = x + self.attn1(self.norm1(x), first)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -154,9 +165,10 @@ class BasicTransformerBlock(nnx.Module):
 class Transformer2DModel(nnx.Module):
     """Transformer blocks over the positions of a feature map, with a projection before and after."""
 
-    def __init__(self, width: int, heads: int, depth: int, c: EncoderConfig):
+    def __init__(self, width: int, heads: int, depth: int, c: EncoderConfig, only_cross: bool = False):
         project = Linear if c.use_linear_projection else functools.partial(Conv, kernel=1, padding=0)
-        block = functools.partial(BasicTransformerBlock, width, heads, c.cross_attention_dim, c.forward_chunking)
+        shared = width, heads, c.cross_attention_dim, c.forward_chunking, only_cross
+        block = functools.partial(BasicTransformerBlock, *shared)
         self.norm = GroupNorm(width, c.norm_num_groups, 1e-6)
         self.proj_in = project(width, width)
         self.transformer_blocks = stack(block, depth, c.scan_layers)
@@ -164,7 +176,7 @@ class Transformer2DModel(nnx.Module):
 
     def keys_values(self, context: jax.Array) -> KeysValues:
         """What the blocks make of a context [B, M, D]: [B, depth, M, C] each."""
-        pairs = over(self.transformer_blocks, lambda block: block.attn2.keys_values(context))
+        pairs = over(self.transformer_blocks, lambda block: block.keys_values(context))
         return jax.tree.map(lambda a: a.swapaxes(0, 1), pairs)
 
     def __call__(self, x: jax.Array, context: KeysValues) -> jax.Array:
@@ -198,7 +210,7 @@ class UNetEncoder(Model):
             ]
         self.down_blocks = nnx.List(stages)
         middle = c.mid_block_type is not None
-        self.mid_block = MidBlock(width[-1], self.resnet(c), self.attention(c, "Cross", last)) if middle else None
+        self.mid_block = MidBlock(width[-1], self.resnet(c), self.attention(c, "CrossMid", last)) if middle else None
         self.config = c
 
     @staticmethod
@@ -236,9 +248,10 @@ class UNetEncoder(Model):
     def attention(c: EncoderConfig, kind: str, i: int) -> Callable[[int], Transformer2DModel] | None:
         """Channels -> the transformer of resolution i, if blocks of this kind have any."""
         heads, depth = c.per_stage("attention_head_dim")[i], c.per_stage("transformer_layers_per_block")[i]
-        return (
-            functools.partial(Transformer2DModel, heads=heads, depth=depth, c=c) if kind.startswith("Cross") else None
-        )
+        if not kind.startswith("Cross"):
+            return None
+        only_cross = kind != "CrossMid" and c.per_stage("only_cross_attention")[i]
+        return functools.partial(Transformer2DModel, heads=heads, depth=depth, c=c, only_cross=only_cross)
 
     def entered(
         self,

@@ -45,6 +45,8 @@ class ResnetBlockCondNorm2D(nnx.Module):
 
     def __init__(self, fans: tuple[int, int, int], temb: int, eps: float, act_fn: str, groups: int | None = None):
         a, b, c = fans
+        if a % GROUP or b % GROUP:
+            raise ValueError(f"Stages of K-blocks have multiples of {GROUP} channels, not {a} and {b}.")
         self.norm1, self.conv1 = AdaGroupNorm(temb, a, a // GROUP, eps), Conv(a, b)
         self.norm2, self.conv2 = AdaGroupNorm(temb, b, groups or b // GROUP, eps), Conv(b, c)
         self.conv_shortcut = Conv(a, c, kernel=1, padding=0, bias=False) if a != c else None
