@@ -11,6 +11,7 @@ knows: so the state names the scheduler, and every call makes its plan. Two more
 """
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -94,27 +95,36 @@ _on_one_device = jax.jit(_run, static_argnums=0)
 _on_each_device = jax.pmap(_run, static_broadcasted_argnums=0, in_axes=(None, 0, 0, None, 0))
 
 
+DEFAULTS = {"num_inference_steps": 50, "guidance_scale": 7.5, "strength": 0.8, "controlnet_conditioning_scale": 1.0}
+DEFAULTS |= dict.fromkeys(("height", "width", "latents", "noise", "neg_prompt_ids")) | {
+    "return_dict": True,
+    "jit": False,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class FlaxDiffusionPipeline:
     """The base of the Flax pipelines; `pipe` does the work. Its `from_pretrained` finds the class for a checkpoint.
 
-    What calls share, by name:
-      prompt_ids: [B, N] from `prepare_inputs`; [B, 2, N] with two text encoders.
-      params: component -> parameters, and the scheduler's state.
-      prng_seed: one PRNG key, of the old sort or the new.
-      num_inference_steps, height, width, strength: as of the pipeline's `prepare_inputs`.
-      guidance_scale: strength of the prompt, one number or one for each image [B].
-      latents, noise: to start from, of unit variance, [B, C, h, w].
-      neg_prompt_ids: what to avoid, as `prompt_ids`; by default the empty text.
-      return_dict: a plain tuple if False.
-      jit: run on several devices by `jax.pmap`. Then all arrays, parameters, keys and pictures included, have an axis
-        of devices in front, as `replicate` and `shard` give them one.
-    They return pictures [B, H, W, 3] and raise ValueError for shapes that do not go together, and where there is no
-    state of a scheduler, or no network, among the parameters.
+    Attributes:
+      takes: what a call is given, in order:
+        prompt_ids: [B, N] from `prepare_inputs`; [B, 2, N] with two text encoders.
+        image, mask, masked_image: [B, C, H, W] from there too.
+        params: component -> parameters, and the scheduler's state.
+        prng_seed: one PRNG key, of the old sort or the new.
+        num_inference_steps, height, width, strength, …: as of the pipeline's `prepare_inputs`.
+        guidance_scale: strength of the prompt, one number or one for each image [B].
+        latents, noise: to start from, of unit variance, [B, C, h, w].
+        neg_prompt_ids: what to avoid, as `prompt_ids`; by default the empty text.
+        return_dict: a plain tuple if False.
+        jit: run on several devices by `jax.pmap`. Then all arrays, parameters, keys and pictures included, have an
+          axis of devices in front, as `replicate` and `shard` give them one.
+      encoders: how many read the text.
     """
 
     pipe: DiffusionPipeline
     pipeline_class: ClassVar[type[DiffusionPipeline]] = DiffusionPipeline
+    takes: ClassVar[tuple[str, ...]] = ()
     encoders: ClassVar[int] = 1
 
     @classmethod
@@ -149,24 +159,34 @@ class FlaxDiffusionPipeline:
         """Arrays [B, H, W, 3], or one [H, W, 3], in [0, 1] as pictures."""
         return pictures.to_pil(np.asarray(images).reshape(-1, *np.shape(images)[-3:]))
 
-    def _call(
-        self,
-        prompt_ids: jax.Array,
-        params: Mapping[str, Any],
-        key: jax.Array,
-        jit: bool,
-        return_dict: bool,
-        **asked: Any,
-    ) -> FlaxStableDiffusionPipelineOutput | tuple[np.ndarray, bool]:
-        """A call of any of the classes; what else it was given as of `_inputs`."""
+    def __call__(self, *args: Any, **named: Any) -> FlaxStableDiffusionPipelineOutput | tuple[np.ndarray, bool]:
+        """Make pictures [B, H, W, 3]; one compiled program serves every scheduler and number of steps.
+
+        Args:
+          *args, **named: what the class `takes`.
+
+        Raises:
+          TypeError: something is missing, or is not taken.
+          ValueError: shapes that do not go together, or no state of a scheduler, or no network, among the parameters.
+        """
+        plain, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+        accepted = [inspect.Parameter(name, plain, default=DEFAULTS.get(name, empty)) for name in self.takes]
+        bound = inspect.Signature(accepted).bind(*args, **named)
+        bound.apply_defaults()
+        asked = dict(bound.arguments)
+        params, key, return_dict, jit = (asked.pop(name) for name in ("params", "prng_seed", "return_dict", "jit"))
         scheduler, params = _split(params)
         if absent := [name for name, _ in self.pipe.specs if name not in params]:
             raise ValueError(f"params lack {', '.join(absent)}; put the parameters there: params[{absent[0]!r}] = ….")
-        _check_axes(prompt_ids, params, key, jit, self.encoders)
+        _check_axes(asked["prompt_ids"], params, key, jit, self.encoders)
         run = _on_each_device if jit else _on_one_device
-        images = run(self.pipe.program, params, key, *self._inputs(scheduler, prompt_ids, **asked))
+        images = run(self.pipe.program, params, key, *self._inputs(scheduler, **self._told(**asked)))
         output = FlaxStableDiffusionPipelineOutput(np.asarray(images))
         return output if return_dict else tuple(output)
+
+    def _told(self, **asked: Any) -> dict[str, Any]:
+        """What a call was asked for, as arguments of `_inputs`."""
+        return asked
 
     def _inputs(
         self,
@@ -228,98 +248,50 @@ class FlaxStableDiffusionPipeline(FlaxDiffusionPipeline):
     """
 
     pipeline_class = StableDiffusionPipeline
+    takes = ("prompt_ids", "params", "prng_seed", "num_inference_steps", "height", "width", "guidance_scale", "latents")
+    takes += ("neg_prompt_ids", "return_dict", "jit")
     prepare_inputs = FlaxDiffusionPipeline.prepare_text_inputs
-
-    def __call__(
-        self,
-        prompt_ids: jax.Array,
-        params: Mapping[str, Any],
-        prng_seed: jax.Array,
-        num_inference_steps: int = 50,
-        height: int | None = None,
-        width: int | None = None,
-        guidance_scale: float | jax.Array = 7.5,
-        latents: jax.Array | None = None,
-        neg_prompt_ids: jax.Array | None = None,
-        return_dict: bool = True,
-        jit: bool = False,
-    ) -> FlaxStableDiffusionPipelineOutput | tuple[np.ndarray, bool]:
-        """Make pictures; one compiled program serves every scheduler and number of steps."""
-        asked = dict(zip(ASKED, (num_inference_steps, height, width, guidance_scale, latents, neg_prompt_ids)))
-        return self._call(prompt_ids, params, prng_seed, jit, return_dict, **asked)
 
     def _generate(
         self, prompt_ids: jax.Array, params: Mapping[str, Any], prng_seed: jax.Array, *asked: Any, **named: Any
     ) -> jax.Array:
         """The pure function behind a call, for `jax.pmap`; of its arguments, steps, height and width are static."""
         scheduler, params = _split(params)
-        inputs = self._inputs(scheduler, prompt_ids, **{"num_inference_steps": 50, **dict(zip(ASKED, asked)), **named})
-        return _run(self.pipe.program, params, prng_seed, *inputs)
-
-
-ASKED = ("num_inference_steps", "height", "width", "guidance_scale", "latents", "neg_prompt_ids")
+        told = {"num_inference_steps": 50, **dict(zip(self.takes[3:], asked)), **named}
+        return _run(self.pipe.program, params, prng_seed, *self._inputs(scheduler, prompt_ids, **told))
 
 
 class FlaxStableDiffusionXLPipeline(FlaxDiffusionPipeline):
-    """Text to image with Stable Diffusion XL; ids are those of both text encoders, [B, 2, N]."""
+    """Text to image with Stable Diffusion XL; ids are those of both text encoders."""
 
-    pipeline_class = StableDiffusionXLPipeline
-    encoders = 2
+    pipeline_class, encoders = StableDiffusionXLPipeline, 2
+    takes = ("prompt_ids", "params", "prng_seed", "num_inference_steps", "guidance_scale", "height", "width", "latents")
+    takes += ("neg_prompt_ids", "return_dict", "jit")
     prepare_inputs = FlaxDiffusionPipeline.prepare_text_inputs
-
-    def __call__(
-        self,
-        prompt_ids: jax.Array,
-        params: Mapping[str, Any],
-        prng_seed: jax.Array,
-        num_inference_steps: int = 50,
-        guidance_scale: float | jax.Array = 7.5,
-        height: int | None = None,
-        width: int | None = None,
-        latents: jax.Array | None = None,
-        neg_prompt_ids: jax.Array | None = None,
-        return_dict: bool = True,
-        jit: bool = False,
-    ) -> FlaxStableDiffusionPipelineOutput | tuple[np.ndarray, bool]:
-        """Make pictures."""
-        asked = dict(zip(ASKED, (num_inference_steps, height, width, guidance_scale, latents, neg_prompt_ids)))
-        return self._call(prompt_ids, params, prng_seed, jit, return_dict, **asked)
 
 
 class FlaxStableDiffusionImg2ImgPipeline(FlaxDiffusionPipeline):
-    """Image to image with Stable Diffusion 1 or 2; pictures are [B, 3, H, W] in [-1, 1], as from `prepare_inputs`."""
+    """Image to image with Stable Diffusion 1 or 2."""
 
     pipeline_class = StableDiffusionImg2ImgPipeline
+    takes = ("prompt_ids", "image", "params", "prng_seed", "strength", "num_inference_steps", "height", "width")
+    takes += ("guidance_scale", "noise", "neg_prompt_ids", "return_dict", "jit")
 
     def prepare_inputs(self, prompt: str | Sequence[str], image: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts as ids, and Pillow's pictures as arrays."""
+        """Prompts as ids, and Pillow's pictures as arrays [B, 3, H, W] in [-1, 1]."""
         return self.prepare_text_inputs(prompt), np.moveaxis(pictures.to_array(image), -1, 1)
 
-    def __call__(
-        self,
-        prompt_ids: jax.Array,
-        image: jax.Array,
-        params: Mapping[str, Any],
-        prng_seed: jax.Array,
-        strength: float = 0.8,
-        num_inference_steps: int = 50,
-        guidance_scale: float | jax.Array = 7.5,
-        noise: jax.Array | None = None,
-        neg_prompt_ids: jax.Array | None = None,
-        return_dict: bool = True,
-        jit: bool = False,
-    ) -> FlaxStableDiffusionPipelineOutput | tuple[np.ndarray, bool]:
-        """Make pictures from pictures."""
-        told = {"guidance_scale": guidance_scale, "latents": noise, "neg_prompt_ids": neg_prompt_ids}
-        told |= {"num_inference_steps": num_inference_steps, "strength": strength, "image": _blank(image)}
+    def _told(self, image: jax.Array, height: int | None, width: int | None, noise: Any, **asked: Any) -> dict:
         arrays = {"given": {"image": (image, 3)}, "filled": {"image": last(image)}}
-        return self._call(prompt_ids, params, prng_seed, jit, return_dict, **told, **arrays)
+        return asked | arrays | {"latents": noise, "image": _blank(image, height, width)}
 
 
 class FlaxStableDiffusionInpaintPipeline(FlaxDiffusionPipeline):
     """Paint over a part of a picture, with a U-Net of Stable Diffusion that was made for it (nine channels)."""
 
     pipeline_class = StableDiffusionInpaintPipeline
+    takes = ("prompt_ids", "mask", "masked_image", "params", "prng_seed", "num_inference_steps", "height", "width")
+    takes += ("guidance_scale", "latents", "neg_prompt_ids", "return_dict", "jit")
 
     def prepare_inputs(
         self, prompt: str | Sequence[str], image: Any, mask: Any
@@ -329,67 +301,43 @@ class FlaxStableDiffusionInpaintPipeline(FlaxDiffusionPipeline):
         mask = pictures.to_mask(mask, *image.shape[1:3])
         return self.prepare_text_inputs(prompt), *(np.moveaxis(a, -1, 1) for a in (image * (mask < 0.5), mask))
 
-    def __call__(
-        self,
-        prompt_ids: jax.Array,
-        mask: jax.Array,
-        masked_image: jax.Array,
-        params: Mapping[str, Any],
-        prng_seed: jax.Array,
-        num_inference_steps: int = 50,
-        guidance_scale: float | jax.Array = 7.5,
-        latents: jax.Array | None = None,
-        neg_prompt_ids: jax.Array | None = None,
-        return_dict: bool = True,
-        jit: bool = False,
-    ) -> FlaxStableDiffusionPipelineOutput | tuple[np.ndarray, bool]:
-        """Make pictures."""
-        told = {"guidance_scale": guidance_scale, "latents": latents, "neg_prompt_ids": neg_prompt_ids}
-        blank = {"image": _blank(masked_image), "mask_image": _blank(mask)}
-        told |= {"num_inference_steps": num_inference_steps, **blank}
-        told |= dict(zip(("height", "width"), np.shape(mask)[-2:]))
+    def _told(
+        self, mask: jax.Array, masked_image: jax.Array, height: int | None, width: int | None, **asked: Any
+    ) -> dict:
         factor, known = vae_factor(self.pipe), last(masked_image)
-        small = last(mask)[..., ::factor, ::factor, :]
-        filled = {"image": known, "beside_image": known, "beside": small.astype(jnp.float32)}
-        arrays = {"given": {"mask": (mask, 1), "masked_image": (masked_image, 3)}, "filled": filled}
-        return self._call(prompt_ids, params, prng_seed, jit, return_dict, **told, **arrays)
+        small = last(mask)[..., ::factor, ::factor, :].astype(jnp.float32)
+        arrays = {
+            "given": {"mask": (mask, 1), "masked_image": (masked_image, 3)},
+            "filled": {"image": known, "beside_image": known, "beside": small},
+        }
+        blank = {"image": _blank(masked_image, height, width), "mask_image": _blank(mask, height, width)}
+        return asked | arrays | blank | dict(zip(("height", "width"), np.shape(mask)[-2:]))
 
 
 class FlaxStableDiffusionControlNetPipeline(FlaxDiffusionPipeline):
-    """Text to image led by pictures [B, 3, H, W] in [0, 1] through a ControlNet, whose parameters go into `params`."""
+    """Text to image led by pictures through a ControlNet, whose parameters go into `params`."""
 
     pipeline_class = StableDiffusionControlNetPipeline
+    takes = ("prompt_ids", "image", "params", "prng_seed", "num_inference_steps", "guidance_scale", "latents")
+    takes += ("neg_prompt_ids", "controlnet_conditioning_scale", "return_dict", "jit")
 
     def prepare_image_inputs(self, image: Any) -> np.ndarray:
-        """Pillow's pictures as arrays."""
+        """Pillow's pictures as arrays [B, 3, H, W] in [0, 1]."""
         return np.moveaxis((pictures.to_array(image) + 1) / 2, -1, 1)
 
-    def __call__(
-        self,
-        prompt_ids: jax.Array,
-        image: jax.Array,
-        params: Mapping[str, Any],
-        prng_seed: jax.Array,
-        num_inference_steps: int = 50,
-        guidance_scale: float | jax.Array = 7.5,
-        latents: jax.Array | None = None,
-        neg_prompt_ids: jax.Array | None = None,
-        controlnet_conditioning_scale: float = 1.0,
-        return_dict: bool = True,
-        jit: bool = False,
-    ) -> FlaxStableDiffusionPipelineOutput | tuple[np.ndarray, bool]:
-        """Make pictures."""
-        told = {"guidance_scale": guidance_scale, "latents": latents, "neg_prompt_ids": neg_prompt_ids}
-        told |= {"num_inference_steps": num_inference_steps, "image": _blank(image)}
-        told["controlnet_conditioning_scale"] = controlnet_conditioning_scale
+    def _told(self, image: jax.Array, **asked: Any) -> dict:
         arrays = {"given": {"image": (image, 3)}, "filled": {"controlnet_image": last(image)}}
-        return self._call(prompt_ids, params, prng_seed, jit, return_dict, **told, **arrays)
+        return asked | arrays | {"image": _blank(image)}
 
 
-def _blank(pictures: jax.Array) -> np.ndarray:
-    """One blank picture [1, H, W, C] for what is [..., C, H, W]."""
-    channels, height, width = np.shape(pictures)[-3:]
-    return np.zeros((1, height, width, channels), np.float32)
+def _blank(given: jax.Array, height: int | None = None, width: int | None = None) -> np.ndarray:
+    """One blank picture [1, H, W, C] for what is [..., C, H, W]. Raises ValueError if another size was asked for."""
+    channels, *size = np.shape(given)[-3:]
+    if [height or size[0], width or size[1]] != size:
+        raise ValueError(
+            f"The pictures are {size[0]} x {size[1]}, and height={height}, width={width}; leave those out."
+        )
+    return np.zeros((1, *size, channels), np.float32)
 
 
 def _split(params: Mapping[str, Any]) -> tuple[schedulers.Scheduler, dict[str, Any]]:

@@ -227,7 +227,7 @@ def test_latent_upscale(monkeypatch):
     there = dict(image=torch.tensor(PICTURE).permute(0, 3, 1, 2))
     options |= dict(image=PICTURE, guidance_scale=0.0)
     assert compare(monkeypatch, pipe, params, peer, options, noise, theirs=there) < 1e-3
-    with pytest.raises(ValueError, match="need pooled_prompt_embeds beside them"):
+    with pytest.raises(ValueError, match="prompt_embeds and pooled_prompt_embeds go together"):
         pipe.prepare_inputs(image=PICTURE, prompt_embeds=normal(1, 5, 16))
 
 

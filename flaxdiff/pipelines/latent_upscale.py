@@ -9,43 +9,40 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flaxdiff.pipelines import stable_diffusion as sd
 from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
 from flaxdiff.pipelines.tasks.upscale import latent_upscale
+from flaxdiff.pipelines.text import texts
 
 
-def prepare(
+def pooled(
     pipe: DiffusionPipeline,
     size: Size,
     guided: bool,
     prompt: str | Sequence[str] | None = None,
-    negative_prompt: str | Sequence[str] | None = None,
-    prompt_embeds: jax.Array | None = None,
-    negative_prompt_embeds: jax.Array | None = None,
-    pooled_prompt_embeds: jax.Array | None = None,
-    negative_pooled_prompt_embeds: jax.Array | None = None,
     guidance_scale: Any = None,
+    prompt_embeds: jax.Array | None = None,
+    pooled_prompt_embeds: jax.Array | None = None,
+    negative_prompt_embeds: jax.Array | None = None,
+    negative_pooled_prompt_embeds: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """The prompts as tokens, or as embeddings where those are given; with `guidance_scale=0` the prompt is empty.
+    """What the text encoder pools, where embeddings are given; and with `guidance_scale=0` the empty prompt.
 
     Args:
-      prompt, negative_prompt, prompt_embeds, negative_prompt_embeds: as of Stable Diffusion.
-      pooled_prompt_embeds, negative_pooled_prompt_embeds: what the text encoder pools [B, D], beside those.
+      pooled_prompt_embeds, negative_pooled_prompt_embeds: [B, D], beside the embeddings themselves.
     """
-    if guidance_scale == 0 and prompt is not None:
-        prompt = "" if isinstance(prompt, str) else [""] * len(prompt)
-    arrays = sd.prepare(pipe, size, guided, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-    pooled = {
-        "pooled_prompt_embeds": pooled_prompt_embeds,
-        "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
-    }
-    for name, given in pooled.items():
-        if name.replace("pooled_", "") in arrays:
-            if given is None:
-                raise ValueError(f"{name.replace('pooled_', '')} need {name} beside them; give both.")
-            arrays[name] = given
+    arrays: dict[str, Any] = {}
+    if prompt is not None and np.all(np.asarray(guidance_scale) == 0):
+        arrays["prompt_ids"] = pipe.tokenizer([""] * len(texts(prompt)))
+    given = {"": (prompt_embeds, pooled_prompt_embeds)}
+    given |= {"negative_": (negative_prompt_embeds, negative_pooled_prompt_embeds)} if guided else {}
+    for prefix, (embeds, of_all) in given.items():
+        if (embeds is None) != (of_all is None):
+            raise ValueError(f"{prefix}prompt_embeds and {prefix}pooled_prompt_embeds go together; give both.")
+        arrays |= {} if of_all is None else {f"{prefix}pooled_prompt_embeds": of_all}
     return arrays
 
 
@@ -89,6 +86,7 @@ def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
 class StableDiffusionLatentUpscalePipeline(DiffusionPipeline):
     """A picture, or the latents of one, twice as high and wide."""
 
-    family = sd.STABLE_DIFFUSION._replace(prepare=prepare, encode=encode, predict=predict, times=times, distilled=None)
+    family = sd.STABLE_DIFFUSION._replace(encode=encode, predict=predict, times=times, distilled=None)
+    extras = (pooled,)
     task = staticmethod(latent_upscale)
     defaults = {"num_inference_steps": 75, "guidance_scale": 9.0}
