@@ -292,3 +292,44 @@ def make_image_grid(images: Sequence[Image.Image], rows: int, cols: int, resize:
     for i, image in enumerate(images):
         sheet.paste(image, (i % cols * width, i // cols * height))
     return sheet
+
+
+# --- diffusers' names -------------------------------------------------------------------------------------------------
+
+numpy_to_pil = to_pil
+
+
+class VaeImageProcessor:
+    """Pictures as networks have them, and back.
+
+    >>> pixels = VaeImageProcessor.preprocess(Image.new("RGB", (16, 8), "white"))
+    >>> pixels.shape, VaeImageProcessor.postprocess(pixels)[0].getpixel((0, 0))
+    ((1, 8, 16, 3), (255, 255, 255))
+    """
+
+    preprocess = staticmethod(to_array)
+    numpy_to_pil = staticmethod(to_pil)
+    blur, apply_overlay, get_crop_region = staticmethod(blur), staticmethod(apply_overlay), staticmethod(crop_region)
+
+    @staticmethod
+    def postprocess(image: np.ndarray, output_type: str = "pil") -> np.ndarray | list[Image.Image]:
+        """Pictures [B, H, W, 3] in [-1, 1] as Pillow's, as "np" in [0, 1], or as they are ("latent").
+
+        Raises:
+          ValueError: another `output_type`.
+        """
+        if output_type not in ("pil", "np", "latent"):
+            raise ValueError(f"output_type={output_type!r} is not known; use 'pil', 'np' or 'latent'.")
+        if output_type == "latent":
+            return image
+        image = np.clip(np.asarray(image, np.float32) / 2 + 0.5, 0, 1)
+        return image if output_type == "np" else to_pil(image)
+
+
+class IPAdapterMaskProcessor:
+    """Masks of where a picture counts."""
+
+    @staticmethod
+    def preprocess(mask: Image.Image | np.ndarray | Sequence, height: int, width: int) -> list[np.ndarray]:
+        """Masks of a size, [H, W] of 0 and 1 each: one entry of `ip_adapter_masks`."""
+        return [one[..., 0] for one in to_mask(mask, height, width)]

@@ -29,7 +29,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.adapters.ip_adapter": ("load_ip_adapter",),
         "flaxdiff.adapters.merge": ("merge_adapters",),
         "flaxdiff.adapters.textual_inversion": ("load_textual_inversion",),
-        "flaxdiff.images": ("make_image_grid",),
+        "flaxdiff.images": ("make_image_grid", "numpy_to_pil"),
         "flaxdiff.memory": ("cast", "offload", "quantize", "residency"),
         "flaxdiff.schedulers": ("scheduler",),
         "flaxdiff.parallel": ("distribute", "make_mesh", "replicate", "shard", "shardings"),
@@ -39,6 +39,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.adapters.control": ("MultiAdapter", "MultiControlNetModel"),
         "flaxdiff.checkpoint.pipelines": ("EMOJI",),
         "flaxdiff.core": ("FromOriginalModelMixin", "ModelMixin", "Spec"),
+        "flaxdiff.images": ("IPAdapterMaskProcessor", "VaeImageProcessor"),
         "flaxdiff.pipelines.auto": (
             "AutoPipelineForImage2Image",
             "AutoPipelineForInpainting",

@@ -426,5 +426,11 @@ def test_masks_are_processed_as_theirs():
         theirs = plain.apply_overlay(mask, picture, painted, box)
         np.testing.assert_array_equal(np.asarray(images.apply_overlay(mask, picture, painted, box)), np.asarray(theirs))
         np.testing.assert_array_equal(np.asarray(images.blur(mask, 3)), np.asarray(plain.blur(mask, 3)))
+        signed = 2 * array - 1.2
+        theirs = plain.postprocess(peers.nchw(signed), "np")
+        np.testing.assert_allclose(flaxdiff.VaeImageProcessor.postprocess(signed, "np"), theirs, atol=1e-6)
+        theirs = plain.postprocess(peers.nchw(signed))
+        for ours, its in zip(flaxdiff.VaeImageProcessor.postprocess(signed), theirs, strict=True):
+            assert np.abs(np.int32(ours) - np.int32(its)).max() <= 1
         theirs = torch.nn.functional.interpolate(peers.nchw(array), (height, width), mode="bicubic")
         np.testing.assert_allclose(images.bicubic(array, height, width), peers.nhwc(theirs), atol=1e-5)
