@@ -13,7 +13,7 @@ from diffusers.loaders import single_file_utils as theirs
 from safetensors.torch import save_file
 
 import flaxdiff
-from flaxdiff import published
+from flaxdiff import published, registry
 from flaxdiff.checkpoint import original, single_file
 
 BUILDS = {
@@ -86,6 +86,9 @@ def test_a_pipeline(kind, ending, tmp_path):
     )
     assert jax.tree.structure(found) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, found, params)
+    if ending == "safetensors" and "refiner" not in kind and type(wanted).__name__ in registry.COUNTERPARTS[0].values():
+        pipe, _ = flaxdiff.AutoPipelineForInpainting.from_single_file(path, config=peers.saved(build))
+        assert type(pipe) is flaxdiff.StableDiffusionInpaintPipeline
 
 
 @pytest.mark.parametrize("kind", BUILDS)

@@ -342,7 +342,7 @@ def load_pipeline(
     _check_class(cls, kind, path)
     if config is None and "label_emb.weight" in parts["unet"].tensors:
         raise ValueError(f"{path} is an upscaler, whose schedules do not follow from it; give config=, a folder.")
-    cls = cls if hasattr(cls, "family") else registry.find(kind.pipeline, "pipeline")
+    cls = cls.resolve(kind.pipeline, changes)
 
     download = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
     names = [component.replace("text_encoder", "tokenizer") for component in parts if component.startswith("text")]
