@@ -9,7 +9,6 @@ largest value.
 
 import argparse
 import datetime
-import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def read(results: Path) -> dict[str, tuple[float, list[str]]]:
     for case in ElementTree.parse(results).iter("testcase"):
         if case.get("classname") is None or any(case.find(o) is not None for o in ("failure", "error", "skipped")):
             continue
-        test = f"{case.get('classname').split('.')[-1]}.py::{re.sub(r'[[].*', '', case.get('name'))}"
+        test = f"{case.get('classname').split('.')[-1]}.py::{case.get('name').split('[')[0]}"
         for told in case.iter("property"):
             if told.get("name").startswith("parity "):
                 share, tests = found.get(name := told.get("name").removeprefix("parity "), (0.0, set()))
