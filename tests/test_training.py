@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+import flaxdiff
+from flaxdiff import weights
 from flaxdiff.core import apply, init
 from flaxdiff.models.autoencoder_kl import AutoencoderKL
 from flaxdiff.models.unet_2d_condition import UNet2DConditionModel
@@ -140,3 +142,30 @@ def test_autoencoder_learns():
         now, metrics = step(now, batch, jax.random.key(0))
         seen.append(float(metrics["psnr"]))
     assert seen[-1] > seen[0] + 1, seen
+
+
+def test_a_network_that_begins_as_a_frozen_one():
+    """Both may be the same arrays: the step takes the memory of its state, and must not take that twice."""
+    w = jnp.ones(4)
+    loss = lambda params, x, key: (jnp.square(params["net"]["w"] * params["control"]["w"] * x - 2).mean(), {})
+    tx = optax.sgd(0.1)
+    first = state.create({"net": {"w": w}, "control": {"w": w}}, tx, trainable=r"control\..*")
+    step, key = state.jitted(loss, tx), jax.random.key(0)
+    after, _ = step(first, jnp.ones(4), key)
+    after, metrics = step(after, jnp.ones(4), key)
+    assert (after.params["net"]["w"] == 1).all() and (after.params["control"]["w"] > 1).all()
+    assert 0 < float(metrics["loss"]) < 1
+
+
+def test_a_lora_to_train():
+    """It changes nothing at first; its factors alone move; what was not asked for has none."""
+    pipe, params = flaxdiff.load()
+    adapter = flaxdiff.init_lora(pipe, jax.random.key(0), 2, r"unet\.mid_block\..*to_q")
+    assert [name.split(".")[-2] for name in adapter["unet"]] == ["to_q"] * 2
+    adapted = flaxdiff.set_adapters(params, [adapter])
+    name = next(iter(adapter["unet"]))
+    np.testing.assert_array_equal(weights.dense(adapted["unet"][name]), params["unet"][name])
+    hot = state.select(adapted, r".*\.(down|up)")
+    assert sorted(path.rsplit(".", 1)[1] for path in hot) == ["down", "down", "up", "up"]
+    with pytest.raises(ValueError, match="matches no module"):
+        flaxdiff.init_lora(pipe, jax.random.key(0), targets="unet")
