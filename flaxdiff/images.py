@@ -1,11 +1,37 @@
 """Pictures between Pillow and arrays: channels-last, float in [0, 1] outside and [-1, 1] inside the networks."""
 
+import io
+import os
+import urllib.request
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
+LARGEST = 64 << 20  # bytes of a picture from elsewhere
+
+
+def load_image(image: str | os.PathLike[str] | Image.Image) -> Image.Image:
+    """A picture from a file or an address (http, https), upright and in RGB.
+
+    Raises:
+      ValueError: there is none, it cannot be read, or it is larger than `LARGEST` bytes.
+
+    >>> load_image(Image.new("L", (8, 8))).mode
+    'RGB'
+    """
+    source = image
+    try:
+        if isinstance(source, str) and source.startswith(("http://", "https://")):
+            with urllib.request.urlopen(source, timeout=30) as answer:
+                source = io.BytesIO(answer.read(LARGEST + 1))
+            if source.getbuffer().nbytes > LARGEST:
+                raise ValueError(f"more than {LARGEST >> 20} MiB")
+        opened = source if isinstance(source, Image.Image) else Image.open(source)
+        return ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{image} is no picture that can be read ({error}); give a file, or its address.") from error
 
 
 def to_pil(images: np.ndarray) -> list[Image.Image]:

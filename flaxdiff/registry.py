@@ -29,7 +29,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.adapters.ip_adapter": ("load_ip_adapter",),
         "flaxdiff.adapters.merge": ("merge_adapters",),
         "flaxdiff.adapters.textual_inversion": ("load_textual_inversion",),
-        "flaxdiff.images": ("make_image_grid", "numpy_to_pil"),
+        "flaxdiff.images": ("load_image", "make_image_grid", "numpy_to_pil"),
         "flaxdiff.memory": ("cast", "offload", "quantize", "residency"),
         "flaxdiff.schedulers": ("scheduler",),
         "flaxdiff.parallel": ("distribute", "make_mesh", "replicate", "shard", "shardings"),

@@ -434,3 +434,17 @@ def test_masks_are_processed_as_theirs():
             assert np.abs(np.int32(ours) - np.int32(its)).max() <= 1
         theirs = torch.nn.functional.interpolate(peers.nchw(array), (height, width), mode="bicubic")
         np.testing.assert_allclose(images.bicubic(array, height, width), peers.nhwc(theirs), atol=1e-5)
+
+
+def test_load_image(tmp_path):
+    """Upright and in RGB, as diffusers reads it; what is no picture is named."""
+    picture, exif = pillow(8, 6, 3), Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    picture.save(tmp_path / "it.png", exif=exif)
+    theirs = diffusers.utils.load_image(str(tmp_path / "it.png"))
+    ours = flaxdiff.load_image(tmp_path / "it.png")
+    assert ours.size == (8, 6) and np.array_equal(np.asarray(ours), np.asarray(theirs))
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    for source in (tmp_path / "no.png", tmp_path / "absent.png", "http://127.0.0.1:9/it.png"):
+        with pytest.raises(ValueError, match="is no picture that can be read"):
+            flaxdiff.load_image(source)
