@@ -227,6 +227,8 @@ def test_latent_upscale(monkeypatch):
     there = dict(image=torch.tensor(PICTURE).permute(0, 3, 1, 2))
     options |= dict(image=PICTURE, guidance_scale=0.0)
     assert compare(monkeypatch, pipe, params, peer, options, noise, theirs=there) < 1e-3
+    with pytest.raises(ValueError, match="12 x 32 pixels does not divide.*whose sides are multiples of 4"):
+        pipe.prepare_inputs(prompt="cat", image=normal(1, 3, 8, 4))
     with pytest.raises(ValueError, match="prompt_embeds and pooled_prompt_embeds go together"):
         pipe.prepare_inputs(image=PICTURE, prompt_embeds=normal(1, 5, 16))
 

@@ -64,4 +64,10 @@ def latent_upscale(pipe: "DiffusionPipeline", image: Any = None, latents: jax.Ar
         }
         size = Size(*(2 * side for side in beside["beside_image"].shape[1:3]))
     check_size(pipe, size)
+    factor = vae_factor(pipe) * 2 ** (len(pipe.unet.config.block_out_channels) - 1)  # its stages halve exactly
+    if size.height % factor or size.width % factor:
+        raise ValueError(
+            f"A result of {size.height} x {size.width} pixels does not divide into what the U-Net halves; give a "
+            f"picture whose sides are multiples of {factor // 2}."
+        )
     return size, beside | noise(pipe, size, latents), {}
