@@ -36,7 +36,7 @@ from flaxdiff.pipelines.stable_diffusion import (
     StableDiffusionPipeline,
 )
 from flaxdiff.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
-from flaxdiff.pipelines.tasks import vae_factor
+from flaxdiff.pipelines.tasks import check_channels, vae_factor
 from flaxdiff.pipelines.text import check_prompts, texts
 
 
@@ -304,6 +304,7 @@ class FlaxStableDiffusionInpaintPipeline(FlaxDiffusionPipeline):
     def _told(
         self, mask: jax.Array, masked_image: jax.Array, height: int | None, width: int | None, **asked: Any
     ) -> dict:
+        check_channels(self.pipe, 1 + self.pipe.vae.config.latent_channels)
         factor, known = vae_factor(self.pipe), last(masked_image)
         small = last(mask)[..., ::factor, ::factor, :].astype(jnp.float32)
         arrays = {

@@ -394,6 +394,9 @@ def test_inpainting(folder):
         return pipeline(given[0], given[2], given[1], params, key, 3, jit=jit).images
 
     close(pipeline, params, call, [ids, masked, small], theirs)
+    four, params = flaxdiff.FlaxStableDiffusionInpaintPipeline.from_pretrained(folder)
+    with pytest.raises(ValueError, match="4 channels of the sample and 5 beside it, but it takes 4"):
+        four(ids, small, masked, params, jax.random.PRNGKey(5))
 
 
 def test_controlnet(folder, tmp_path):
