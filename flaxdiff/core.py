@@ -7,12 +7,13 @@ Nothing else in the library splits or merges modules, so `jit`, `grad`, `vmap`, 
 everything.
 """
 
+import contextlib
 import contextvars
 import dataclasses
 import difflib
 import functools
 import zlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -25,6 +26,26 @@ Params = dict[str, Any]  # name in the checkpoint -> array, or another kind of w
 # handed along. `apply` sets them from the spec while it traces, so they are part of what is compiled.
 attention_backend: contextvars.ContextVar[str] = contextvars.ContextVar("attention_backend", default="auto")
 rematerialised: contextvars.ContextVar[str] = contextvars.ContextVar("rematerialised", default="none")
+# Where attention notes what it looks at, while somebody watches; see nn/attention.py. And where other layers note what
+# passes through them, by kind: "up", the inputs of the blocks of up stages; "cross", what attention to a text gives.
+watched: contextvars.ContextVar[list | None] = contextvars.ContextVar("watched", default=None)
+noted: contextvars.ContextVar[dict[str, list] | None] = contextvars.ContextVar("noted", default=None)
+
+
+@contextlib.contextmanager
+def setting_of(variable: contextvars.ContextVar, value: Any) -> Iterator[Any]:
+    """Within this context, a variable has a value."""
+    token = variable.set(value)
+    try:
+        yield value
+    finally:
+        variable.reset(token)
+
+
+def note(kind: str, value: Any) -> None:
+    """Keep a value of the trace at hand for whoever has set `noted`."""
+    if (notes := noted.get()) is not None and kind in notes:
+        notes[kind].append(value)
 
 
 class Spec(NamedTuple):

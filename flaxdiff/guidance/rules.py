@@ -1,59 +1,134 @@
 """Guidance as composable data: which branches a network is asked, and how their answers become one.
 
-A `Guidance` is a pair of pure functions in the manner of optax. The loop evaluates the branches ("positive" and
-"negative" prompt, …) in one batched call, then `combine` sees all predictions, and the guess so far, which is the
-positive one before the first rule of a `chain`. Strengths are values: they may be traced, and may differ by image.
+A `Guidance` is a few pure functions in the manner of optax. The loop evaluates the branches ("positive" and "negative"
+prompt, …) in one batched call, then `combine` sees all predictions, and the guess so far, which is the positive one
+before the first rule of a `chain`. Each rule adds to the guess what it would change of the positive prediction, so
+rules may come in any order. Strengths are values: they may be traced, and may differ by image.
+
+What a pipeline uses is a function of strengths: its parameters are what the call takes by these names, its result the
+rule. Any function of a module does:
+
+    def mine(guidance_scale, pag_scale=3.0, pag_applied_layers=Layers(["mid"])):
+        return chain(apg(guidance_scale), pag(pag_scale, pag_applied_layers))
+
+    pipe.replace(guidance=mine)(params, key, prompt="…", pag_scale=2.0)
 """
 
-from collections.abc import Callable, Mapping
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from flaxdiff.core import Spec
+from flaxdiff.schedulers.tables import SchedulerState
 
 Predictions = Mapping[str, jax.Array]  # branch -> the network's output [B, ...], float32
+Branches = Mapping[str, Mapping[str, Any]]  # branch -> what it tells the network
+Pair = tuple[jax.Array, jax.Array]
+Flags = tuple[jax.Array, ...]  # for each stack of blocks, which of them: [depth]
+
+
+class At(NamedTuple):
+    """Where a run stands when the network has answered.
+
+    Attributes:
+      sampler: the scheduler's state at this evaluation.
+      branches: what each branch tells the network.
+      ask: (sample [B, ...], names of branches) -> what the network says of another sample at this time.
+      seen: for a rule that `watches`, what the network attended to: branch -> block -> the scaled queries
+        [B, N, H, D] and the keys [B, M, H, D] of its attention to itself, and of that to the context.
+    """
+
+    sampler: SchedulerState
+    branches: Branches
+    ask: Callable[[jax.Array, Iterable[str]], Predictions]
+    seen: Mapping[str, Mapping[str, tuple[Pair, Pair]]] | None = None
 
 
 class Guidance(NamedTuple):
     """A rule.
 
     Attributes:
+      combine: (state, guess, predictions, at) -> (guess, state).
       init: sample [B, ...] -> state, any pytree; what the rule remembers between steps.
-      combine: (state, guess, predictions) -> (guess, state).
+      branches: branches -> branches: adds those that the rule asks for.
+      watches: names of blocks -> those whose attention it reads.
     """
 
-    init: Callable[[jax.Array], Any]
-    combine: Callable[[Any, jax.Array, Predictions], tuple[jax.Array, Any]]
+    combine: Callable[[Any, jax.Array, Predictions, At | None], tuple[jax.Array, Any]]
+    init: Callable[[jax.Array], Any] = lambda sample: ()
+    branches: Callable[[Branches], Branches] = lambda branches: branches
+    watches: Callable[[list[str]], list[str]] = lambda names: []
 
 
-def stateless(combine: Callable[[jax.Array, Predictions], jax.Array]) -> Guidance:
-    """A rule that remembers nothing.
+def stateless(combine: Callable[[jax.Array, Predictions], jax.Array], **more: Any) -> Guidance:
+    """A rule that remembers nothing and looks at nothing but the predictions.
 
     >>> halve = stateless(lambda guess, predictions: guess / 2)
-    >>> halve.combine((), jnp.ones(2), {})
+    >>> halve.combine((), jnp.ones(2), {}, None)
     (Array([0.5, 0.5], dtype=float32), ())
     """
-    return Guidance(lambda sample: (), lambda state, guess, predictions: (combine(guess, predictions), state))
+    return Guidance(lambda state, guess, predictions, at: (combine(guess, predictions), state), **more)
 
 
 def chain(*rules: Guidance) -> Guidance:
     """Apply rules in order, each to the guess of the one before.
 
+    >>> from flaxdiff.guidance import cfg, rescale
     >>> both = chain(cfg(7.5), rescale(0.7))
     >>> x = jnp.ones((1, 2, 2, 3))
-    >>> guess, state = both.combine(both.init(x), x, {"positive": x, "negative": 0 * x})
+    >>> guess, state = both.combine(both.init(x), x, {"positive": x, "negative": 0 * x}, None)
     >>> guess.shape
     (1, 2, 2, 3)
     """
 
-    def combine(states, guess, predictions):
+    def combine(states, guess, predictions, at):
         new = []
         for rule, state in zip(rules, states):
-            guess, state = rule.combine(state, guess, predictions)
+            guess, state = rule.combine(state, guess, predictions, at)
             new.append(state)
         return guess, tuple(new)
 
-    return Guidance(lambda sample: tuple(rule.init(sample) for rule in rules), combine)
+    return Guidance(
+        combine,
+        lambda sample: tuple(rule.init(sample) for rule in rules),
+        lambda branches: functools.reduce(lambda so_far, rule: rule.branches(so_far), rules, branches),
+        lambda names: sorted({name for rule in rules for name in rule.watches(names)}),
+    )
+
+
+def interval(start: jax.Array | float, stop: jax.Array | float, *rules: Guidance) -> Guidance:
+    """Rules that hold from one share of the run to another, and leave the guess alone before and after.
+
+    >>> from flaxdiff.guidance import cfg
+    >>> interval(0.2, 0.8, cfg(7.5)).init(None)
+    ((),)
+
+    Reference: Kynkäänniemi et al., Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
+    Diffusion Models, 2024.
+    """
+    rule = chain(*rules)
+
+    def combine(state, guess, predictions, at):
+        i, n = (count.astype(jnp.float32) for count in (at.sampler.index, at.sampler.plan.steps))
+        on = (i >= jnp.floor(start * n)) & (i < jnp.floor(stop * n))
+        new = rule.combine(state, guess, predictions, at)
+        return jax.tree.map(lambda new, old: jnp.where(on, new, old), new, (guess, state))
+
+    return rule._replace(combine=combine)
+
+
+def per_prompt(strengths: Mapping[str, jax.Array], n: int) -> dict[str, jax.Array]:
+    """Strengths of the kind `Each`, [n] each. Raises ValueError where there is neither one nor n."""
+    for name, values in strengths.items():
+        if np.ndim(values) and len(values) not in (1, n):
+            raise ValueError(f"{name} has {len(values)} values for {n} prompts; give one number, or one for each.")
+    return {name: jnp.broadcast_to(jnp.asarray(values, jnp.float32), n) for name, values in strengths.items()}
 
 
 def per_image(value: jax.Array | float, like: jax.Array) -> jax.Array:
@@ -62,78 +137,76 @@ def per_image(value: jax.Array | float, like: jax.Array) -> jax.Array:
     return value.reshape(value.shape + (1,) * (like.ndim - 1)) if value.ndim else value
 
 
-def cfg(scale: jax.Array | float) -> Guidance:
-    """Classifier-free guidance: negative + scale (positive - negative).
+# --- on the host -----------------------------------------------------------------------------------------------------
+
+
+class Layers(tuple[str, ...]):
+    """A strength that says which blocks of a network: regular expressions, each to be found in the names of some."""
+
+
+class Each(float):
+    """A strength of which there may be one for each of some further prompts, or one for all; as [1 or prompts]."""
+
+
+@functools.cache
+def blocks(spec: Spec) -> tuple[tuple[str, ...], ...]:
+    """The names of the blocks that attend, as the network's `blocks` has them: for each stack of equal ones, theirs."""
+    return getattr(spec.module(spec.config), "blocks", ())
+
+
+def chosen(spec: Spec, layers: str | Iterable[str]) -> tuple[np.ndarray, ...]:
+    """Which blocks of a network some regular expressions name: for each stack, [depth] of 0 and 1.
 
     Args:
-      scale: one number, or one for each image; 1 is no guidance.
+      layers: e.g. "mid", or ["down_blocks.1", r"up_blocks.0.attentions.[01]"]; also as "down.block_1".
 
-    >>> guess, _ = cfg(2.0).combine((), None, {"positive": jnp.float32(3), "negative": jnp.float32(1)})
-    >>> float(guess)
-    5.0
+    Raises:
+      ValueError: one that is no regular expression, or finds none; lists what there is.
 
-    Reference: Ho and Salimans, Classifier-Free Diffusion Guidance, 2022.
+    >>> import flaxdiff
+    >>> pipe, params = flaxdiff.load()
+    >>> [int(flags.sum()) for flags in chosen(pipe.unet, "mid")]
+    [0, 0, 1, 0, 0, 0, 0]
     """
+    names = blocks(spec)
+    layers = [layers] if isinstance(layers, str) else list(layers)
+    for layer in layers:
+        try:
+            found = any(re.search(layer, f"{name}.attn1") for stack in names for name in stack)
+        except re.error as e:
+            raise ValueError(f"{layer!r} is no regular expression: {e}.") from None
+        if not found:
+            there = ", ".join(name for stack in names for name in stack) or "none that can be chosen"
+            raise ValueError(f"No layer of {spec.module.__name__} has {layer!r} in its name; there are: {there}.")
+    named = lambda name: any(re.search(layer, f"{name}.attn1") for layer in layers)
+    return tuple(np.float32([named(name) for name in stack]) for stack in names)
 
-    def combine(guess, predictions):
-        negative, positive = predictions["negative"], predictions["positive"]
-        return negative + per_image(scale, positive) * (positive - negative)
 
-    return stateless(combine)
-
-
-def rescale(phi: jax.Array | float) -> Guidance:
-    """Pull the spread of the guess towards that of the positive prediction, against overexposure.
-
-    guess · (phi std(positive) / std(guess) + 1 - phi), deviations over each image.
+def strengths(
+    rule: Callable[..., Guidance], spec: Spec | None, given: Mapping[str, Any], batch: int
+) -> dict[str, np.ndarray | Flags]:
+    """The strengths that a guidance takes, as arrays: from what is given by their names, or their defaults.
 
     Args:
-      phi: 0 changes nothing, 1 takes over the deviation entirely; the paper uses 0.7.
+      rule: the function of strengths.
+      spec: of the network, for those that name its layers.
+      given: name -> number, or one for each of `batch` images.
 
-    >>> x = jnp.array([[1.0, -1.0]])
-    >>> guess, _ = rescale(1.0).combine((), 4 * x, {"positive": x})
-    >>> guess
-    Array([[ 1., -1.]], dtype=float32)
-
-    Reference: Lin et al., Common Diffusion Noise Schedules and Sample Steps Are Flawed, 2023, section 3.4.
+    Raises:
+      ValueError: a list of another length.
     """
-
-    def combine(guess, predictions):
-        spread = lambda x: jnp.std(x, tuple(range(1, x.ndim)), keepdims=True, ddof=1)
-        ratio = spread(predictions["positive"]) / spread(guess)
-        return guess * (1 + per_image(phi, guess) * (ratio - 1))
-
-    return stateless(combine)
-
-
-def text_and_image(scale: jax.Array | float, image_scale: jax.Array | float) -> Guidance:
-    """Guidance by a text and a picture: negative + scale (positive - image) + image_scale (image - negative).
-
-    Args:
-      scale: how closely to follow the text, which "positive" has beside the picture.
-      image_scale: how closely to follow the picture, which "image" has alone; "negative" has neither.
-
-    >>> predictions = {"positive": jnp.float32(4), "image": jnp.float32(2), "negative": jnp.float32(1)}
-    >>> float(text_and_image(3.0, 2.0).combine((), None, predictions)[0])
-    9.0
-
-    Reference: Brooks et al., InstructPix2Pix: Learning to Follow Image Editing Instructions, 2023, section 3.2.1.
-    """
-
-    def combine(guess, predictions):
-        negative, image, positive = (predictions[branch] for branch in ("negative", "image", "positive"))
-        by_text, by_image = per_image(scale, positive), per_image(image_scale, positive)
-        return negative + by_text * (positive - image) + by_image * (image - negative)
-
-    return stateless(combine)
-
-
-def standard(strengths: Mapping[str, jax.Array]) -> Guidance:
-    """What pipelines use unless told otherwise: `cfg` with `guidance_scale`, then `rescale` with `guidance_rescale`.
-
-    With an `image_guidance_scale` beside them, `text_and_image` in place of `cfg`.
-    """
-    scale = strengths["guidance_scale"]
-    image_scale = strengths.get("image_guidance_scale")
-    rule = cfg(scale) if image_scale is None else text_and_image(scale, image_scale)
-    return chain(rule, rescale(strengths["guidance_rescale"]))
+    arrays: dict[str, Any] = {}
+    for name, parameter in inspect.signature(rule).parameters.items():
+        value = given.get(name, parameter.default)
+        if value is None or value is inspect.Parameter.empty:
+            continue
+        if isinstance(parameter.default, Layers):
+            arrays[name] = chosen(spec, value)
+            continue
+        arrays[name] = np.asarray(value, np.float32)
+        if isinstance(parameter.default, Each):
+            arrays[name] = np.atleast_1d(arrays[name])
+        elif arrays[name].ndim > 1 or arrays[name].ndim and len(arrays[name]) not in (1, batch):
+            shape = list(arrays[name].shape)
+            raise ValueError(f"{name} has shape {shape} for {batch} images; give one number, or one for each.")
+    return arrays

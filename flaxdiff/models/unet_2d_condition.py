@@ -17,13 +17,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxdiff import weights
-from flaxdiff.core import Config, Model, only, setting
+from flaxdiff.core import Config, Model, note, only, setting, watched
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.attention import Attention, KeysValues
 from flaxdiff.nn.embeddings import GaussianFourierProjection, TimestepEmbedding, sinusoids
+from flaxdiff.nn.freeu import reweighed
 from flaxdiff.nn.k_unet import k_down, k_up
 from flaxdiff.nn.layers import Conv, Embedding, GroupNorm, LayerNorm, Linear, value
-from flaxdiff.nn.stack import over, run, stack
+from flaxdiff.nn.merging import merging
+from flaxdiff.nn.perturb import Given, Perturbed, perturbed, rows
+from flaxdiff.nn.stack import depth, over, run, stack
 from flaxdiff.nn.unet import Each, MidBlock, ResnetBlock2D, Stage, check_stages, down_fans, times, up_fans
 from flaxdiff.parallel import constrain
 
@@ -63,6 +66,7 @@ class EncoderConfig(Config):
     addition_embed_type_num_heads: int = 64
     # (chunk_size, dim): so many tokens (dim 1) or pictures (dim 0) at a time go through the feed-forward
     forward_chunking: tuple[int, int] | None = setting(None)
+    token_merging: float = setting(0.0)  # the share of tokens that self-attention passes over, where there are most
 
     def __post_init__(self):
         up = ("CrossAttnUpBlock2D", "UpBlock2D") if hasattr(self, "up_block_types") else None
@@ -71,6 +75,8 @@ class EncoderConfig(Config):
         if up and self.crowson:
             ours, up = ("KCrossAttnDownBlock2D", "KDownBlock2D"), ("KCrossAttnUpBlock2D", "KUpBlock2D")
         check_stages(model, self, ours, up)
+        if not 0 <= self.token_merging <= 0.75:
+            raise ValueError(f"{model}: token_merging={self.token_merging}; a share of tokens from 0 to 0.75 can go.")
         for key in ("attention_head_dim", "transformer_layers_per_block", "only_cross_attention"):
             if len(self.per_stage(key)) != n:
                 raise ValueError(f"{model}: {key}={getattr(self, key)} needs {n} entries, or one number.")
@@ -140,34 +146,53 @@ class FeedForward(nnx.Module):
 class BasicTransformerBlock(nnx.Module):
     """Self-attention, attention to the context, feed-forward; each added to what it reads normalised.
 
-    With `only_cross` the first attends to the context as well.
+    With `only_cross` the first attends to the context as well. `merge` is the share of tokens that it passes over.
     """
 
-    def __init__(self, width: int, heads: int, context: int, chunking: tuple[int, int] | None, only_cross: bool):
+    def __init__(
+        self, width: int, heads: int, context: int, chunking: tuple[int, int] | None, only_cross: bool, merge: float
+    ):
         self.norm1 = LayerNorm(width)
         self.attn1 = Attention(width, heads, width // heads, context if only_cross else None)
         self.norm2, self.attn2 = LayerNorm(width), Attention(width, heads, width // heads, context)
         self.norm3, self.ff = LayerNorm(width), FeedForward(width, chunking)
-        self.only_cross = only_cross
+        self.only_cross, self.merge = only_cross, merge
 
     def keys_values(self, context: jax.Array) -> Any:
         """What the attentions make of a context [B, M, D]."""
         second = self.attn2.keys_values(context)
         return (self.attn1.keys_values(context), second) if self.only_cross else second
 
-    def __call__(self, x: jax.Array, context: Any) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Any, sides: tuple[int, int]) -> jax.Array:
+        """Tokens [B, H W, C] of so many rows and columns, and `keys_values`, perhaps `Perturbed`."""
+        context, perturb = context if isinstance(context, Perturbed) else (context, {})
         first, context = context if self.only_cross else (None, context)
-        x = x + self.attn1(self.norm1(x), first)
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        before = x
+        if self.merge:
+            if "blur" in perturb:
+                raise ValueError("Blurred queries need all tokens, and token_merging leaves some out; use one of them.")
+            merge, spread = merging(x, sides, self.merge)
+            x = x + spread(self.attn1(merge(self.norm1(x)), first, perturb))
+            if (pairs := watched.get()) is not None:  # whoever watches sees all tokens
+                whole = lambda a: spread(a.reshape(*a.shape[:2], -1)).reshape(len(a), -1, *a.shape[2:])
+                pairs[-1] = tuple(map(whole, pairs[-1]))
+        else:
+            x = x + self.attn1(self.norm1(x), first, perturb, sides)
+        h = context.output if isinstance(context, Given) else self.attn2(self.norm2(x), context)
+        note("cross", h)
+        x = x + h
+        x = x + self.ff(self.norm3(x))
+        return jnp.where(rows(perturb["skip"], x) > 0, before, x) if "skip" in perturb else x
 
 
 class Transformer2DModel(nnx.Module):
     """Transformer blocks over the positions of a feature map, with a projection before and after."""
 
-    def __init__(self, width: int, heads: int, depth: int, c: EncoderConfig, only_cross: bool = False):
+    def __init__(
+        self, width: int, heads: int, depth: int, c: EncoderConfig, only_cross: bool = False, merge: float = 0.0
+    ):
         project = Linear if c.use_linear_projection else functools.partial(Conv, kernel=1, padding=0)
-        shared = width, heads, c.cross_attention_dim, c.forward_chunking, only_cross
+        shared = width, heads, c.cross_attention_dim, c.forward_chunking, only_cross, merge
         block = functools.partial(BasicTransformerBlock, *shared)
         self.norm = GroupNorm(width, c.norm_num_groups, 1e-6)
         self.proj_in = project(width, width)
@@ -183,7 +208,7 @@ class Transformer2DModel(nnx.Module):
         """[B, H, W, C] and `keys_values` -> [B, H, W, C]."""
         h = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
         h = constrain(h, "batch", "context")
-        h = run(self.transformer_blocks, h, jax.tree.map(lambda a: a.swapaxes(0, 1), context))
+        h = run(self.transformer_blocks, h, jax.tree.map(lambda a: a.swapaxes(0, 1), context), x.shape[1:3])
         return x + self.proj_out(h.reshape(x.shape))
 
 
@@ -251,7 +276,9 @@ class UNetEncoder(Model):
         if not kind.startswith("Cross"):
             return None
         only_cross = kind != "CrossMid" and c.per_stage("only_cross_attention")[i]
-        return functools.partial(Transformer2DModel, heads=heads, depth=depth, c=c, only_cross=only_cross)
+        finest = i == min((j for j, k in enumerate(c.down_block_types) if k.startswith("Cross")), default=i)
+        merge = c.token_merging if finest else 0.0
+        return functools.partial(Transformer2DModel, heads=heads, depth=depth, c=c, only_cross=only_cross, merge=merge)
 
     def entered(
         self,
@@ -259,18 +286,37 @@ class UNetEncoder(Model):
         timestep: jax.Array | float | tuple[jax.Array, ...],
         text: jax.Array | tuple[KeysValues, ...],
         added: Mapping[str, jax.Array] | None,
+        perturb: Mapping[str, tuple[jax.Array, ...]] | None = None,
         **told: jax.Array | None,
     ) -> tuple[jax.Array, Each, Each]:
         """The first convolution of a sample, and what each block in turn reads of time and text; see `__call__`."""
         if not isinstance(timestep, tuple):
             timestep = self.times(jnp.broadcast_to(timestep, sample.shape[:1]), added, **told)
         x = self.conv_in(sample.astype(weights.dtype(value(self.conv_in.weight))))
-        return x, iter(timestep), iter(text if isinstance(text, tuple) else self.keys_values(text))
+        contexts = text if isinstance(text, tuple) else self.keys_values(text)
+        return x, iter(timestep), iter(perturbed(contexts, perturb))
+
+    @property
+    def named_stages(self) -> dict[str, nnx.Module]:
+        """The stages by name, in the order of their use."""
+        middle = {} if self.mid_block is None else {"mid_block": self.mid_block}
+        return {f"down_blocks.{i}": stage for i, stage in enumerate(self.down_blocks)} | middle
 
     @property
     def stages(self) -> tuple[nnx.Module, ...]:
         """The stages in the order of their use."""
-        return (*self.down_blocks, *([] if self.mid_block is None else [self.mid_block]))
+        return tuple(self.named_stages.values())
+
+    @property
+    def blocks(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the blocks of each transformer, in the order of their use."""
+        transformers = [
+            (f"{name}.attentions.{i}.transformer_blocks", depth(transformer.transformer_blocks))
+            for name, stage in self.named_stages.items()
+            for i, transformer in enumerate(stage.attentions or ())
+            if isinstance(transformer, Transformer2DModel)
+        ]
+        return tuple(tuple(f"{name}.{i}" for i in range(n)) for name, n in transformers)
 
     def keys_values(self, encoder_hidden_states: jax.Array) -> tuple[KeysValues, ...]:
         """What the attentions make of a text [B, M, D], in the order of their use."""
@@ -352,6 +398,9 @@ class UNet2DConditionModel(UNetEncoder):
         down_intrablock_additional_residuals: Sequence[jax.Array] = (),
         class_labels: jax.Array | None = None,
         timestep_cond: jax.Array | None = None,
+        perturb: Mapping[str, tuple[jax.Array, ...]] | None = None,
+        freeu: jax.Array | None = None,
+        deep: jax.Array | None = None,
     ) -> jax.Array:
         """Run the network.
 
@@ -367,6 +416,9 @@ class UNet2DConditionModel(UNetEncoder):
             left over that has its shape.
           class_labels: [B] int32, for networks with classes, e.g. the noise in the picture to upscale.
           timestep_cond: [B, D], the strength of guidance for networks that were distilled with it.
+          perturb: what hinders which block, as of nn/perturb.py: for each of `blocks`, [B, depth].
+          freeu: [B, 4], the factors s1, s2, b1, b2 of nn/freeu.py for the lowest two up stages.
+          deep: the input of the last block [B, H, W, C], noted at another time; nothing before is run, see caching.py.
 
         Returns:
           The prediction [B, H, W, C], in the dtype of the parameters.
@@ -375,8 +427,16 @@ class UNet2DConditionModel(UNetEncoder):
           ValueError: SDXL's conditions are missing, or the class is.
         """
         told = dict(class_labels=class_labels, timestep_cond=timestep_cond)
-        x, projected, contexts = self.entered(sample, timestep, encoder_hidden_states, added_cond_kwargs, **told)
+        x, projected, contexts = self.entered(
+            sample, timestep, encoder_hidden_states, added_cond_kwargs, perturb, **told
+        )
         x = constrain(x, "batch", "context")
+        factors = [
+            None if freeu is None or i > 1 else (freeu[:, 2 + i], freeu[:, i]) for i in range(len(self.up_blocks))
+        ]
+        if deep is not None:
+            skip = x if down_block_additional_residuals is None else x + down_block_additional_residuals[0]
+            return self.ended(self.last(deep, skip, list(projected)[-1], list(contexts)[-1], factors[-1]))
         skips, more = [x], iter(down_intrablock_additional_residuals)
         for block in self.down_blocks:
             skips += block.down(skips[-1], projected, contexts, next(more, None))
@@ -388,11 +448,22 @@ class UNet2DConditionModel(UNetEncoder):
         x = x if mid_block_additional_residual is None else x + mid_block_additional_residual
         for i, block in enumerate(self.up_blocks):
             below = skips[: -len(block.resnets)]  # what the next stage joins has the size to reach
-            x = block.up(x, skips, projected, contexts, below[-1].shape[1:3] if i < len(self.up_blocks) - 1 else None)
+            size = below[-1].shape[1:3] if i < len(self.up_blocks) - 1 else None
+            x = block.up(x, skips, projected, contexts, size, *(() if factors[i] is None else (factors[i],)))
+        return self.ended(x)
+
+    def last(self, deep: jax.Array, skip: jax.Array, time: jax.Array, context: Any, weighed: Any) -> jax.Array:
+        """The last block of the last stage, of what comes from below and the first skip."""
+        stage, parts = self.up_blocks[-1], (deep, skip)
+        parts = parts if weighed is None else reweighed(*parts, *weighed)
+        return stage.block(len(stage.resnets) - 1, parts, iter([time]), iter([context]))
+
+    def ended(self, x: jax.Array) -> jax.Array:
+        """What the last stage gives -> the prediction."""
         if self.conv_norm_out is not None:
             x = ACTIVATIONS[self.config.act_fn](self.conv_norm_out(x))
         return self.conv_out(x)
 
     @property
-    def stages(self) -> tuple[nnx.Module, ...]:
-        return (*super().stages, *self.up_blocks)
+    def named_stages(self) -> dict[str, nnx.Module]:
+        return super().named_stages | {f"up_blocks.{i}": stage for i, stage in enumerate(self.up_blocks)}

@@ -8,18 +8,19 @@ are small, and beyond that what suits the platform that the program is lowered f
 """
 
 import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flaxdiff.core import attention_backend
+from flaxdiff.core import attention_backend, setting_of, watched
 from flaxdiff.nn import context, flash
 from flaxdiff.nn.layers import GroupNorm, Linear
+from flaxdiff.nn.perturb import blurred, rows
 
 ROWS, KEYS = 256, 4096  # of a block of scores: on a CPU few and wide ones are fastest
 LARGE = 2**22  # scores (batch x heads x queries x keys) beyond which "auto" does not materialise them
@@ -34,25 +35,20 @@ RENAMES = tuple(
     for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items()
 )
 
-_seen: contextvars.ContextVar[list[tuple[jax.Array, jax.Array]] | None] = contextvars.ContextVar("seen", default=None)
-
 
 @contextlib.contextmanager
 def seen() -> Iterator[list[tuple[jax.Array, jax.Array]]]:
     """Within this context, the scaled queries [B, N, H, D] and the keys [B, M, H, D] of each attention, in order.
 
-    They are values of the trace at hand, so a loss may read them; the model must not be scanned over its layers.
+    They are values of the trace at hand, so a loss may read them; blocks run one by one and not in a scan.
 
     >>> with seen() as pairs:
     ...     _ = attention(*[jnp.ones((1, 5, 2, 4))] * 3)
     >>> [k.shape for q, k in pairs]
     [(1, 5, 2, 4)]
     """
-    token = _seen.set([])
-    try:
-        yield _seen.get()
-    finally:
-        _seen.reset(token)
+    with setting_of(watched, []) as pairs:
+        yield pairs
 
 
 def attention(
@@ -93,7 +89,7 @@ def attention(
     if backend not in BACKENDS:
         raise ValueError(f"attention={backend!r} is not known; use one of {BACKENDS}.")
     q = q * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
-    if (pairs := _seen.get()) is not None:
+    if (pairs := watched.get()) is not None:
         pairs.append((q, k))
     if mask is not None:
         bias = jnp.where(mask, 0 if bias is None else bias.astype(jnp.float32), MASKED)
@@ -212,16 +208,27 @@ class Attention(nnx.Module):
         """What queries meet, [B, M, C] each: of a context that stays the same, enough to work out once."""
         return self.to_k(context), self.to_v(context)
 
-    def __call__(self, x: jax.Array, context: tuple[Any, ...] | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        context: tuple[Any, ...] | None = None,
+        perturb: Mapping[str, jax.Array] = MappingProxyType({}),
+        sides: tuple[int, int] | None = None,
+    ) -> jax.Array:
         """[B, N, C], or [B, H, W, C] when normalised in groups, to itself or to `keys_values` -> the shape of x.
 
         Behind the keys and values may be others, (k, v, weight [B, 1 or N]): what they give is added, so weighted.
+        `perturb` hinders attention to itself, see nn/perturb.py, of tokens that fill so many rows and columns.
         """
         h = x if self.group_norm is None else self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
         k, v, *more = self.keys_values(h) if context is None else context
         heads = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
         q = heads(self.to_q(h))
+        if "blur" in perturb:
+            q = blurred(q, perturb["blur"], sides)
         h = attention(q, heads(k), heads(v), split=self.split)
+        if "identity" in perturb:
+            h = jnp.where(rows(perturb["identity"], h) > 0, heads(v), h)
         for k, v, weight in more:
             h += weight[..., None, None] * attention(q, heads(k), heads(v), split=self.split)
         h = self.to_out[0](h.reshape(*h.shape[:2], -1))

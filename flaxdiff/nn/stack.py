@@ -5,6 +5,7 @@ either form, because the converter knows from the layout which parameters are st
 kept for the gradient or computed again: `remat` of the configuration says which.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flaxdiff.core import rematerialised, stacked
+from flaxdiff.core import noted, rematerialised, stacked, watched
 from flaxdiff.nn.layers import PRODUCTS
 
 Blocks = nnx.Module | nnx.List
@@ -43,12 +44,21 @@ def stack(make: Callable[[], nnx.Module], depth: int, scan: bool) -> Blocks:
     return stacked(make(), depth) if scan and depth > 1 else nnx.List([make() for _ in range(depth)])
 
 
-def run(blocks: Blocks, x: jax.Array, each: Any) -> jax.Array:
-    """x through every block: x ← block(x, each[i]), where the arrays of `each` have an entry a block."""
-    one = remat(lambda block, x, extra: block(x, extra))
-    if isinstance(blocks, nnx.List):
-        for i, block in enumerate(blocks):
-            x = one(block, x, jax.tree.map(lambda a, i=i: a[i], each))
+def depth(blocks: Blocks) -> int:
+    """How many blocks there are."""
+    return len(blocks) if isinstance(blocks, nnx.List) else len(jax.tree.leaves(nnx.state(blocks))[0])
+
+
+def run(blocks: Blocks, x: jax.Array, each: Any, *args: Any) -> jax.Array:
+    """x through every block: x ← block(x, each[i], *args), where the arrays of `each` have an entry a block."""
+    one = remat(lambda block, x, extra: block(x, extra, *args))
+    spied = watched.get() is not None or "cross" in (
+        noted.get() or ()
+    )  # what is seen of a block may not stay in a scan
+    if isinstance(blocks, nnx.List) or spied:
+        for i in range(depth(blocks)):
+            nth = functools.partial(jax.tree.map, lambda a, i=i: a[i])
+            x = one(blocks[i] if isinstance(blocks, nnx.List) else nth(blocks), x, nth(each))
         return x
     return jax.lax.scan(lambda x, step: (one(step[0], x, step[1]), None), x, (blocks, each))[0]
 

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flaxdiff.core import note
 from flaxdiff.nn.activations import ACTIVATIONS
+from flaxdiff.nn.freeu import reweighed
 from flaxdiff.nn.layers import Conv, GroupNorm, Linear
 from flaxdiff.nn.stack import remat
 
@@ -167,10 +169,16 @@ class Stage(nnx.Module):
         times: Each = NONE,
         contexts: Each = NONE,
         size: tuple[int, int] | None = None,
+        weighed: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
-        """x joined with the last skip before each block; the skips used are taken off the list."""
+        """x joined with the last skip before each block; the skips used are taken off the list.
+
+        Where both are `weighed` anew, it is by these factors, as of nn/freeu.py.
+        """
         for i in range(len(self.resnets)):
-            x = self.block(i, (x,) if skips is None else (x, skips.pop()), times, contexts)
+            note("up", x)
+            parts = (x,) if skips is None else (x, skips.pop())
+            x = self.block(i, parts if weighed is None else reweighed(*parts, *weighed), times, contexts)
         return x if self.upsamplers is None else _resampled(self.upsamplers[0], x, times, size)
 
     def block(self, i: int, parts: tuple[jax.Array, ...], times: Each, contexts: Each) -> jax.Array:

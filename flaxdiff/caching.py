@@ -1,0 +1,132 @@
+"""What a network said at one step, used again at others: speed for a little of the likeness.
+
+A `Cache` is a few pure functions, like a rule of guidance; what it keeps is carried from step to step in the state of
+the run. A pipeline has a function of strengths, which are options of a call, that returns one:
+
+    pipe.replace(cache=flaxdiff.caching.deep_cache)(params, key, prompt="…", cache_interval=3)
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from flaxdiff.nn.perturb import Given
+
+
+class Answer(NamedTuple):
+    """What the network says at one evaluation.
+
+    Attributes:
+      predictions: branch -> its output [B, ...].
+      seen: what it attended to, as a rule of guidance watches it; see `guidance.At`.
+    """
+
+    predictions: Mapping[str, jax.Array]
+    seen: Any
+
+
+class Network(Protocol):
+    """The network at this evaluation, with all that it is told.
+
+    Attributes:
+      branches: the names of what it is asked.
+      depths: of its stacks of blocks that attend.
+    """
+
+    branches: tuple[str, ...]
+    depths: tuple[int, ...]
+
+    def __call__(
+        self, branches: Iterable[str] | None = None, notes: Iterable[str] = (), **told: Any
+    ) -> tuple[Answer, dict[str, list]]:
+        """Ask.
+
+        Args:
+          branches: some of them; all by default.
+          notes: the kinds of value to bring along, see `core.note`.
+          **told: instead of what the branches, side by side in one batch, tell it under these names.
+        """
+
+
+class Cache(NamedTuple):
+    """A way to save work.
+
+    Attributes:
+      first: network -> (answer, memory): the evaluation that fills the memory.
+      later: (memory, network) -> answer: one that uses it.
+      due: index of the evaluation [] -> bool: whether it is to be the first kind.
+    """
+
+    first: Callable[[Network], tuple[Answer, Any]]
+    later: Callable[[Any, Network], Answer]
+    due: Callable[[jax.Array], jax.Array]
+
+
+def blank(cache: Cache, network: Network) -> Any:
+    """A memory with nothing in it, of the right shapes."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(lambda: cache.first(network)))
+
+
+def evaluate(cache: Cache, kept: tuple[Answer, Any], network: Network, index: jax.Array) -> tuple[Answer, Any]:
+    """The answer at an evaluation, and what is kept of it for the next."""
+
+    def later(kept: tuple[Answer, Any]) -> tuple[Answer, Any]:
+        return cache.later(kept[1], network)._replace(seen=kept[0].seen), kept[1]
+
+    return jax.lax.cond(cache.due(index), lambda kept: cache.first(network), later, kept)
+
+
+def deep_cache(cache_interval: jax.Array | float = 3) -> Cache:
+    """Run a whole U-Net every so many evaluations, and between them its last block alone, on what came from below then.
+
+    Reference: Ma et al., DeepCache: Accelerating Diffusion Models for Free, 2023.
+    """
+
+    def first(network):
+        answer, notes = network(notes=["up"])
+        return answer, notes["up"][-1]
+
+    return Cache(first, lambda deep, network: network(deep=deep)[0], _every(cache_interval))
+
+
+def branch_cache(cache_interval: jax.Array | float = 3) -> Cache:
+    """Ask all branches every so many evaluations, and between them the positive one: the others differ as they did."""
+
+    def first(network):
+        answer, _ = network()
+        positive = answer.predictions["positive"]
+        return answer, {name: output - positive for name, output in answer.predictions.items()}
+
+    def later(differences, network):
+        answer, _ = network(["positive"])
+        positive = answer.predictions["positive"]
+        return Answer({name: positive + difference for name, difference in differences.items()}, answer.seen)
+
+    return Cache(first, later, _every(cache_interval))
+
+
+def tgate(gate_step: jax.Array | float = 10) -> Cache:
+    """From some evaluation on, what the attentions to the text give stays as it was, and there is one branch.
+
+    It is the mean over the branches. Guidance has nothing to compare from then on.
+
+    Reference: Zhang et al., Cross-Attention Makes Inference Cumbersome in Text-to-Image Diffusion Models, 2024.
+    """
+
+    def first(network):
+        answer, notes = network(notes=["cross"])
+        of_images = lambda a: a.reshape(-1, len(network.branches), *a.shape[1:]).mean(1)
+        outputs = iter([of_images(a) for a in notes["cross"]])
+        return answer, tuple(Given(jnp.stack([next(outputs) for _ in range(n)], 1)) for n in network.depths)
+
+    def later(given, network):
+        answer, _ = network(["positive"], text=given)
+        return Answer(dict.fromkeys(network.branches, answer.predictions["positive"]), answer.seen)
+
+    return Cache(first, later, lambda index: index < jnp.asarray(gate_step).astype(index.dtype))
+
+
+def _every(interval: jax.Array | float) -> Callable[[jax.Array], jax.Array]:
+    return lambda index: index % jnp.maximum(jnp.asarray(interval).astype(index.dtype), 1) == 0

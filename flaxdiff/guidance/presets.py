@@ -1,0 +1,76 @@
+"""What pipelines use by name: functions of strengths, whose parameters are what a call takes."""
+
+import jax
+
+from flaxdiff.guidance.attentive import sag
+from flaxdiff.guidance.concepts import safe, sega
+from flaxdiff.guidance.free import cfg, rescale, text_and_image
+from flaxdiff.guidance.perturbed import pag
+from flaxdiff.guidance.rules import Each, Flags, Guidance, Layers, chain
+
+Strength = jax.Array | float
+
+
+def standard(
+    guidance_scale: Strength, guidance_rescale: Strength = 0.0, image_guidance_scale: Strength | None = None
+) -> Guidance:
+    """What pipelines use unless told otherwise: `cfg`, or `text_and_image` where a picture guides; then `rescale`."""
+    rule = cfg(guidance_scale) if image_guidance_scale is None else text_and_image(guidance_scale, image_guidance_scale)
+    return chain(rule, rescale(guidance_rescale))
+
+
+def perturbed(
+    guidance_scale: Strength,
+    guidance_rescale: Strength = 0.0,
+    pag_scale: Strength = 3.0,
+    pag_adaptive_scale: Strength = 0.0,
+    pag_applied_layers: Flags = Layers(["mid"]),
+) -> Guidance:
+    """`standard` with `pag`: what the pipelines with PAG in their name use."""
+    away = pag(pag_scale, pag_applied_layers, pag_adaptive_scale)
+    return chain(cfg(guidance_scale), away, rescale(guidance_rescale))
+
+
+def self_attention(guidance_scale: Strength, guidance_rescale: Strength = 0.0, sag_scale: Strength = 0.75) -> Guidance:
+    """`standard` with `sag`: what `StableDiffusionSAGPipeline` uses."""
+    return chain(cfg(guidance_scale), sag(sag_scale), rescale(guidance_rescale))
+
+
+def away_from_harm(
+    guidance_scale: Strength,
+    guidance_rescale: Strength = 0.0,
+    sld_guidance_scale: Strength = 1000.0,
+    sld_warmup_steps: Strength = 10,
+    sld_threshold: Strength = 0.01,
+    sld_momentum_scale: Strength = 0.3,
+    sld_mom_beta: Strength = 0.4,
+) -> Guidance:
+    """`standard` with `safe`: what `StableDiffusionPipelineSafe` uses."""
+    strengths = sld_guidance_scale, sld_warmup_steps, sld_threshold, sld_momentum_scale, sld_mom_beta
+    return chain(cfg(guidance_scale), safe(guidance_scale, *strengths), rescale(guidance_rescale))
+
+
+def semantic(
+    guidance_scale: Strength,
+    guidance_rescale: Strength = 0.0,
+    edit_momentum_scale: Strength = 0.1,
+    edit_mom_beta: Strength = 0.4,
+    edit_guidance_scale: Strength = Each(5.0),
+    edit_threshold: Strength = Each(0.9),
+    edit_weights: Strength = Each(1.0),
+    edit_warmup_steps: Strength = Each(10.0),
+    edit_cooldown_steps: Strength = Each("inf"),
+    reverse_editing_direction: Strength = Each(0.0),
+) -> Guidance:
+    """`standard` with `sega`: what `SemanticStableDiffusionPipeline` uses."""
+    towards = sega(
+        edit_momentum_scale,
+        edit_mom_beta,
+        edit_guidance_scale=edit_guidance_scale,
+        edit_threshold=edit_threshold,
+        edit_weights=edit_weights,
+        edit_warmup_steps=edit_warmup_steps,
+        edit_cooldown_steps=edit_cooldown_steps,
+        reverse_editing_direction=reverse_editing_direction,
+    )
+    return chain(cfg(guidance_scale), towards, rescale(guidance_rescale))
