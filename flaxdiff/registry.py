@@ -8,7 +8,7 @@ import difflib
 import importlib
 from typing import Any
 
-LED = " led by ControlNets"
+LED, PAG = " led by ControlNets", " with perturbed attention"
 # what sort of thing -> module -> names
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "function": {
@@ -45,6 +45,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "AutoPipelineForInpainting",
             "AutoPipelineForText2Image",
         ),
+        "flaxdiff.pipelines.guided": ("SafetyConfig",),
         "flaxdiff.pipelines.calling": (
             "BaseOutput",
             "ImagePipelineOutput",
@@ -148,6 +149,21 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.pipelines.image_variation": ("StableDiffusionImageVariationPipeline",),
         "flaxdiff.pipelines.k_diffusion": ("StableDiffusionKDiffusionPipeline", "StableDiffusionXLKDiffusionPipeline"),
         "flaxdiff.pipelines.latent_upscale": ("StableDiffusionLatentUpscalePipeline",),
+        "flaxdiff.pipelines.guided": (
+            "SemanticStableDiffusionPipeline",
+            "StableDiffusionControlNetPAGInpaintPipeline",
+            "StableDiffusionControlNetPAGPipeline",
+            "StableDiffusionPAGImg2ImgPipeline",
+            "StableDiffusionPAGInpaintPipeline",
+            "StableDiffusionPAGPipeline",
+            "StableDiffusionPipelineSafe",
+            "StableDiffusionSAGPipeline",
+            "StableDiffusionXLControlNetPAGImg2ImgPipeline",
+            "StableDiffusionXLControlNetPAGPipeline",
+            "StableDiffusionXLPAGImg2ImgPipeline",
+            "StableDiffusionXLPAGInpaintPipeline",
+            "StableDiffusionXLPAGPipeline",
+        ),
         "flaxdiff.pipelines.pipeline": ("DiffusionPipeline",),
         "flaxdiff.pipelines.stable_diffusion": (
             "LatentConsistencyModelImg2ImgPipeline",
@@ -200,14 +216,23 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "transformers": ("CLIPTokenizer", "CLIPTokenizerFast"),
     },
 }
-# the classes that do the same with other beginnings: what each of them is for -> its name, without and with ControlNets
-COUNTERPARTS: tuple[dict[str, str], ...] = tuple(
-    {
-        f"{purpose}{led}": f"{family}{'ControlNet' if led else ''}{task}Pipeline"
+
+
+def _named(family: str) -> dict[str, str]:
+    """What each class of a family is for -> its name."""
+    every = {name for group in TABLE["pipeline"].values() for name in group}
+    names = {
+        f"{purpose}{led}{pag}": f"{family}{'ControlNet' if led else ''}{'PAG' if pag else ''}{task}Pipeline"
         for purpose, task in (("text2image", ""), ("image2image", "Img2Img"), ("inpainting", "Inpaint"))
         for led in ("", LED)
+        for pag in ("", PAG)
     }
-    for family in ("StableDiffusion", "StableDiffusionXL")
+    return {purpose: name for purpose, name in names.items() if name in every}
+
+
+# the classes that do the same with other beginnings: what each of them is for -> its name, also with ControlNets or PAG
+COUNTERPARTS: tuple[dict[str, str], ...] = tuple(
+    _named(family) for family in ("StableDiffusion", "StableDiffusionXL")
 ) + ({"text2image": "LatentConsistencyModelPipeline", "image2image": "LatentConsistencyModelImg2ImgPipeline"},)
 PUBLIC = {
     name: module
@@ -249,13 +274,13 @@ def sort_of(name: str, *sorts: str) -> str:
     raise ValueError(f"flaxdiff has no {' or '.join(sorts)} called {name!r}; {hint}It has {', '.join(known)}.")
 
 
-def counterpart(name: str, purpose: str, led: bool | None = None) -> str:
+def counterpart(name: str, purpose: str, led: bool | None = None, pag: bool | None = None) -> str:
     """The class for a purpose that belongs to the same models as a class at hand. Raises ValueError if there is none.
 
     Args:
       name: of the class at hand.
       purpose: "text2image", "image2image" or "inpainting".
-      led: whether by ControlNets; by default as the class at hand.
+      led, pag: whether by ControlNets, and with perturbed attention; by default as the class at hand.
 
     >>> counterpart("StableDiffusionXLPipeline", "inpainting")
     'StableDiffusionXLInpaintPipeline'
@@ -265,13 +290,12 @@ def counterpart(name: str, purpose: str, led: bool | None = None) -> str:
     sort_of(name, "pipeline")
     for row in COUNTERPARTS:
         for own in (key for key in row if row[key] == name):
-            wanted = purpose + LED * (own.endswith(LED) if led is None else led)
+            wanted = purpose + LED * (LED in own if led is None else led) + PAG * (PAG in own if pag is None else pag)
             if wanted in row:
                 return row[wanted]
     has = sorted(row[purpose] for row in COUNTERPARTS if purpose in row)
-    raise ValueError(
-        f"There is no pipeline for {purpose}{LED if led else ''} beside {name}; there are {', '.join(has)}."
-    )
+    what = purpose + LED * bool(led) + PAG * bool(pag)
+    raise ValueError(f"There is no pipeline for {what} beside {name}; there are {', '.join(has)}.")
 
 
 def find(name: str, *sorts: str) -> Any:

@@ -213,7 +213,7 @@ def test_every_family_can_be_named(name):
 @pytest.mark.parametrize(
     "rule",
     [
-        lambda strengths: guidance.cfg(strengths["guidance_scale"]),
+        lambda guidance_scale: guidance.cfg(guidance_scale),
         functools.partial(guidance.standard),
     ],
 )

@@ -30,13 +30,6 @@ MASK[:, 4:11, 3:14] = 1
 pillow = lambda *shape: Image.fromarray(rng.integers(0, 255, shape, np.uint8))
 
 
-def sure(vae):
-    """An autoencoder whose posterior has no spread: PyTorch draws from its own generator, and here the key does."""
-    with torch.no_grad():
-        vae.quant_conv.bias[vae.config.latent_channels :] -= 60
-    return vae
-
-
 def made(build, name, scheduler, **parts):
     """PyTorch's pipeline of that name with the components of another, and ours of what it saves."""
 
@@ -47,7 +40,7 @@ def made(build, name, scheduler, **parts):
         settings = {"requires_safety_checker": False} if "XL" not in name else {"add_watermarker": False}
         settings = {k: v for k, v in settings.items() if k in cls.__init__.__code__.co_varnames}
         pipe = cls(**accepted, **settings)
-        sure(pipe.vae)
+        peers.sure(pipe.vae)
         pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
         return pipe
 

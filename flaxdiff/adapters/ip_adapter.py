@@ -331,7 +331,7 @@ def encode(
 
 def _seen(networks: Networks, inputs: Inputs, name: str, branch: str) -> tuple[jax.Array, ...]:
     """What an adapter's projection reads in a branch."""
-    prefix = "" if branch == "positive" else "negative_"
+    prefix = "negative_" if branch == "negative" else ""
     if f"{name}_image" not in inputs:
         return tuple(
             jnp.asarray(inputs[k]) for k in (f"{prefix}{name}_embeds", f"{prefix}{name}_patches") if k in inputs

@@ -4,6 +4,7 @@ The index names a class for each component. Names are looked up in the registry 
 have anything imported; components become specs and parameters, a scheduler, and tokenizers that load when first used.
 """
 
+import inspect
 import os
 import tempfile
 from collections.abc import Mapping
@@ -60,7 +61,8 @@ def load_pipeline(
       compile: arguments of `DiffusionPipeline.compile`, e.g. `dict(height=512, batch=4)`, to do that while the weights
         are read.
       **changes: components to use instead of those in the folder, `vae=(spec, params)`, `scheduler=…`, or None for one
-        to do without; other names are settings of every network, such as `attention="sliced"`.
+        to do without; strengths of the class's guidance, which calls have by default; other names are settings of every
+        network, such as `attention="sliced"`.
 
     Raises:
       FileNotFoundError: no such folder, repository, component or weights.
@@ -70,7 +72,7 @@ def load_pipeline(
     root = hub.fetch(repo, [files.PIPELINE], **download)
     class_name, components, settings = read_index(root)
     cls = cls.resolve(class_name, changes)
-    components = read_by(cls, components)
+    components, asked = read_by(cls, components), asked_for(cls, changes)
     if not Path(repo).expanduser().is_dir():
         download["revision"] = root.name  # the commit: all components come from the same one
 
@@ -112,7 +114,7 @@ def load_pipeline(
         scheduler=scheduler,
         tokenizers=tuple((name, parts[name]) for name in components if name in parts and sorts[name] == "tokenizer"),
         settings=tuple(settings.items()),
-    )
+    ).by_default(**asked)
     with ThreadPoolExecutor(1) as pool:
         job = None if compile is None else pool.submit(pipe.compile, shapes, **compile)
         params |= {name: model.load() for name, model in found.items()}
@@ -135,6 +137,12 @@ def _check(parts: Mapping[str, Any], sorts: Mapping[str, str]) -> None:
 def read_by(cls: type["DiffusionPipeline"], components: Mapping[str, str]) -> dict[str, str]:
     """The components that a pipeline has a use for."""
     return {name: named for name, named in components.items() if name not in SKIPPED or name in cls.reads}
+
+
+def asked_for(cls: type["DiffusionPipeline"], changes: dict[str, Any]) -> dict[str, Any]:
+    """The strengths of guidance among what is asked for, taken out of it, and `enable_pag`, which has been heard."""
+    changes.pop("enable_pag", None)
+    return {name: changes.pop(name) for name in inspect.signature(cls.guides).parameters if name in changes}
 
 
 def read_index(folder: Path) -> tuple[str, dict[str, str], dict[str, Any]]:

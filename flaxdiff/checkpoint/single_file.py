@@ -343,6 +343,7 @@ def load_pipeline(
     if config is None and "label_emb.weight" in parts["unet"].tensors:
         raise ValueError(f"{path} is an upscaler, whose schedules do not follow from it; give config=, a folder.")
     cls = cls.resolve(kind.pipeline, changes)
+    asked = pipelines.asked_for(cls, changes)
 
     download = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
     names = [component.replace("text_encoder", "tokenizer") for component in parts if component.startswith("text")]
@@ -379,7 +380,7 @@ def load_pipeline(
         tokenizers=tuple((name, read(name)) for name in sorted(names)),
         settings=tuple(settings.items()),
     )
-    return pipe, params
+    return pipe.by_default(**asked), params
 
 
 def _check_class(cls: type["DiffusionPipeline"], kind: Kind, path: Path) -> None:

@@ -1,7 +1,7 @@
 """The right pipeline for a task, found by what a checkpoint, or a pipeline at hand, was made for.
 
 Which classes belong together is `registry.COUNTERPARTS`; nothing here knows any of them. With `controlnet=` the class
-is one that ControlNets lead.
+is one that ControlNets lead, with `enable_pag=True` one with perturbed attention.
 """
 
 from collections.abc import Mapping
@@ -20,15 +20,17 @@ class AutoPipeline(DiffusionPipeline):
     @classmethod
     def resolve(cls, named: str, given: Mapping[str, Any] = MappingProxyType({})) -> type[DiffusionPipeline]:
         led = given["controlnet"] is not None if "controlnet" in given else None
-        return registry.find(registry.counterpart(named, cls.purpose, led), "pipeline")
+        return registry.find(registry.counterpart(named, cls.purpose, led, given.get("enable_pag")), "pipeline")
 
     @classmethod
     def from_pipe(cls, pipe: DiffusionPipeline, **changes: Any) -> DiffusionPipeline:
         """The pipeline for this task with the parts of another; see `DiffusionPipeline.from_pipe`.
 
-        With `controlnet=` a spec it is one that ControlNets lead, with `controlnet=None` one that they do not.
+        With `controlnet=` a spec it is one that ControlNets lead, with `controlnet=None` one that they do not; with
+        `enable_pag=True` one with perturbed attention.
         """
-        return cls.resolve(type(pipe).__name__, changes).from_pipe(pipe, **changes)
+        found = cls.resolve(type(pipe).__name__, changes)
+        return found.from_pipe(pipe, **{k: v for k, v in changes.items() if k != "enable_pag"})
 
 
 class AutoPipelineForText2Image(AutoPipeline):

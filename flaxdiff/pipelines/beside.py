@@ -10,9 +10,11 @@ The keys of the inputs that say so, each absent where task and network have no u
   beside_gain, beside_spread    [] factors of that latent, and of the posterior's deviation in it: 1 a draw, 0 the mean
   class_labels                  [B] int32
   timestep_cond                 [B, D] the strength of guidance, as a network reads it that was distilled with it
+  freeu                         [B, 4] the factors s1, s2, b1, b2 of nn/freeu.py
 """
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,9 +24,31 @@ import numpy as np
 from flaxdiff import images as pictures
 
 if TYPE_CHECKING:
-    from flaxdiff.pipelines.generate import Cond, Family, Networks
+    from flaxdiff.pipelines.generate import Cond, Family, Networks, Size
+    from flaxdiff.pipelines.pipeline import DiffusionPipeline
 
 LATENT, NOISE = 2, 3  # folded into an image's key; 1 is the draw of the latent that the run starts from
+
+
+def prepare(pipe: "DiffusionPipeline", size: "Size", guided: bool, freeu: Sequence[float] | None = None) -> dict:
+    """FreeU's factors, where a U-Net is to work so.
+
+    Args:
+      freeu: s1, s2 for what the skips hand over, b1, b2 for what comes from below, in the lowest two up stages;
+        [4], or one row for each prompt. By default as `enable_freeu` has it.
+
+    Raises:
+      ValueError: not four numbers, or a network that has no such stages.
+    """
+    freeu = dict(dict(pipe.settings).get("defaults", ())).get("freeu") if freeu is None else freeu
+    if freeu is None:
+        return {}
+    factors = np.atleast_2d(np.asarray(freeu, np.float32))
+    if factors.ndim != 2 or factors.shape[1] != 4:
+        raise ValueError(f"freeu={freeu!r}: give four numbers, s1, s2, b1 and b2.")
+    if "freeu" not in inspect.signature(pipe.denoiser.module.__call__).parameters:
+        raise ValueError(f"{pipe.denoiser.module.__name__} knows no freeu; leave it out.")
+    return {"freeu": factors}
 
 
 def tell(
@@ -34,11 +58,13 @@ def tell(
 
     Where a picture guides beside the text there are three of them: text and picture, picture alone, neither.
     """
-    told = {k: jnp.asarray(inputs[k]) for k in ("class_labels", "timestep_cond") if k in inputs}
+    told = {k: jnp.asarray(inputs[k]) for k in ("class_labels", "timestep_cond", "freeu") if k in inputs}
     if parts := _channels(family, networks, keys, inputs):
         told["beside"] = jnp.concatenate(parts, -1)
     branches = {branch: {**cond, **told} for branch, cond in branches.items()}
-    if "image_guidance_scale" in (inputs.get("guidance") or {}):
+    if "image_guidance_scale" in inputs["guidance"] and "beside" not in told:
+        raise ValueError("image_guidance_scale is for pipelines that see a picture beside the sample; leave it out.")
+    if "image_guidance_scale" in inputs["guidance"] and "negative" in branches:
         branches["image"] = branches["negative"]
         branches["negative"] = {**branches["negative"], "beside": jnp.zeros_like(told["beside"])}
     return branches

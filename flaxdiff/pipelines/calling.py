@@ -54,7 +54,7 @@ def call(
       key: one PRNG key, or one for each image: a picture that pleases is made again, and refined, by its own key.
       output_type: "pil", "np" (float32 [B, H, W, C] in [0, 1]), or "latent" (not decoded).
       callback_on_step_end: called as (pipe, step, timestep, {"latents": …}) after each step; latents that it
-        returns in a dictionary replace those of the run.
+        returns in a dictionary replace those of the run, and so do strengths of the guidance from then on.
       **options: see `prepare_inputs`.
 
     Returns:
@@ -72,10 +72,12 @@ def call(
         for i in range(bar.total):
             before, state = state, run.step(looped, conditions, state)
             if callback_on_step_end is not None:
-                told = callback_on_step_end(pipe, i, float(timesteps[i]), {"latents": state.sampler.sample})
-                if told and "latents" in told:
+                told = callback_on_step_end(pipe, i, float(timesteps[i]), {"latents": state.sampler.sample}) or {}
+                if "latents" in told:
                     slots = state.sampler.slots.at[0].set(told["latents"])
                     state = state._replace(sampler=state.sampler._replace(slots=slots))
+                weights = {k: jnp.asarray(told[k], jnp.float32) for k in conditions.strengths if k in told}
+                conditions = conditions._replace(strengths={**conditions.strengths, **weights})
             jax.block_until_ready(before)  # one step behind, so that the bar is true and the device never waits
             bar.update()
     del looped  # what came from the host makes room for the decoder

@@ -67,7 +67,7 @@ def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
 def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
     """The output of both networks as one."""
     told = {"condition": cond["control"]["condition"], "scale": t["scale"]}
-    return _joined(networks)("unet", x, t["unet"], cond["text"], *_added(cond), **told)
+    return _joined(networks)("unet", x, t["unet"], cond["text"], *_added(cond), **told, **sd.weighed(cond))
 
 
 class StableDiffusionControlNetXSPipeline(DiffusionPipeline):

@@ -8,7 +8,8 @@ it in one program. `begin`, `step` and `decode` are its parts, for a host that w
   index [B]       which image is which: image b draws from fold_in(key, index[b]), whatever device it is on
   plan            the scheduler's tables, padded so that other schedulers and step counts fit the same program
   size            `Size(height, width)` in pixels, part of the structure
-  guidance        {"guidance_scale", "guidance_rescale"}: numbers, or one for each image; absent without a second branch
+  guidance        the strengths that the rule of guidance takes, by name: numbers, or one for each image
+  cache           those of the cache
   latents, image, image_latents, noisy_latents    where to start, see `start`
   mask [B, h, w, 1]    1 where to paint over what the run starts from, which elsewhere is kept: see `blend.py`
 decoder_… [B, …]    what the family's `decode` is told beside the latents, by the name that follows
@@ -16,15 +17,20 @@ what `beside.py` reads, and what the family's `encode` reads, e.g. prompt_ids.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flaxdiff import core
-from flaxdiff.guidance import Guidance, standard
+from flaxdiff.caching import Answer, Cache, blank, evaluate
+from flaxdiff.guidance import At, Guidance, standard
+from flaxdiff.guidance.perturbed import levelled
+from flaxdiff.guidance.rules import blocks
 from flaxdiff.parallel import constrain
 from flaxdiff.pipelines.beside import tell
 from flaxdiff.pipelines.blend import Known, blend
@@ -43,6 +49,14 @@ class Size:
     width: int
 
 
+DENOISERS = ("unet", "transformer")  # the names that the network in the loop may have
+
+
+def denoiser(components: Iterable[tuple[str, core.Spec]]) -> str:
+    """The name of the network that the loop asks."""
+    return next(name for name, _ in components if name in DENOISERS)
+
+
 def for_decoder(inputs: Inputs) -> dict[str, Any]:
     """What inputs have for the decoder beside the latents.
 
@@ -59,7 +73,11 @@ class Networks(NamedTuple):
     params: Mapping[str, core.Params]
 
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        return core.apply(self.specs[name], self.params[name], *args, **kwargs)
+        run = functools.partial(core.apply, self.specs[name], self.params[name], *args, **kwargs)
+        if name in DENOISERS:
+            return run()
+        with core.setting_of(core.watched, None), core.setting_of(core.noted, None):
+            return run()
 
     def config(self, name: str) -> Any:
         return self.specs[name].config
@@ -100,14 +118,27 @@ class Conditions(NamedTuple):
     """What stays the same throughout a run."""
 
     branches: Mapping[str, Cond]
-    strengths: Mapping[str, jax.Array] | None  # of the guidance; None where there is but one branch
+    strengths: Mapping[str, Any]  # of the guidance
+    saving: Mapping[str, Any]  # those of the cache
     times: Any  # [rows of the plan, …], as the family's `predict` takes one; or None
     known: Known | None = None  # what a step is not to change
 
-    @property
-    def joined(self) -> Cond:
-        """All branches in one batch, in the order of their names: that of a dictionary that has been through `jit`."""
-        return jax.tree.map(_join, *(self.branches[b] for b in sorted(self.branches)))
+    def joined(self, names: Iterable[str]) -> Cond:
+        """Some branches in one batch."""
+        return jax.tree.map(_join, *(self.branches[name] for name in names))
+
+    def at(self, row: jax.Array, names: tuple[str, ...]) -> Any:
+        """What the family made of the time of a row, for some branches."""
+        every = tuple(sorted(self.branches))
+        chosen = np.array([every.index(name) for name in names])
+
+        def of(times: jax.Array) -> jax.Array:
+            a = times[row]
+            if names == every or a.shape[0] == 1:  # the same for all
+                return a
+            return a.reshape(-1, len(every), *a.shape[1:])[:, chosen].reshape(-1, *a.shape[1:])
+
+        return jax.tree.map(of, self.times)
 
 
 def _join(*arrays: jax.Array) -> jax.Array:
@@ -121,6 +152,7 @@ class State(NamedTuple):
 
     sampler: tables.SchedulerState
     guidance: Any
+    kept: Any = ()  # by the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +161,8 @@ class Program:
 
     family: Family
     specs: tuple[tuple[str, core.Spec], ...]
-    guidance: Callable[[Mapping[str, jax.Array]], Guidance] = standard
+    guidance: Callable[..., Guidance] = standard
+    cache: Callable[..., Cache] | None = None
 
     def networks(self, params: Mapping[str, core.Params]) -> Networks:
         return Networks(dict(self.specs), params)
@@ -156,15 +189,19 @@ class Program:
     def begin(self, params: Mapping[str, core.Params], key: jax.Array, inputs: Inputs) -> tuple[Conditions, State]:
         """What the network is told throughout, and the state before the first evaluation."""
         keys = jax.vmap(jax.random.split)(tables.image_keys(key, len(inputs["index"]), inputs["index"]))
-        networks, strengths = self.networks(params), inputs.get("guidance")
+        networks, rule = self.networks(params), self.guidance(**inputs["guidance"])
         x, known = self.start(networks, keys[:, 0], inputs)
-        memory = None if strengths is None else self.guidance(strengths).init(x)
         branches = tell(self.family, networks, keys[:, 0], inputs, self.family.encode(networks, inputs))
-        conditions = Conditions(branches, strengths, None, known)
+        conditions = Conditions(levelled(rule.branches(branches)), inputs["guidance"], inputs["cache"], None, known)
         if self.family.times is not None:
-            times = self.family.times(networks, jnp.asarray(inputs["plan"].timesteps), conditions.joined)
+            every = conditions.joined(sorted(conditions.branches))
+            times = self.family.times(networks, jnp.asarray(inputs["plan"].timesteps), every)
             conditions = conditions._replace(times=times)
-        return conditions, State(tables.init(inputs["plan"], x, keys[:, 1]), memory)
+        state = State(tables.init(inputs["plan"], x, keys[:, 1]), rule.init(x))
+        if self.cache is not None:
+            network = Evaluation(self, params, conditions, state.sampler)
+            state = state._replace(kept=blank(self.cache(**inputs["cache"]), network))
+        return conditions, state
 
     def start(self, networks: Networks, keys: jax.Array, inputs: Inputs) -> tuple[jax.Array, Known | None]:
         """The sample [B, h, w, C] that the run starts from, and what of it is to stay where there is a `mask`.
@@ -193,19 +230,16 @@ class Program:
 
     def step(self, params: Mapping[str, core.Params], conditions: Conditions, state: State) -> State:
         """One evaluation of the network, all branches in one batch, and one row of the scheduler's table."""
-        sampler, (branches, strengths, times, known), cond = state.sampler, conditions, conditions.joined
-        x = _join(*[sampler.model_input] * len(branches))
-        if "beside" in cond:
-            x = jnp.concatenate([x, cond["beside"]], -1)
-        t = sampler.timestep if times is None else jax.tree.map(lambda a: a[sampler.index], times)
-        output = self.family.predict(self.networks(params), x, t, cond).astype(jnp.float32)
-        output = constrain(output.reshape(-1, len(branches), *output.shape[1:]), "batch", "whole")
-        predictions = {branch: output[:, i] for i, branch in enumerate(sorted(branches))}
-        guess, memory = predictions["positive"], state.guidance
-        if strengths is not None:
-            guess, memory = self.guidance(strengths).combine(memory, guess, predictions)
+        sampler, rule = state.sampler, self.guidance(**conditions.strengths)
+        network, kept = Evaluation(self, params, conditions, sampler), state.kept
+        if self.cache is None:
+            answer, _ = network()
+        else:
+            answer, _ = kept = evaluate(self.cache(**conditions.saving), kept, network, sampler.index)
+        at = At(sampler, conditions.branches, network.another, answer.seen)
+        guess, memory = rule.combine(state.guidance, answer.predictions["positive"], answer.predictions, at)
         sampler = tables.step(sampler, guess)
-        return State(sampler if known is None else blend(sampler, known), memory)
+        return State(sampler if conditions.known is None else blend(sampler, conditions.known), memory, kept)
 
     def decode(
         self,
@@ -216,3 +250,60 @@ class Program:
         """Latents, and what inputs have for the decoder -> pictures [B, H, W, C], float32 in [0, 1]."""
         images = self.family.decode(self.networks(params), latents, **told)
         return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
+
+
+class Evaluation(NamedTuple):
+    """The network at one evaluation, to be asked; see `caching.Network`."""
+
+    program: Program
+    params: Mapping[str, core.Params]
+    conditions: Conditions
+    sampler: tables.SchedulerState
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        return tuple(sorted(self.conditions.branches))  # as in a dictionary that has been through `jit`
+
+    @property
+    def stacks(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the blocks that attend, stack by stack."""
+        return blocks(dict(self.program.specs)[denoiser(self.program.specs)])
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        return tuple(map(len, self.stacks))
+
+    def __call__(
+        self, branches: Iterable[str] | None = None, notes: Iterable[str] = (), **told: Any
+    ) -> tuple[Answer, dict[str, list]]:
+        branches = self.branches if branches is None else tuple(sorted(branches))
+        names = [name for stack in self.stacks for name in stack]
+        wanted = self.program.guidance(**self.conditions.strengths).watches(names)
+        whole = branches == self.branches and not told
+        with (
+            core.setting_of(core.watched, [] if wanted and whole else None) as pairs,
+            core.setting_of(core.noted, {kind: [] for kind in notes} or None) as kinds,
+        ):
+            predictions = self.predictions(self.sampler.sample, branches, told)
+        if pairs is not None and len(pairs) != 2 * len(names):
+            raise ValueError(f"A rule of guidance watches attention, and {len(pairs)} of it have no known place.")
+        of = lambda pair, i: tuple(a[i :: len(branches)] for a in pair)
+        two = lambda name, i: tuple(of(pairs[2 * names.index(name) + half], i) for half in (0, 1))
+        seen = pairs and {branch: {name: two(name, i) for name in wanted} for i, branch in enumerate(branches)}
+        return Answer(predictions, seen), kinds or {}
+
+    def another(self, x: jax.Array, branches: Iterable[str]) -> dict[str, jax.Array]:
+        """What the network says of another sample."""
+        return self.predictions(x, tuple(sorted(branches)), {})
+
+    def predictions(self, x: jax.Array, branches: tuple[str, ...], told: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """What the network says of a sample [B, h, w, C], by branch, in float32."""
+        sampler, conditions, family = self.sampler, self.conditions, self.program.family
+        cond = conditions.joined(branches) | told
+        x = _join(*[sampler.plan.scale[sampler.index] * x] * len(branches))
+        if "beside" in cond:
+            x = jnp.concatenate([x, cond["beside"]], -1)
+        t = sampler.timestep if conditions.times is None else conditions.at(sampler.index, branches)
+        output = family.predict(self.program.networks(self.params), x, t, cond).astype(jnp.float32)
+        output = constrain(output.reshape(-1, len(branches), *output.shape[1:]), "batch", "whole")
+        return {branch: output[:, i] for i, branch in enumerate(branches)}

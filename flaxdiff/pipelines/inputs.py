@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from flaxdiff.adapters import ip_adapter
-from flaxdiff.pipelines import ahead
+from flaxdiff.guidance.rules import strengths
+from flaxdiff.pipelines import ahead, beside
 
 if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
@@ -28,7 +29,6 @@ def prepare_inputs(
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
     guidance_scale: float | Sequence[float] | None = None,
-    guidance_rescale: float | Sequence[float] = 0.0,
     num_images_per_prompt: int = 1,
     **options: Any,
 ) -> dict[str, Any]:
@@ -39,10 +39,9 @@ def prepare_inputs(
       num_inference_steps: steps of the scheduler, by default as many as the checkpoint or its class asks for; or
       timesteps, sigmas: a schedule of one's own.
       guidance_scale: strength of the prompt, one number or one for each image; at most 1 asks the network once.
-      guidance_rescale: see `guidance.rescale`.
       num_images_per_prompt: pictures of each prompt.
-      **options: of the family (`negative_prompt`, `prompt_embeds`, …), of the task (`height`, `image`, …), and of
-        the scheduler's plan (`eta`, `denoising_end`, …).
+      **options: of the guidance (`guidance_rescale`, …), of the family (`negative_prompt`, `prompt_embeds`, …), of the
+        task (`height`, `image`, …), and of the scheduler's plan (`eta`, `denoising_end`, …).
 
     Raises:
       ValueError: nothing to draw, a size that does not divide, and the like.
@@ -53,14 +52,18 @@ def prepare_inputs(
     distilled = pipe.family.distilled(dict(pipe.specs), scale) if pipe.family.distilled else {}
     guided = bool(np.max(scale) > 1) and not distilled
     options |= {"prompt": prompt, "guidance_scale": scale}
-    takes = lambda function: {k: v for k, v in options.items() if k in inspect.signature(function).parameters}
+    takes = lambda function, given=options: {
+        k: v for k, v in given.items() if k in inspect.signature(function).parameters
+    }
+    steered = takes(pipe.rule, {**defaults, **options})
+    saving = takes(pipe.cache, {**defaults, **options}) if pipe.cache else {}
     size, arrays, window = pipe.task(pipe, **takes(pipe.task))
     arrays |= distilled
-    prepares = (pipe.family.prepare, ip_adapter.prepare, *pipe.extras)
+    prepares = (pipe.family.prepare, ip_adapter.prepare, beside.prepare, *pipe.extras)
     for prepare in prepares:
         arrays |= prepare(pipe, size, guided, **takes(prepare))
     taken = {k for function in (pipe.task, *prepares) for k in takes(function)}
-    options = {k: v for k, v in options.items() if k not in (*taken, "guidance_scale")}
+    options = {k: v for k, v in options.items() if k not in (*taken, *steered, *saving, "guidance_scale")}
     if options.pop("prompt", None) is not None:
         raise TypeError(f"{type(pipe).__name__} takes no prompt.")
     if num_images_per_prompt < 1:
@@ -77,10 +80,8 @@ def prepare_inputs(
     plan = pipe.scheduler.plan(num_inference_steps, timesteps=timesteps, sigmas=sigmas, **window, **options)
     rows = max(ROWS, 1 << (int(plan.steps) - 1).bit_length())
     inputs |= {"index": np.arange(batch, dtype=np.int32), "size": size, "plan": plan.pad(rows)}
-    if guided:
-        strengths = {"guidance_scale": scale, "guidance_rescale": guidance_rescale}
-        strengths |= {k: inputs.pop(k) for k in ("image_guidance_scale",) if k in inputs}
-        inputs["guidance"] = {k: np.asarray(v, np.float32) for k, v in strengths.items()}
+    inputs["guidance"] = strengths(pipe.rule, pipe.denoiser, steered, batch)
+    inputs["cache"] = strengths(pipe.cache, pipe.denoiser, saving, 1) if pipe.cache else {}
     return inputs
 
 

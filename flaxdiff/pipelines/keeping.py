@@ -143,7 +143,7 @@ def _conditions(program: Program, arguments: Any) -> dict[str, Any]:
         "devices": f"{len(devices)} {devices[0].device_kind}, {platform.machine()} {_features()}",
         "flags": {name: os.environ.get(name, "") for name in FLAGS},
         "settings": {name: getattr(jax.config, name) for name in SETTINGS},
-        "pipeline": [_named(part) for part in (*program.family, program.guidance) if part is not None],
+        "pipeline": [_named(part) for part in (*program.family, program.guidance, program.cache) if part is not None],
         "networks": {name: f"{_named(spec.module)} {spec.config}" for name, spec in program.specs},
         "pictures": f"{len(inputs['index'])} of {inputs['size'].height} x {inputs['size'].width}",
         "arguments": _checksum(f"{tree} {leaves}".encode()),

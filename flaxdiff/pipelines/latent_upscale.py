@@ -79,7 +79,7 @@ def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
 def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
     """The picture: (x / √(σ²+1) + σ F) / √(σ²+1), where the U-Net's last channel, a variance, is left out."""
     sigma = t["sigma"][:, None, None, None]
-    output = networks("unet", x, t["unet"], cond["text"])[..., :-1].astype(jnp.float32)
+    output = networks("unet", x, t["unet"], cond["text"], **sd.weighed(cond))[..., :-1].astype(jnp.float32)
     return (x[..., : output.shape[-1]] + sigma * output) * jax.lax.rsqrt(sigma**2 + 1)
 
 

@@ -100,6 +100,10 @@ class StableDiffusionMixin:
         """The same pipeline with attention computed in slices: less memory, some time."""
         return self.replace(**{name: spec.replace(attention="sliced") for name, spec in self.specs})
 
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> Self:
+        """The same pipeline with FreeU on unless a call says `freeu=` itself; see nn/freeu.py."""
+        return self.by_default(freeu=(s1, s2, b1, b2))
+
     def enable_vae_slicing(self) -> Self:
         """The same pipeline with pictures encoded and decoded one at a time: the memory of one, whatever the batch."""
         return self.replace(vae=self.vae.replace(slicing=True))

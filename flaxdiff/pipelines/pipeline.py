@@ -17,10 +17,11 @@ import jax
 import numpy as np
 
 from flaxdiff import registry
-from flaxdiff.core import Params, Spec
+from flaxdiff.caching import Cache
+from flaxdiff.core import Params, Spec, frozen
 from flaxdiff.guidance import Guidance, standard
 from flaxdiff.pipelines import ahead, calling, inputs, mixins
-from flaxdiff.pipelines.generate import Family, Program
+from flaxdiff.pipelines.generate import Family, Program, denoiser
 from flaxdiff.pipelines.tasks import blank_inputs, text_to_image
 from flaxdiff.schedulers import Scheduler
 
@@ -48,7 +49,9 @@ class DiffusionPipeline(
       scheduler: the sampler.
       tokenizers: (component, tokenizer); a tokenizer maps a list of texts to ids [B, N].
       settings: (key, value) of model_index.json beside the components.
-      guidance: strengths -> the rule that joins the branches.
+      guidance: strengths by name, which a call takes as options -> the rule that joins the branches; None for what the
+        class `guides` by.
+      cache: strengths by name -> how to use again what the network said at other steps, see caching.py; None for not.
       progress: whether a call shows a progress bar.
 
     >>> import flaxdiff, jax
@@ -61,11 +64,13 @@ class DiffusionPipeline(
     scheduler: Scheduler
     tokenizers: tuple[tuple[str, Callable[[Sequence[str]], np.ndarray]], ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
-    guidance: Callable[[Mapping[str, jax.Array]], Guidance] = standard
+    guidance: Callable[..., Guidance] | None = None
+    cache: Callable[..., Cache] | None = None
     progress: bool = True
 
     family: ClassVar[Family]
     task: ClassVar[Callable] = staticmethod(text_to_image)
+    guides: ClassVar[Callable[..., Guidance]] = staticmethod(standard)
     extras: ClassVar[tuple[Callable, ...]] = ()  # further (pipe, size, guided, …) -> arrays, beside the family's
     steers: ClassVar[Mapping[str, str]] = {}  # component -> class of those of which there may be one or a list
     finish: ClassVar[Callable] = staticmethod(
@@ -138,12 +143,38 @@ class DiffusionPipeline(
             raise TypeError(f"{type(self).__name__} has no part {unknown}; it has {', '.join(sorted(known))}.")
         return dataclasses.replace(self, **changed)
 
+    def by_default(self, **options: Any) -> Self:
+        """The same pipeline, whose calls have these options unless they say otherwise.
+
+        They are strengths of the guidance, the number of steps, and `freeu`.
+
+        >>> import flaxdiff
+        >>> pipe, params = flaxdiff.load()
+        >>> float(pipe.by_default(guidance_scale=3.0).prepare_inputs(prompt="cat")["guidance"]["guidance_scale"])
+        3.0
+        """
+        if not options:
+            return self
+        settings = dict(self.settings)
+        settings["defaults"] = frozen({**dict(settings.get("defaults", ())), **options})
+        return dataclasses.replace(self, settings=tuple(settings.items()))
+
     # --- sampling ----------------------------------------------------------------------------------------------------
+
+    @property
+    def denoiser(self) -> Spec:
+        """The network that the loop asks."""
+        return dict(self.specs)[denoiser(self.specs)]
+
+    @property
+    def rule(self) -> Callable[..., Guidance]:
+        """What the pipeline guides by, as a function of strengths."""
+        return self.guidance or self.guides
 
     @property
     def program(self) -> Program:
         """What gets compiled: independent of scheduler, tokenizers and everything that is a value."""
-        return _interned(Program(self.family, self.specs, self.guidance))
+        return _interned(Program(self.family, self.specs, self.rule, self.cache))
 
     @property
     def generate(self) -> Callable[[Mapping[str, Params], jax.Array, Mapping[str, Any]], jax.Array]:

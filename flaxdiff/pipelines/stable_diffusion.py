@@ -20,7 +20,7 @@ from flaxdiff.pipelines.tasks.depth import depth_to_image
 from flaxdiff.pipelines.tasks.edit import edit
 from flaxdiff.pipelines.tasks.inpaint import inpaint, paste_back
 from flaxdiff.pipelines.tasks.upscale import upscale
-from flaxdiff.pipelines.text import check_prompts, texts
+from flaxdiff.pipelines.text import branches, check_prompts, texts
 
 
 def prepare(
@@ -54,14 +54,12 @@ def prepare(
 def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
     """The text of each branch, as the U-Net reads it; the positive one's `clip_skip` layers before the last."""
     cond = {}
-    for branch, prefix in (("positive", ""), ("negative", "negative_")):
+    for branch, prefix in branches(inputs).items():
         if f"{prefix}prompt_embeds" in inputs:
             text = inputs[f"{prefix}prompt_embeds"]
-        elif f"{prefix}prompt_ids" in inputs:
+        else:
             skip = 0 if prefix else inputs["clip_skip"]
             text = networks("text_encoder", inputs[f"{prefix}prompt_ids"], skip, method="skip")
-        else:
-            continue
         steered = control.encode(networks, inputs, text, branch)
         contexts = networks("unet", text, method="keys_values")
         contexts = ip_adapter.encode(networks, inputs, branch, contexts, latent_shape(networks.specs, inputs["size"]))
@@ -80,6 +78,11 @@ def told(cond: Cond) -> dict[str, jax.Array]:
     return {k: cond[k] for k in ("class_labels", "timestep_cond") if k in cond}
 
 
+def weighed(cond: Cond) -> dict[str, Any]:
+    """What changes how the U-Net computes: blocks that are hindered, FreeU, what it need not compute again."""
+    return {k: cond[k] for k in ("perturb", "freeu", "deep") if k in cond}
+
+
 def distilled(specs: Mapping[str, core.Spec], scale: Any) -> dict[str, Any]:
     """Sinusoids of guidance_scale - 1 in thousandths, for a U-Net that was distilled with it."""
     width = specs["unet"].config.time_cond_proj_dim
@@ -92,7 +95,7 @@ def distilled(specs: Mapping[str, core.Spec], scale: Any) -> dict[str, Any]:
 def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
     """The U-Net's output."""
     t, residuals = control.residuals(networks, x, t, cond)
-    return networks("unet", x, t, cond["text"], **residuals)
+    return networks("unet", x, t, cond["text"], **residuals, **weighed(cond))
 
 
 def latent_shape(specs: Mapping[str, core.Spec], size: Size) -> tuple[int, int, int]:

@@ -21,6 +21,7 @@ from flaxdiff.pipelines.stable_diffusion import latent_shape
 from flaxdiff.pipelines.tasks import image_to_image
 from flaxdiff.pipelines.tasks.edit import edit
 from flaxdiff.pipelines.tasks.inpaint import inpaint, paste_back
+from flaxdiff.pipelines.text import branches as text_branches
 from flaxdiff.pipelines.text import check_prompts, texts
 
 Pair = tuple[int, int]
@@ -93,9 +94,7 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
     """The text of each branch: both encoders' hidden states side by side, the second's pooled state, and the sizes."""
     encoders = [name for name in ("text_encoder", "text_encoder_2") if name in networks.specs]
     cond = {}
-    for branch, prefix in (("positive", ""), ("negative", "negative_")):
-        if f"{prefix}time_ids" not in inputs:
-            continue
+    for branch, prefix in text_branches(inputs).items():
         if f"{prefix}prompt_embeds" in inputs:
             text, pooled = inputs[f"{prefix}prompt_embeds"], inputs[f"{prefix}pooled_prompt_embeds"]
         else:
@@ -104,13 +103,14 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
             skip = 0 if prefix else jnp.asarray(inputs["clip_skip"])
             layers = [o.hidden_states[len(o.hidden_states) - 2 - skip] for o in outputs]
             text, pooled = jnp.concatenate(layers, -1), outputs[-1].text_embeds
-            if prefix:
+            if branch == "negative":
                 keep = jnp.asarray(inputs["negative_keep"]).astype(text.dtype)
                 text, pooled = text * keep, pooled * keep
         steered = control.encode(networks, inputs, text, branch)
         text, latent = networks("unet", text, method="keys_values"), latent_shape(networks.specs, inputs["size"])
         text = ip_adapter.encode(networks, inputs, branch, text, latent)
-        cond[branch] = {"text": text, "pooled": pooled, "time_ids": inputs[f"{prefix}time_ids"], **steered}
+        sizes = inputs.get(f"{prefix}time_ids", inputs["time_ids"])
+        cond[branch] = {"text": text, "pooled": pooled, "time_ids": sizes, **steered}
     return cond
 
 
@@ -127,7 +127,7 @@ def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
 def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
     """The U-Net's output."""
     t, residuals = control.residuals(networks, x, t, cond)
-    return networks("unet", x, t, cond["text"], added(cond), **residuals)
+    return networks("unet", x, t, cond["text"], added(cond), **residuals, **stable_diffusion.weighed(cond))
 
 
 STABLE_DIFFUSION_XL = stable_diffusion.STABLE_DIFFUSION._replace(

@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,6 +114,33 @@ def _clip(folder: str) -> Any:
 def texts(prompt: str | Sequence[str] | None) -> list[str]:
     """One text or several, as a list; None is the empty text."""
     return [prompt or ""] if prompt is None or isinstance(prompt, str) else list(prompt)
+
+
+def further(pipe: "DiffusionPipeline", name: str, prompts: str | Sequence[str]) -> dict[str, np.ndarray]:
+    """Arrays for branches of their own, `name_00`, `name_01`, …, one for each of these texts, for all pictures alike.
+
+    Raises:
+      ValueError: there are none, or more than can be told apart.
+    """
+    words = texts(prompts)
+    if not 1 <= len(words) <= 99:
+        raise ValueError(f"{name}: give between 1 and 99 texts, not {len(words)}.")
+    return {
+        f"{name}_{i:02d}_{tokenizer.replace('tokenizer', 'prompt_ids')}": ids([text])
+        for i, text in enumerate(words)
+        for tokenizer, ids in pipe.tokenizers
+    }
+
+
+def branches(inputs: Mapping[str, Any]) -> dict[str, str]:
+    """Branch -> what the names of its arrays begin with: of all whose tokens or embeddings are among the inputs.
+
+    >>> branches({"prompt_ids": 0, "negative_prompt_ids": 0, "edit_00_prompt_ids": 0, "pooled_prompt_embeds": 0})
+    {'positive': '', 'negative': 'negative_', 'edit_00': 'edit_00_'}
+    """
+    found = [re.fullmatch(r"(|\w+_)prompt_(?:ids|embeds)(?:_2)?", name) for name in inputs]
+    prefixes = dict.fromkeys(match[1] for match in found if match and not match[1].endswith("pooled_"))
+    return {prefix[:-1] or "positive": prefix for prefix in prefixes}
 
 
 def check_prompts(pipe: "DiffusionPipeline", prompt: str | Sequence[str] | None, embeds: Any) -> str | Sequence[str]:

@@ -19,16 +19,14 @@ if TYPE_CHECKING:
 def edit(
     pipe: "DiffusionPipeline",
     image: Any = None,
-    image_guidance_scale: float | None = None,
     height: int | None = None,
     width: int | None = None,
     latents: jax.Array | None = None,
 ) -> Prepared:
-    """Start from noise, with a picture to change beside it.
+    """Start from noise, with a picture to change beside it; how closely to follow it is the guidance's to say.
 
     Args:
       image: Pillow pictures, arrays [B, H, W, 3] in [0, 1], or their latents [B, h, w, Z].
-      image_guidance_scale: how closely to follow the picture, see `guidance.text_and_image`.
       height, width: of the result in pixels, by default the picture's.
       latents: the noise to start from, of unit variance, in place of what the key gives.
 
@@ -37,7 +35,6 @@ def edit(
     """
     need(pipe, image)
     check_channels(pipe, pipe.vae.config.latent_channels)
-    scale = pipe.defaults["image_guidance_scale"] if image_guidance_scale is None else image_guidance_scale
     if is_latents(pipe, image):
         size = Size(*(side * vae_factor(pipe) for side in image.shape[1:3]))
         beside = {"beside": image}
@@ -48,4 +45,4 @@ def edit(
         gain = 1 if dict(pipe.settings).get("is_cosxl_edit") else 1 / pipe.vae.config.scaling_factor
         beside = {"beside_image": pixels, "beside_gain": np.float32(gain), "beside_spread": np.float32(0)}
     check_size(pipe, size)
-    return size, beside | {"image_guidance_scale": scale} | noise(pipe, size, latents), {}
+    return size, beside | noise(pipe, size, latents), {}
