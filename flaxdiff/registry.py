@@ -151,6 +151,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.pipelines.latent_upscale": ("StableDiffusionLatentUpscalePipeline",),
         "flaxdiff.pipelines.guided": (
             "SemanticStableDiffusionPipeline",
+            "StableDiffusionAttendAndExcitePipeline",
             "StableDiffusionControlNetPAGInpaintPipeline",
             "StableDiffusionControlNetPAGPipeline",
             "StableDiffusionPAGImg2ImgPipeline",

@@ -32,7 +32,7 @@ TEXT = dict(prompt=["a cat", "red"], negative_prompt="b")
 def at(i: int, n: int = 10) -> At:
     """Evaluation i of n."""
     state = tables.init(flaxdiff.DDIMScheduler().plan(n), BOTH["positive"], KEY)
-    return At(state._replace(index=jnp.int32(i)), {}, None)
+    return At(state._replace(index=jnp.int32(i)), {}, None, None)
 
 
 def guess(rule: Guidance, steps=1, n: int = 10):
@@ -360,3 +360,41 @@ def test_semantic_guidance(options, monkeypatch):
     if isinstance(options["editing_prompt"], list):
         with pytest.raises(ValueError, match="edit_threshold has 3 values for 2 prompts"):
             other(edit_threshold=[0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize("thresholds", [{}, {0: 0.02, 2: 0.5}])
+def test_attend_and_excite(thresholds, monkeypatch):
+    """diffusers keeps the maps of one resolution, which it is told; here it is the next to a quarter of the sides."""
+    name, build = "StableDiffusionAttendAndExcitePipeline", peers.stable_diffusion_1
+    options = dict(token_indices=[[1], [1]], thresholds=thresholds, max_iter_to_alter=3, scale_factor=40)
+    ours, theirs, other = both(name, build, monkeypatch, options, theirs={"attn_res": (4, 4)})
+    assert peers.relative(ours, theirs, of=name) < 5e-3
+    assert peers.relative(ours, other(max_iter_to_alter=0, thresholds={})) > 1e-3
+    for wrong, message in [
+        ([0], "0 is no place"),
+        ([[1], [9]], "9 is no place"),
+        ([[1]] * 3, "3 lists for 2"),
+        (None, "needs"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            other(token_indices=wrong)
+
+
+def test_any_loss_guides():
+    """In the direction of its slope, whatever the network predicts."""
+    for build in (peers.stable_diffusion_1, peers.stable_diffusion_2):
+        pipe, params = load(build, "StableDiffusionPipeline")
+        pipe = pipe.replace(
+            guidance=darker, scheduler=flaxdiff.DDIMScheduler.from_config(pipe.scheduler), progress=False
+        )
+        bright = [
+            pipe(params, KEY, prompt=["a", "b"], num_inference_steps=4, output_type="np", scale=scale).images.mean()
+            for scale in (-40.0, 0.0, 40.0)
+        ]
+        assert bright[0] > bright[1] + 1e-3 and bright[1] > bright[2] + 1e-3
+
+
+def darker(guidance_scale, scale=0.0):
+    return chain(
+        cfg(guidance_scale), guidance.by_loss(lambda pictures: pictures.mean((1, 2, 3)), scale, of_pictures=True)
+    )

@@ -1,11 +1,14 @@
 """Guidance: how the answers of a network to several questions become one; see `rules.py` first.
 
-`free.py` has the rules for a prompt and its opposite, `perturbed.py` those that compare the network with a worse one,
-`attentive.py` those that read what it attends to, `concepts.py` those with further prompts. `presets.py` has what
-pipelines use by name.
+  free.py         a prompt and its opposite, and what keeps a strong guess within bounds
+  perturbed.py    comparison with the network itself, hindered
+  attentive.py    what the network attends to
+  concepts.py     further prompts
+  gradient.py     the slope of any loss
+  presets.py      what pipelines use by name
 """
 
-from flaxdiff.guidance.attentive import sag
+from flaxdiff.guidance.attentive import excite, sag
 from flaxdiff.guidance.concepts import safe, sega
 from flaxdiff.guidance.free import (
     apg,
@@ -16,8 +19,9 @@ from flaxdiff.guidance.free import (
     text_and_image,
     zero_star,
 )
+from flaxdiff.guidance.gradient import by_loss
 from flaxdiff.guidance.perturbed import pag, seg, slg
-from flaxdiff.guidance.presets import away_from_harm, perturbed, self_attention, semantic, standard
+from flaxdiff.guidance.presets import attended, away_from_harm, perturbed, self_attention, semantic, standard
 from flaxdiff.guidance.rules import At, Each, Guidance, Layers, chain, interval, stateless
 
 __all__ = [
@@ -26,9 +30,12 @@ __all__ = [
     "Guidance",
     "Layers",
     "apg",
+    "attended",
     "away_from_harm",
+    "by_loss",
     "cfg",
     "chain",
+    "excite",
     "frequency_decoupled",
     "interval",
     "pag",

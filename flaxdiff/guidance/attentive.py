@@ -1,12 +1,13 @@
 """Rules that read what the network attends to."""
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxdiff.guidance.rules import At, Guidance, Pair, Predictions, per_image
+from flaxdiff.guidance.rules import At, Guidance, Pair, Predictions, chain, per_image
 from flaxdiff.nn.perturb import blurred
 
 
@@ -27,10 +28,83 @@ def sag(scale: jax.Array | float) -> Guidance:
         looked = received(at.seen[branch][middle(list(at.seen[branch]))][0], x.shape[1:3]) > 1
         smooth = blurred(x0.reshape(len(x), -1, x.shape[-1]), jnp.ones(len(x)), x.shape[1:3], 4).reshape(x.shape)
         degraded = plan.alpha[i] * jnp.where(looked[..., None], smooth, x0) + plan.sigma[i] * noise
-        away = predictions[branch] - at.ask(degraded, [branch])[branch]
+        away = predictions[branch] - at.ask(degraded, [branch]).predictions[branch]
         return guess + per_image(scale, guess) * away, state
 
     return Guidance(combine, watches=lambda names: [middle(names)])
+
+
+def excite(
+    tokens: jax.Array | None,
+    steps: jax.Array,
+    thresholds: jax.Array,
+    max_iter_to_alter: jax.Array | float = 25,
+    scale_factor: jax.Array | float = 20,
+) -> Guidance:
+    """Attend-and-Excite: move the sample until each of some tokens has a place that attends to it.
+
+    The loss is 1 - the largest attention that the most neglected token gets anywhere, averaged over the blocks at a
+    quarter of the sample's sides and smoothed. Its gradient is followed once before each of the first evaluations, and
+    at some of them until the attention is above a threshold, up to twenty times.
+
+    Args:
+      tokens: [B, M] of 0 and 1: which; None for none, which changes nothing.
+      steps, thresholds: [B, K]: at which evaluations to go on, and until when.
+      max_iter_to_alter: evaluations that the sample is moved before.
+      scale_factor: how far, falling to half of its square over the run.
+
+    Reference: Chefer et al., Attend-and-Excite: Attention-Based Semantic Guidance for Text-to-Image Diffusion Models,
+    2023.
+    """
+
+    def adjust(x: jax.Array, at: At) -> jax.Array:
+        i, n = (count.astype(jnp.float32) for count in (at.sampler.index, at.sampler.plan.steps))
+        size = jnp.asarray(scale_factor) * jnp.sqrt(1 - i / 2 / jnp.maximum(n - 1, 1))
+        due = steps == i
+        most = jnp.where(due.any(-1), 1 - jnp.where(due, thresholds, 0).sum(-1), jnp.inf)
+
+        def neglect(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            losses = 1 - attention(at.ask(x, ["positive"]).seen["positive"], x.shape[1:3])
+            losses = (jnp.maximum(losses, 0) * tokens).max(-1)
+            return losses.sum(), losses
+
+        slope = jax.grad(neglect, has_aux=True)
+
+        def refine(carry):
+            x, losses, count = carry
+            down, new = slope(x)
+            return jnp.where(per_image(losses > most, x), x - size * down, x), new, count + 1
+
+        def move(x: jax.Array) -> jax.Array:
+            start = x, neglect(x)[1], 0
+            x, *_ = jax.lax.while_loop(lambda c: (c[1] > most).any() & (c[2] < 20), refine, start)
+            return jnp.where(i < jnp.asarray(max_iter_to_alter), x - size * slope(x)[0], x)
+
+        at_all = due.any() | (i < jnp.asarray(max_iter_to_alter))
+        return jax.lax.cond(at_all, move, lambda x: x, x)
+
+    if tokens is None:
+        return chain()
+    return Guidance(lambda state, guess, *_: (guess, state), watches=lambda names: names, adjust=adjust)
+
+
+def attention(seen: Mapping[str, tuple[Pair, Pair]], sides: tuple[int, int]) -> jax.Array:
+    """The most that any position attends to each token, smoothed: [B, M]; the first and the last token have none.
+
+    Of the blocks at a quarter of the sample's sides, or the next larger resolution that there is.
+    """
+    least = math.prod(-(-side // 4) for side in sides)
+    pairs = [cross for _, cross in seen.values() if cross[0].shape[1] >= least]
+    tokens = min(q.shape[1] for q, _ in pairs)
+    maps = sum(of := [weights(pair) for pair in pairs if pair[0].shape[1] == tokens]) / len(of)
+    maps = jax.nn.softmax(100 * maps[..., 1:-1])
+    bell = np.exp(-np.square(np.arange(-1, 2.0)))
+    maps = maps.reshape(len(maps), *grid(tokens, sides), -1)
+    for axis in (1, 2):
+        around = jnp.pad(maps, [(int(a == axis),) * 2 for a in range(4)], mode="reflect")
+        cut = [jax.lax.slice_in_dim(around, j, j + maps.shape[axis], axis=axis) for j in range(3)]
+        maps = sum(float(w) * a for w, a in zip(bell / bell.sum(), cut))
+    return jnp.pad(maps.max((1, 2)), ((0, 0), (1, 1)))
 
 
 def middle(names: list[str]) -> str:

@@ -38,7 +38,7 @@ def safe(
         mu = jnp.where(positive - concept >= by(threshold), 0, jnp.minimum(jnp.abs(positive - concept) * by(scale), 1))
         gamma = mu * (concept - negative) + by(momentum_scale) * nu
         nu = by(mom_beta) * nu + (1 - by(mom_beta)) * gamma
-        warm = at.sampler.index >= jnp.asarray(warmup_steps)
+        warm = at.sampler.index.astype(jnp.float32) >= jnp.asarray(warmup_steps)
         return guess - jnp.where(warm, by(guidance_scale), 0) * gamma, nu
 
     return Guidance(combine, jnp.zeros_like)

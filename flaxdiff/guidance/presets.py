@@ -2,7 +2,7 @@
 
 import jax
 
-from flaxdiff.guidance.attentive import sag
+from flaxdiff.guidance.attentive import excite, sag
 from flaxdiff.guidance.concepts import safe, sega
 from flaxdiff.guidance.free import cfg, rescale, text_and_image
 from flaxdiff.guidance.perturbed import pag
@@ -74,3 +74,17 @@ def semantic(
         reverse_editing_direction=reverse_editing_direction,
     )
     return chain(cfg(guidance_scale), towards, rescale(guidance_rescale))
+
+
+def attended(
+    guidance_scale: Strength,
+    guidance_rescale: Strength = 0.0,
+    excited_tokens: jax.Array | None = None,
+    excited_steps: jax.Array | None = None,
+    excited_thresholds: jax.Array | None = None,
+    max_iter_to_alter: Strength = 25,
+    scale_factor: Strength = 20,
+) -> Guidance:
+    """`standard` with `excite`: what `StableDiffusionAttendAndExcitePipeline` uses."""
+    move = excite(excited_tokens, excited_steps, excited_thresholds, max_iter_to_alter, scale_factor)
+    return chain(cfg(guidance_scale), move, rescale(guidance_rescale))

@@ -39,14 +39,17 @@ class At(NamedTuple):
     Attributes:
       sampler: the scheduler's state at this evaluation.
       branches: what each branch tells the network.
-      ask: (sample [B, ...], names of branches) -> what the network says of another sample at this time.
+      ask: (sample [B, ...], names of branches) -> what the network says of another sample at this time, as
+        `caching.Answer`: its predictions, and what is `seen` of that.
+      decode: latents -> pictures [B, H, W, C] in [-1, 1].
       seen: for a rule that `watches`, what the network attended to: branch -> block -> the scaled queries
         [B, N, H, D] and the keys [B, M, H, D] of its attention to itself, and of that to the context.
     """
 
     sampler: SchedulerState
     branches: Branches
-    ask: Callable[[jax.Array, Iterable[str]], Predictions]
+    ask: Callable[[jax.Array, Iterable[str]], Any]
+    decode: Callable[[jax.Array], jax.Array]
     seen: Mapping[str, Mapping[str, tuple[Pair, Pair]]] | None = None
 
 
@@ -58,12 +61,14 @@ class Guidance(NamedTuple):
       init: sample [B, ...] -> state, any pytree; what the rule remembers between steps.
       branches: branches -> branches: adds those that the rule asks for.
       watches: names of blocks -> those whose attention it reads.
+      adjust: (sample [B, ...], at) -> the sample to go on from, before the network is asked.
     """
 
     combine: Callable[[Any, jax.Array, Predictions, At | None], tuple[jax.Array, Any]]
     init: Callable[[jax.Array], Any] = lambda sample: ()
     branches: Callable[[Branches], Branches] = lambda branches: branches
     watches: Callable[[list[str]], list[str]] = lambda names: []
+    adjust: Callable[[jax.Array, At], jax.Array] = lambda sample, at: sample
 
 
 def stateless(combine: Callable[[jax.Array, Predictions], jax.Array], **more: Any) -> Guidance:
@@ -99,6 +104,7 @@ def chain(*rules: Guidance) -> Guidance:
         lambda sample: tuple(rule.init(sample) for rule in rules),
         lambda branches: functools.reduce(lambda so_far, rule: rule.branches(so_far), rules, branches),
         lambda names: sorted({name for rule in rules for name in rule.watches(names)}),
+        lambda sample, at: functools.reduce(lambda x, rule: rule.adjust(x, at), rules, sample),
     )
 
 

@@ -232,11 +232,16 @@ class Program:
         """One evaluation of the network, all branches in one batch, and one row of the scheduler's table."""
         sampler, rule = state.sampler, self.guidance(**conditions.strengths)
         network, kept = Evaluation(self, params, conditions, sampler), state.kept
+        at = At(sampler, conditions.branches, network.another, lambda z: self.family.decode(network.networks, z))
+        x = rule.adjust(sampler.sample, at)
+        if x is not sampler.sample:
+            sampler = sampler._replace(slots=sampler.slots.at[0].set(x))
+            network, at = network._replace(sampler=sampler), at._replace(sampler=sampler)
         if self.cache is None:
             answer, _ = network()
         else:
             answer, _ = kept = evaluate(self.cache(**conditions.saving), kept, network, sampler.index)
-        at = At(sampler, conditions.branches, network.another, answer.seen)
+        at = at._replace(seen=answer.seen)
         guess, memory = rule.combine(state.guidance, answer.predictions["positive"], answer.predictions, at)
         sampler = tables.step(sampler, guess)
         return State(sampler if conditions.known is None else blend(sampler, conditions.known), memory, kept)
@@ -261,6 +266,10 @@ class Evaluation(NamedTuple):
     sampler: tables.SchedulerState
 
     @property
+    def networks(self) -> Networks:
+        return self.program.networks(self.params)
+
+    @property
     def branches(self) -> tuple[str, ...]:
         return tuple(sorted(self.conditions.branches))  # as in a dictionary that has been through `jit`
 
@@ -277,14 +286,22 @@ class Evaluation(NamedTuple):
         self, branches: Iterable[str] | None = None, notes: Iterable[str] = (), **told: Any
     ) -> tuple[Answer, dict[str, list]]:
         branches = self.branches if branches is None else tuple(sorted(branches))
+        return self._ask(self.sampler.sample, branches, notes, told)
+
+    def another(self, x: jax.Array, branches: Iterable[str]) -> Answer:
+        """What the network says of another sample."""
+        return self._ask(x, tuple(sorted(branches)), (), {})[0]
+
+    def _ask(
+        self, x: jax.Array, branches: tuple[str, ...], notes: Iterable[str], told: Mapping[str, Any]
+    ) -> tuple[Answer, dict[str, list]]:
         names = [name for stack in self.stacks for name in stack]
         wanted = self.program.guidance(**self.conditions.strengths).watches(names)
-        whole = branches == self.branches and not told
         with (
-            core.setting_of(core.watched, [] if wanted and whole else None) as pairs,
+            core.setting_of(core.watched, [] if wanted and not told else None) as pairs,
             core.setting_of(core.noted, {kind: [] for kind in notes} or None) as kinds,
         ):
-            predictions = self.predictions(self.sampler.sample, branches, told)
+            predictions = self._predictions(x, branches, told)
         if pairs is not None and len(pairs) != 2 * len(names):
             raise ValueError(f"A rule of guidance watches attention, and {len(pairs)} of it have no known place.")
         of = lambda pair, i: tuple(a[i :: len(branches)] for a in pair)
@@ -292,11 +309,7 @@ class Evaluation(NamedTuple):
         seen = pairs and {branch: {name: two(name, i) for name in wanted} for i, branch in enumerate(branches)}
         return Answer(predictions, seen), kinds or {}
 
-    def another(self, x: jax.Array, branches: Iterable[str]) -> dict[str, jax.Array]:
-        """What the network says of another sample."""
-        return self.predictions(x, tuple(sorted(branches)), {})
-
-    def predictions(self, x: jax.Array, branches: tuple[str, ...], told: Mapping[str, Any]) -> dict[str, jax.Array]:
+    def _predictions(self, x: jax.Array, branches: tuple[str, ...], told: Mapping[str, Any]) -> dict[str, jax.Array]:
         """What the network says of a sample [B, h, w, C], by branch, in float32."""
         sampler, conditions, family = self.sampler, self.conditions, self.program.family
         cond = conditions.joined(branches) | told
@@ -304,6 +317,6 @@ class Evaluation(NamedTuple):
         if "beside" in cond:
             x = jnp.concatenate([x, cond["beside"]], -1)
         t = sampler.timestep if conditions.times is None else conditions.at(sampler.index, branches)
-        output = family.predict(self.program.networks(self.params), x, t, cond).astype(jnp.float32)
+        output = family.predict(self.networks, x, t, cond).astype(jnp.float32)
         output = constrain(output.reshape(-1, len(branches), *output.shape[1:]), "batch", "whole")
         return {branch: output[:, i] for i, branch in enumerate(branches)}

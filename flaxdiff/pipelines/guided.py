@@ -10,13 +10,13 @@ from typing import Self
 
 import numpy as np
 
-from flaxdiff.guidance import away_from_harm, perturbed, self_attention, semantic
+from flaxdiff.guidance import attended, away_from_harm, perturbed, self_attention, semantic
 from flaxdiff.pipelines import controlled
 from flaxdiff.pipelines import stable_diffusion as sd
 from flaxdiff.pipelines import stable_diffusion_xl as xl
 from flaxdiff.pipelines.generate import Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
-from flaxdiff.pipelines.text import further
+from flaxdiff.pipelines.text import further, texts
 
 # --- perturbed attention ---------------------------------------------------------------------------------------------
 
@@ -85,6 +85,61 @@ class StableDiffusionSAGPipeline(sd.StableDiffusionPipeline):
     """Text to image with Stable Diffusion 1 or 2, away from what it says of a sample that is blurred where it looks."""
 
     guides = staticmethod(self_attention)
+
+
+THRESHOLDS = MappingProxyType({0: 0.05, 10: 0.5, 20: 0.8})
+
+
+def excited(
+    pipe: DiffusionPipeline,
+    size: Size,
+    guided: bool,
+    prompt: str | Sequence[str] | None = None,
+    token_indices: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    thresholds: Mapping[int, float] = THRESHOLDS,
+) -> dict[str, np.ndarray]:
+    """Which tokens are to be attended to.
+
+    Args:
+      token_indices: places in the prompt, as `get_indices` counts them; a list, or one for each prompt.
+      thresholds: evaluation -> how much attention each is to have then.
+
+    Raises:
+      ValueError: none, lists for another number of prompts, a place that no token of the prompt has.
+    """
+    prompts = texts(prompt)
+    if not token_indices:
+        raise ValueError(f"{type(pipe).__name__} needs token_indices; get_indices(prompt) counts them.")
+    lists = [token_indices] if np.ndim(token_indices[0]) == 0 else list(token_indices)
+    if len(lists) not in (1, len(prompts)):
+        raise ValueError(f"token_indices has {len(lists)} lists for {len(prompts)} prompts; give one for each.")
+    ids = pipe.tokenizer(prompts)
+    tokens = np.zeros((len(prompts), ids.shape[1]), np.float32)
+    for row, (of, text) in enumerate(zip(lists * (len(prompts) // len(lists)), prompts, strict=True)):
+        last = int(np.argmax(ids[row] == ids[row].max())) - 1  # the first end of text comes after the last word
+        if wrong := [i for i in of if not 1 <= i <= last]:
+            raise ValueError(f"token_indices: {wrong[0]} is no place of a word of {text!r}, which are 1 to {last}.")
+        tokens[row, list(of)] = 1
+    table = {"excited_steps": [*thresholds], "excited_thresholds": [*thresholds.values()]}
+    return {"excited_tokens": tokens} | {k: np.float32([v]) for k, v in table.items()}
+
+
+class StableDiffusionAttendAndExcitePipeline(sd.StableDiffusionPipeline):
+    """Text to image with Stable Diffusion 1 or 2 that makes sure of some words.
+
+    >>> import flaxdiff
+    >>> pipe, params = flaxdiff.StableDiffusionAttendAndExcitePipeline.from_pretrained(flaxdiff.EMOJI)
+    >>> pipe.get_indices("red apple")[1]
+    'red'
+    """
+
+    guides = staticmethod(attended)
+    extras = (excited,)
+
+    def get_indices(self, prompt: str) -> dict[int, str]:
+        """The tokens of a prompt by their places."""
+        ids = self.tokenizer([prompt])[0]
+        return dict(enumerate(token.removesuffix("</w>") for token in self.tokenizer.loaded.convert_ids_to_tokens(ids)))
 
 
 def edits(

@@ -80,7 +80,8 @@ def prepare_inputs(
     plan = pipe.scheduler.plan(num_inference_steps, timesteps=timesteps, sigmas=sigmas, **window, **options)
     rows = max(ROWS, 1 << (int(plan.steps) - 1).bit_length())
     inputs |= {"index": np.arange(batch, dtype=np.int32), "size": size, "plan": plan.pad(rows)}
-    inputs["guidance"] = strengths(pipe.rule, pipe.denoiser, steered, batch)
+    tables = {k: inputs.pop(k) for k in inspect.signature(pipe.rule).parameters if k in inputs}
+    inputs["guidance"] = strengths(pipe.rule, pipe.denoiser, steered, batch) | tables
     inputs["cache"] = strengths(pipe.cache, pipe.denoiser, saving, 1) if pipe.cache else {}
     return inputs
 
