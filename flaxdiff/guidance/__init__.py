@@ -1,11 +1,11 @@
 """Guidance: how the answers of a network to several questions become one; see `rules.py` first.
 
-  free.py         a prompt and its opposite, and what keeps a strong guess within bounds
-  perturbed.py    comparison with the network itself, hindered
-  attentive.py    what the network attends to
-  concepts.py     further prompts
-  gradient.py     the slope of any loss
-  presets.py      what pipelines use by name
+free.py         a prompt and its opposite, and what keeps a strong guess within bounds
+perturbed.py    comparison with the network itself, hindered
+attentive.py    what the network attends to
+concepts.py     further prompts
+gradient.py     the slope of any loss
+presets.py      what pipelines use by name
 """
 
 from flaxdiff.guidance.attentive import excite, sag
