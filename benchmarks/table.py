@@ -21,6 +21,10 @@ RUNS = (  # (what is measured, the command)
     ("The tutorial's ladder, SD 1.5, 256 x 256", "ladder.py --side 256 --steps 10 --fewer 4 --batch 8"),
     ("The tutorial's ladder, SD 1.5, 512 x 512", "ladder.py --side 512 --steps 50 --fewer 20 --batch 8"),
     ("Importing, and the first use of StableDiffusionPipeline", "imports.py"),
+    *(
+        (f"Emoji, 24 steps, {name} {strength} against none", f"speedups.py --name {name} --strength {strength}")
+        for name, strength in (("deep_cache", "3"), ("branch_cache", "3"), ("tgate", "12"), ("token_merging", "0.5"))
+    ),
     ("SDXL UNet step, bfloat16, batch 2, 1024 x 1024, compiled for one v5e", "tpu.py --chip v5e"),
     ("SDXL UNet step, bfloat16, batch 2, 1024 x 1024, compiled for one v6e", "tpu.py --chip v6e"),
     *(

@@ -31,6 +31,14 @@ def run(script: str, *options: str) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [("deep_cache", "2"), ("token_merging", "0.5")])
+def test_speedups(options):
+    """The difference is ours alone; there is one."""
+    line = run("speedups.py", "--name", options[0], "--strength", options[1])
+    assert set(line["peer"]) == {"time of a picture, s"} and 0 < line["ours"]["difference"] < 0.5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "options", "figures"),
     [
