@@ -31,6 +31,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.adapters.textual_inversion": ("load_textual_inversion",),
         "flaxdiff.images": ("load_image", "make_image_grid", "numpy_to_pil"),
         "flaxdiff.memory": ("cast", "offload", "quantize", "residency"),
+        "flaxdiff.pipelines.prompts": ("encode_prompts",),
         "flaxdiff.schedulers": ("scheduler",),
         "flaxdiff.parallel": ("distribute", "make_mesh", "replicate", "shard", "shardings"),
         "flaxdiff.planning.plan": ("plan",),

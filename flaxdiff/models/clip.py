@@ -55,9 +55,11 @@ class CLIPAttention(nnx.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(c.hidden_size, c.hidden_size) for _ in range(4))
         self.heads, self.causal = c.num_attention_heads, causal
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """[B, N, D], of which the positions in a mask [B, N] may be seen."""
         split = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
-        h = attention(split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x)), causal=self.causal)
+        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        h = attention(q, k, v, mask=None if mask is None else mask[:, None, None], causal=self.causal)
         return self.out_proj(h.reshape(x.shape))
 
 
@@ -79,8 +81,8 @@ class CLIPEncoderLayer(nnx.Module):
         self.layer_norm1, self.self_attn = LayerNorm(c.hidden_size, c.layer_norm_eps), CLIPAttention(c, causal)
         self.layer_norm2, self.mlp = LayerNorm(c.hidden_size, c.layer_norm_eps), CLIPMLP(c)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.self_attn(self.layer_norm1(x))
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -103,15 +105,15 @@ class CLIPEncoder(nnx.Module):
 
 
 class CLIPTextTransformer(nnx.Module):
-    """Tokens [B, N] -> what `CLIPTextOutput` holds, projection aside."""
+    """Tokens [B, N], and which may be seen [B, N] -> what `CLIPTextOutput` holds, projection aside."""
 
     def __init__(self, c: CLIPTextConfig):
         self.embeddings, self.encoder = CLIPTextEmbeddings(c), CLIPEncoder(c, causal=True)
         self.final_layer_norm = LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.eos_token_id = c.eos_token_id
 
-    def __call__(self, ids: jax.Array) -> CLIPTextOutput:
-        hidden = states(self.encoder.layers, self.embeddings(ids))
+    def __call__(self, ids: jax.Array, mask: jax.Array | None = None) -> CLIPTextOutput:
+        hidden = states(self.encoder.layers, self.embeddings(ids), mask)
         last = self.final_layer_norm(hidden[-1])
         # The first configurations gave eos_token_id 2 by mistake; their end of text is the largest id.
         end = jnp.argmax(ids if self.eos_token_id == 2 else ids == self.eos_token_id, -1)
@@ -136,8 +138,8 @@ class CLIPTextModel(Model):
     def __init__(self, config: CLIPTextConfig):
         self.text_model = CLIPTextTransformer(config)
 
-    def __call__(self, input_ids: jax.Array) -> CLIPTextOutput:
-        return self.text_model(input_ids)
+    def __call__(self, input_ids: jax.Array, mask: jax.Array | None = None) -> CLIPTextOutput:
+        return self.text_model(input_ids, mask)
 
     def skip(self, input_ids: jax.Array, layers: jax.Array | int) -> jax.Array:
         """The hidden states some layers before the last, normalised like the last: [B, N] -> [B, N, D]."""
@@ -159,6 +161,6 @@ class CLIPTextModelWithProjection(CLIPTextModel):
         self.text_model = CLIPTextTransformer(config)
         self.text_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
 
-    def __call__(self, input_ids: jax.Array) -> CLIPTextOutput:
-        out = self.text_model(input_ids)
+    def __call__(self, input_ids: jax.Array, mask: jax.Array | None = None) -> CLIPTextOutput:
+        out = self.text_model(input_ids, mask)
         return out._replace(text_embeds=self.text_projection(out.pooler_output))
