@@ -18,6 +18,7 @@ _VAE = dict(
     up_block_types=["UpDecoderBlock2D"] * 4,
     layers_per_block=2,
 )
+_CONSISTENCY = dict(attention_head_dim=64, attn_norm_num_groups=32, downsample_type="resnet", upsample_type="resnet")
 
 # name -> (class, the settings of its config.json that differ from the defaults)
 COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -89,6 +90,29 @@ COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
             flip_sin_to_cos=False,
             freq_shift=1,
             norm_eps=1e-6,
+        ),
+    ),
+    "openai/diffusers-cd_imagenet64_l2 UNet": (
+        "UNet2DModel",
+        dict(
+            _CONSISTENCY,
+            sample_size=64,
+            block_out_channels=[192, 384, 576, 768],
+            down_block_types=["ResnetDownsampleBlock2D"] + ["AttnDownBlock2D"] * 3,
+            up_block_types=["AttnUpBlock2D"] * 3 + ["ResnetUpsampleBlock2D"],
+            layers_per_block=3,
+            resnet_time_scale_shift="scale_shift",
+            num_class_embeds=1000,
+        ),
+    ),
+    "openai/diffusers-cd_bedroom256_lpips UNet": (
+        "UNet2DModel",
+        dict(
+            _CONSISTENCY,
+            sample_size=256,
+            block_out_channels=[256, 256, 512, 512, 1024, 1024],
+            down_block_types=["ResnetDownsampleBlock2D"] * 3 + ["AttnDownBlock2D"] * 3,
+            up_block_types=["AttnUpBlock2D"] * 3 + ["ResnetUpsampleBlock2D"] * 3,
         ),
     ),
 }

@@ -183,7 +183,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "StableDiffusionXLInstructPix2PixPipeline",
             "StableDiffusionXLPipeline",
         ),
-        "flaxdiff.pipelines.unconditional": ("DDIMPipeline", "DDPMPipeline"),
+        "flaxdiff.pipelines.unconditional": ("ConsistencyModelPipeline", "DDIMPipeline", "DDPMPipeline"),
     },
     "flax": {
         "flaxdiff.flax_api": (

@@ -10,11 +10,14 @@ import tempfile
 from pathlib import Path
 
 import diffusers
+import jax
 import numpy as np
+import pytest
 import torch
 import transformers
 
 from flaxdiff.pipelines import calling
+from flaxdiff.schedulers import tables
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
@@ -42,6 +45,23 @@ def differs(share: float, of: str | None) -> float:
 def programs() -> list[int]:
     """How many programs the calls of pipelines have compiled so far: of each part of a run."""
     return [part._cache_size() for part in (calling._begin, calling._step, calling._decode)]
+
+
+def with_noise(pipe, params, inputs, noise):
+    """Pictures of a run whose solver is handed this noise [B, h, w, C] for each step, in place of what keys draw."""
+    conditions, state = pipe.program.begin(params, jax.random.key(0), inputs)
+
+    def noisy(state, noise):
+        """The loop's step: it asks the scheduler's own, which takes noise as an argument."""
+        with pytest.MonkeyPatch.context() as patch:
+            draw = tables.step
+            patch.setattr(tables, "step", lambda sampler, guess: draw(sampler, guess, noise))
+            return pipe.program.step(params, conditions, state)
+
+    step = jax.jit(noisy)
+    for i in range(int(inputs["plan"].steps)):
+        state = step(state, noise[i])
+    return pipe.program.decode(params, state.sampler.sample)
 
 
 def nchw(x) -> torch.Tensor:

@@ -345,7 +345,8 @@ def call(spec):
             n = c.sample_size or 64
             return (f32(2, n, n, c.in_channels), f32(), f32(2, 77, c.cross_attention_dim), added), (2, n, n, 4)
         case "UNet2DModel":
-            return (f32(2, 256, 256, 3), f32()), (2, 256, 256, 3)
+            labels = () if c.num_class_embeds is None else (jax.ShapeDtypeStruct((2,), jnp.int32),)
+            return (f32(2, c.sample_size, c.sample_size, 3), f32(), *labels), (2, c.sample_size, c.sample_size, 3)
         case "AutoencoderKL":
             return (f32(1, 512, 512, 3),), (1, 512, 512, 3)
     return (jax.ShapeDtypeStruct((2, 77), jnp.int32),), (2, 77, c.hidden_size)

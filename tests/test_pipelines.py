@@ -63,27 +63,13 @@ def test_one_compiled_step_serves_the_schedulers():
     peer.scheduler = getattr(diffusers, name).from_config(config)
     ours = pipe.replace(scheduler=getattr(flaxdiff, name).from_config(pipe.scheduler))
     inputs = ours.prepare_inputs(**TEXT, num_inference_steps=7, guidance_scale=4.0, latents=latents)
-    program = ours.program
-    conditions, state = program.begin(params, KEY, inputs)
-    step = jax.jit(lambda state, noise: _noisy_step(program, params, conditions, state, noise))
-    for i in range(7):
-        state = step(state, noise[i])
+    made = peers.with_noise(ours, params, inputs, noise)
     draws = iter(noise)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         module = diffusers.schedulers.scheduling_euler_ancestral_discrete
         patch.setattr(module, "randn_tensor", lambda *a, **k: peers.nchw(next(draws)))
         theirs = peer(**TEXT, num_inference_steps=7, guidance_scale=4.0, latents=peers.nchw(latents), output_type="np")
-    assert peers.relative(program.decode(params, state.sampler.sample), theirs.images) < 1e-3
-
-
-def _noisy_step(program, params, conditions, state, noise):
-    """The loop's step with given noise: it asks the scheduler's own step, which takes it as an argument."""
-    from flaxdiff.schedulers import tables
-
-    with pytest.MonkeyPatch.context() as patch:
-        draw = tables.step
-        patch.setattr(tables, "step", lambda sampler, guess: draw(sampler, guess, noise))
-        return program.step(params, conditions, state)
+    assert peers.relative(made, theirs.images) < 1e-3
 
 
 def test_sdxl_sizes():
@@ -181,11 +167,7 @@ def test_unconditional(name, options, monkeypatch):
     with torch.no_grad():
         theirs = peer(batch_size=2, num_inference_steps=6, output_type="np", **options).images
     inputs = pipe.prepare_inputs(batch_size=2, num_inference_steps=6, latents=draws[0], **options)
-    conditions, state = pipe.program.begin(params, KEY, inputs)
-    step = jax.jit(lambda state, noise: _noisy_step(pipe.program, params, conditions, state, noise))
-    for i in range(6):
-        state = step(state, draws[min(i + 1, 6)])
-    made = pipe.program.decode(params, state.sampler.sample)
+    made = peers.with_noise(pipe, params, inputs, draws[1:])
     assert peers.relative(made, theirs, of=type(pipe).__name__) < 1e-3
 
 

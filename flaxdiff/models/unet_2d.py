@@ -1,8 +1,9 @@
 """UNet2DModel: the denoiser of unconditional diffusion in pixels.
 
-The network of DDPM: residual blocks, self-attention at some resolutions, no text.
+The network of DDPM: residual blocks, self-attention at some resolutions, no text. Some are told a class.
 
-Reference: Ho et al., Denoising Diffusion Probabilistic Models, 2020.
+Reference: Ho et al., Denoising Diffusion Probabilistic Models, 2020; Dhariwal and Nichol, Diffusion Models Beat GANs on
+Image Synthesis, 2021.
 """
 
 import dataclasses
@@ -40,8 +41,8 @@ class UNet2DConfig(Config):
     layers_per_block: int = 2
     mid_block_scale_factor: float = only(1)
     downsample_padding: int = 1
-    downsample_type: str = only("conv")
-    upsample_type: str = only("conv")
+    downsample_type: str = only("conv", "resnet")  # this and the next: of the stages that attend
+    upsample_type: str = only("conv", "resnet")
     dropout: float = only(0.0)
     act_fn: str = "silu"
     attention_head_dim: int | None = 8
@@ -51,7 +52,7 @@ class UNet2DConfig(Config):
     resnet_time_scale_shift: str = only("default", "scale_shift")
     add_attention: bool = True
     class_embed_type: str | None = only(None)
-    num_class_embeds: int | None = only(None)
+    num_class_embeds: int | None = None
     num_train_timesteps: int | None = None
 
     def __post_init__(self):
@@ -97,17 +98,21 @@ class UNet2DModel(Model):
 
         middle = functools.partial(attention, groups=c.attn_norm_num_groups or c.norm_num_groups)
         last = len(width) - 1
+        by_resnet = lambda kind, resampled: (
+            kind.startswith("Resnet") or kind.startswith("Attn") and resampled == "resnet"
+        )
 
         self.conv_in = Conv(c.in_channels, width[0])
         self.time_proj = Embedding(c.num_train_timesteps, width[0]) if c.time_embedding_type == "learned" else None
         self.time_embedding = TimestepEmbedding(width[0], temb)
+        self.class_embedding = None if c.num_class_embeds is None else Embedding(c.num_class_embeds, temb)
         self.down_blocks = nnx.List(
             Stage(
                 fans,
                 resnet,
                 attention if kind.startswith("Attn") else None,
                 down=c.downsample_padding if i < last else None,
-                by_resnet=kind.startswith("Resnet"),
+                by_resnet=by_resnet(kind, c.downsample_type),
             )
             for i, (kind, fans) in enumerate(zip(c.down_block_types, down_fans(width, c.layers_per_block)))
         )
@@ -118,7 +123,7 @@ class UNet2DModel(Model):
                 resnet,
                 attention if kind.startswith("Attn") else None,
                 up=i < last,
-                by_resnet=kind.startswith("Resnet"),
+                by_resnet=by_resnet(kind, c.upsample_type),
             )
             for i, (kind, fans) in enumerate(zip(c.up_block_types, up_fans(width, c.layers_per_block)))
         )
@@ -126,16 +131,27 @@ class UNet2DModel(Model):
         self.conv_out = Conv(width[0], c.out_channels)
         self.config = c
 
-    def __call__(self, sample: jax.Array, timestep: jax.Array | float) -> jax.Array:
-        """Noisy images [B, H, W, C] and a time, or one for each [B] -> the prediction [B, H, W, C]."""
+    def __call__(
+        self, sample: jax.Array, timestep: jax.Array | float, class_labels: jax.Array | None = None
+    ) -> jax.Array:
+        """Noisy images [B, H, W, C], a time, or one for each [B], and classes int32 [B] -> the prediction [B, H, W, C].
+
+        Raises:
+          ValueError: classes for a network without, or none for a network with classes.
+        """
         c, dtype = self.config, weights.dtype(value(self.conv_in.weight))
+        if (class_labels is None) != (self.class_embedding is None):
+            has = f"one of {c.num_class_embeds} classes: give" if self.class_embedding else "no class: leave out"
+            raise ValueError(f"This UNet is conditioned on {has} class_labels.")
         t = jnp.broadcast_to(timestep, sample.shape[:1])
         if self.time_proj is not None:
             waves = self.time_proj(t.astype(jnp.int32))
         else:
             waves = sinusoids(t, c.block_out_channels[0], flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
+        temb = self.time_embedding(waves.astype(dtype))
+        temb = temb if class_labels is None else temb + self.class_embedding(class_labels).astype(dtype)
         stages = (*self.down_blocks, self.mid_block, *self.up_blocks)
-        projected = iter(times(stages, self.time_embedding(waves.astype(dtype))))
+        projected = iter(times(stages, temb))
 
         x = sample.astype(dtype)
         x = self.conv_in(2 * x - 1 if c.center_input_sample else x)

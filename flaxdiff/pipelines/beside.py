@@ -8,7 +8,7 @@ The keys of the inputs that say so, each absent where task and network have no u
   depth                         [B, h, w, 1] how near things are, in any unit; or
   depth_pixels                  [B, S, S, 3] in [-1, 1]: a picture for the depth model to say so
   beside_gain, beside_spread    [] factors of that latent, and of the posterior's deviation in it: 1 a draw, 0 the mean
-  class_labels                  [B] int32
+  class_labels, class_count     [B] int32, and [] where `ANY` may be among them: one of so many, drawn
   timestep_cond                 [B, D] the strength of guidance, as a network reads it that was distilled with it
   freeu                         [B, 4] the factors s1, s2, b1, b2 of nn/freeu.py
 """
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from flaxdiff.pipelines.generate import Cond, Family, Networks, Size
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
 
-LATENT, NOISE = 2, 3  # folded into an image's key; 1 is the draw of the latent that the run starts from
+LATENT, NOISE, CLASS = 2, 3, 4  # folded into an image's key; 1 is the draw of the latent that the run starts from
+ANY = -1  # in the place of a class
 
 
 def prepare(pipe: "DiffusionPipeline", size: "Size", guided: bool, freeu: Sequence[float] | None = None) -> dict:
@@ -59,6 +60,9 @@ def tell(
     Where a picture guides beside the text there are three of them: text and picture, picture alone, neither.
     """
     told = {k: jnp.asarray(inputs[k]) for k in ("class_labels", "timestep_cond", "freeu") if k in inputs}
+    if "class_count" in inputs:
+        draw = lambda key: jax.random.randint(jax.random.fold_in(key, CLASS), (), 0, inputs["class_count"])
+        told["class_labels"] = jnp.where(told["class_labels"] == ANY, jax.vmap(draw)(keys), told["class_labels"])
     if parts := _channels(family, networks, keys, inputs):
         told["beside"] = jnp.concatenate(parts, -1)
     branches = {branch: {**cond, **told} for branch, cond in branches.items()}

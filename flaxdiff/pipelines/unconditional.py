@@ -1,16 +1,17 @@
-"""DDPM and DDIM: pictures without a prompt, from a U-Net over pixels.
+"""DDPM, DDIM and consistency models: pictures without a prompt, from a U-Net over pixels; of a class, where it has any.
 
 Reference: Ho et al., Denoising Diffusion Probabilistic Models, 2020; Song et al., Denoising Diffusion Implicit
-Models, 2020.
+Models, 2020; Song et al., Consistency Models, 2023.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from flaxdiff import core
+from flaxdiff.pipelines.beside import ANY
 from flaxdiff.pipelines.generate import Cond, Family, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
 
@@ -26,6 +27,38 @@ def prepare(pipe: DiffusionPipeline, size: Size, guided: bool, batch_size: int =
     return {"index": np.arange(batch_size, dtype=np.int32)}
 
 
+def prepare_classes(
+    pipe: DiffusionPipeline,
+    size: Size,
+    guided: bool,
+    batch_size: int = 1,
+    class_labels: int | Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """How many, and of which class.
+
+    Args:
+      batch_size: pictures to make.
+      class_labels: a class for all, or one for each; by default any, drawn by the picture's key.
+    """
+    arrays, count = prepare(pipe, size, guided, batch_size), pipe.unet.config.num_class_embeds
+    if count is None and class_labels is None:
+        return arrays
+    labels = np.full(1, ANY, np.int32) if class_labels is None else class_ids(pipe, class_labels, count)
+    return arrays | {"class_labels": labels, "class_count": count}
+
+
+def class_ids(pipe: DiffusionPipeline, labels: int | Sequence[int], count: int | None) -> np.ndarray:
+    """Classes as int32 [B]. Raises ValueError unless they are whole numbers below `count`; None: there are none."""
+    ids = np.atleast_1d(np.asarray(labels))
+    if count is None:
+        raise ValueError(f"{type(pipe).__name__}: this checkpoint knows no classes; leave out class_labels.")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ((ids >= 0) & (ids < count)).all():
+        raise ValueError(
+            f"{type(pipe).__name__}: class_labels={labels!r}; give whole numbers from 0 to {count - 1}, one a picture."
+        )
+    return ids.astype(np.int32)
+
+
 def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
     """One branch, with nothing to tell."""
     return {"positive": {}}
@@ -33,7 +66,7 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
 
 def predict(networks: Networks, x: jax.Array, t: jax.Array, cond: Cond) -> jax.Array:
     """The U-Net's output."""
-    return networks("unet", x, t)
+    return networks("unet", x, t, cond.get("class_labels"))
 
 
 def latent_shape(specs: Mapping[str, core.Spec], size: Size) -> tuple[int, int, int]:
@@ -61,3 +94,19 @@ class DDIMPipeline(DiffusionPipeline):
 
     family = UNCONDITIONAL
     defaults = {"num_inference_steps": 50, "guidance_scale": 1.0}
+
+
+class ConsistencyModelPipeline(DiffusionPipeline):
+    """Pictures in one step by default; several go by `num_inference_steps`, or by `timesteps` of one's own.
+
+    >>> import flaxdiff
+    >>> spec = flaxdiff.UNet2DModel.from_config({"sample_size": 64, "num_class_embeds": 1000})
+    >>> scheduler = flaxdiff.CMStochasticIterativeScheduler()
+    >>> pipe = ConsistencyModelPipeline((("unet", spec),), scheduler)
+    >>> inputs = pipe.prepare_inputs(class_labels=[145, 88], timesteps=[22, 0])
+    >>> inputs["class_labels"], inputs["plan"].sigma[:2].round(2)
+    (array([145,  88], dtype=int32), array([80.  ,  1.38], dtype=float32))
+    """
+
+    family = UNCONDITIONAL._replace(prepare=prepare_classes)
+    defaults = {"num_inference_steps": 1, "guidance_scale": 1.0}
