@@ -106,7 +106,7 @@ _VAE = r"(^|\.)(en|de)coder\.(?!layers\.)"
 _FIRST = r"(to_[qkv]|[qkv]_proj|ff\.net\.0\.proj|mlp\.fc1|token_embedding|resnets\.\d+\.(conv1|time_emb_proj))\."
 _SECOND = r"(to_out\.0|out_proj|ff\.net\.2|mlp\.fc2|resnets\.\d+\.conv2)\.weight"
 RULES: Rules = (
-    (rf"norm|{_VAE}.*bias$", whole),
+    (rf"norm\w*\.(weight|bias)$|{_VAE}.*bias$", whole),
     (_VAE, Split({"fsdp": None})),
     (rf"{_FIRST}bias$", Split({"tensor": -1})),
     (rf"bias$|{_SECOND}\.scale$", whole),  # a scale of 8 bits has no side of inputs

@@ -270,6 +270,14 @@ def test_each_branch_of_guidance_on_its_own_device():
     close(both.sampler.sample, wanted.sampler.sample, 1e-5)
 
 
+def test_a_layer_within_a_norm_is_split():
+    """The norms of some networks are told the time or a picture by layers of their own."""
+    shapes = {"norm1.linear.weight": jax.ShapeDtypeStruct((64, 128), jnp.float32)}
+    shapes |= {"norm1.weight": jax.ShapeDtypeStruct((64,), jnp.float32)}
+    places = flaxdiff.shardings(shapes, mesh_of(fsdp=8))
+    assert not places["norm1.linear.weight"].is_fully_replicated and places["norm1.weight"].is_fully_replicated
+
+
 # --- weights split over eight ----------------------------------------------------------------------------------------
 
 
