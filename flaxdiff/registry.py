@@ -166,6 +166,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "StableDiffusionXLPAGInpaintPipeline",
             "StableDiffusionXLPAGPipeline",
         ),
+        "flaxdiff.pipelines.panorama": ("StableDiffusionPanoramaPipeline",),
         "flaxdiff.pipelines.pipeline": ("DiffusionPipeline",),
         "flaxdiff.pipelines.stable_diffusion": (
             "LatentConsistencyModelImg2ImgPipeline",

@@ -290,19 +290,20 @@ def test_auto_pipelines_with_pag():
 # --- what is attended to, further prompts -----------------------------------------------------------------------------
 
 
-def both(name, build, monkeypatch, options, theirs=None, ours=None, scheduler="DDIMScheduler"):
+def both(name, build, monkeypatch, options, theirs=None, ours=None, shape=(2, 8, 8, 4)):
     """The pictures of ours and of PyTorch's class from the same noise."""
     parts = {**build().components, "feature_extractor": None, "safety_checker": None}
     cls = getattr(diffusers, name)
     accepted = {k: v for k, v in parts.items() if k in cls.__init__.__code__.co_varnames}
     there = cls(**accepted, requires_safety_checker=False)
-    there.scheduler = getattr(diffusers, scheduler).from_config(there.scheduler.config)
+    there.scheduler = diffusers.DDIMScheduler.from_config(there.scheduler.config, clip_sample=False)
     there.set_progress_bar_config(disable=True)
     if isinstance(heads := there.unet.config.attention_head_dim, tuple):
         there.unet.register_to_config(attention_head_dim=heads[-1])  # SAG's knows no tuples
     pipe, params = getattr(flaxdiff, name).from_pretrained(peers.saved(build))
-    pipe = pipe.replace(scheduler=getattr(flaxdiff, scheduler).from_config(pipe.scheduler), progress=False)
-    noise = rng.standard_normal((2, 8, 8, 4)).astype(np.float32)
+    scheduler = flaxdiff.DDIMScheduler.from_config(pipe.scheduler, clip_sample=False)
+    pipe = pipe.replace(scheduler=scheduler, progress=False)
+    noise = rng.standard_normal(shape).astype(np.float32)
     module = __import__(type(there).__module__, fromlist=["randn_tensor"])
     monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: peers.nchw(noise))
     options = {**TEXT, "negative_prompt": ["b", "b"], "num_inference_steps": 4, "output_type": "np", **options}
@@ -398,3 +399,21 @@ def darker(guidance_scale, scale=0.0):
     return chain(
         cfg(guidance_scale), guidance.by_loss(lambda pictures: pictures.mean((1, 2, 3)), scale, of_pictures=True)
     )
+
+
+@pytest.mark.parametrize("options", [dict(width=40), dict(width=32, circular_padding=True), dict(height=24, width=16)])
+def test_panorama(options, monkeypatch):
+    """diffusers' windows are those of Stable Diffusion 1; here they are those of the network."""
+    cls = diffusers.StableDiffusionPanoramaPipeline
+    shrunk = lambda self, h, w, circular_padding: plain(self, 4 * h, 4 * w, 8, 1, circular_padding)
+    plain = cls.get_views
+    monkeypatch.setattr(cls, "get_views", shrunk)
+    name, build = "StableDiffusionPanoramaPipeline", peers.stable_diffusion_1
+    options = (
+        dict(height=16, prompt="a cat", negative_prompt="b") | options
+    )  # of one: it pairs those of several wrongly
+    shape = (1, options["height"] // 2, options["width"] // 2, 4)
+    ours, theirs, other = both(name, build, monkeypatch, options, shape=shape)
+    assert peers.relative(ours, theirs, of=name) < 1e-3
+    with pytest.raises(ValueError, match="height=17"):
+        other(height=17)
