@@ -165,8 +165,12 @@ def frozen(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(frozen, value))
     if isinstance(value, Mapping):
-        return tuple(sorted((k, frozen(v)) for k, v in value.items()))
+        return Pairs(sorted((k, frozen(v)) for k, v in value.items()))
     return value
+
+
+class Pairs(tuple):
+    """What `frozen` makes of an object: its keys and values."""
 
 
 # --- parameters inside a module -------------------------------------------------------------------------------------

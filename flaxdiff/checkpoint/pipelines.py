@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from flaxdiff import parallel, registry
 from flaxdiff.checkpoint import files, hub, reading, writing
 from flaxdiff.checkpoint.tensors import damaged
-from flaxdiff.core import Model, Params, Spec, frozen
+from flaxdiff.core import Model, Pairs, Params, Spec, frozen
 from flaxdiff.schedulers import Scheduler
 
 if TYPE_CHECKING:
@@ -135,8 +135,9 @@ def _check(parts: Mapping[str, Any], sorts: Mapping[str, str]) -> None:
 
 
 def read_by(cls: type["DiffusionPipeline"], components: Mapping[str, str]) -> dict[str, str]:
-    """The components that a pipeline has a use for."""
-    return {name: named for name, named in components.items() if name not in SKIPPED or name in cls.reads}
+    """The components that a pipeline has a use for, by the names that their classes have today."""
+    used = {name: named for name, named in components.items() if name not in SKIPPED or name in cls.reads}
+    return {name: cls.formerly.get(named, named) for name, named in used.items()}
 
 
 def asked_for(cls: type["DiffusionPipeline"], changes: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +238,7 @@ def save_pipeline(
     defaults = {DEFAULTS: dict(settings.pop("defaults"))} if "defaults" in settings else {}
     schedulers = {name: value for name, value in settings.items() if isinstance(value, Scheduler)}
     schedulers["scheduler"] = pipe.scheduler
-    plain = {name: value for name, value in settings.items() if name not in schedulers}
+    plain = {k: dict(v) if isinstance(v, Pairs) else v for k, v in settings.items() if k not in schedulers}
     index: dict[str, Any] = {"_class_name": type(pipe).__name__, **defaults, **plain}
     with files.staged(Path(folder)) as stage:
         for name, spec in pipe.specs:

@@ -115,17 +115,19 @@ def _moments(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def _scaled(norm: nnx.Module, h: jax.Array, mean: jax.Array, variance: jax.Array, x: jax.Array) -> jax.Array:
-    """(h - mean) / √(variance + eps), scaled and shifted, in float32; then as x was."""
-    weight, bias = (value(v).astype(jnp.float32) for v in (norm.weight, norm.bias))
+    """(h - mean) / √(variance + eps), scaled and shifted where the norm does, in float32; then as x was."""
+    plain = norm.weight is None
+    weight, bias = (1.0, 0.0) if plain else (value(v).astype(jnp.float32) for v in (norm.weight, norm.bias))
     a = weight * jax.lax.rsqrt(variance + norm.eps)
     return (h * a + (bias - mean * a)).reshape(x.shape).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
-    """Normalise the last axis."""
+    """Normalise the last axis; `affine`: then scale and shift it."""
 
-    def __init__(self, channels: int, eps: float = 1e-5):
-        self.weight, self.bias = param((channels,), "norm", ones), param((channels,), "norm", zeros)
+    def __init__(self, channels: int, eps: float = 1e-5, affine: bool = True):
+        self.weight = param((channels,), "norm", ones) if affine else None
+        self.bias = param((channels,), "norm", zeros) if affine else None
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -55,7 +55,7 @@ def prepare(pipe: "DiffusionPipeline", size: "Size", guided: bool, freeu: Sequen
 def tell(
     family: "Family", networks: "Networks", keys: jax.Array, inputs: Mapping[str, Any], branches: Mapping[str, "Cond"]
 ) -> Mapping[str, "Cond"]:
-    """The branches, told of all this as well.
+    """The branches, told of all this as well, as far as the family's `encode` does not tell a branch otherwise.
 
     Where a picture guides beside the text there are three of them: text and picture, picture alone, neither.
     """
@@ -65,7 +65,7 @@ def tell(
         told["class_labels"] = jnp.where(told["class_labels"] == ANY, jax.vmap(draw)(keys), told["class_labels"])
     if parts := _channels(family, networks, keys, inputs):
         told["beside"] = jnp.concatenate(parts, -1)
-    branches = {branch: {**cond, **told} for branch, cond in branches.items()}
+    branches = {branch: {**told, **cond} for branch, cond in branches.items()}
     if "image_guidance_scale" in inputs["guidance"] and "beside" not in told:
         raise ValueError("image_guidance_scale is for pipelines that see a picture beside the sample; leave it out.")
     if "image_guidance_scale" in inputs["guidance"] and "negative" in branches:

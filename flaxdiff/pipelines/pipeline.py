@@ -77,6 +77,7 @@ class DiffusionPipeline(
         lambda images, options: images
     )  # Pillow's pictures -> what a call returns
     reads: ClassVar[tuple[str, ...]] = ()  # components of a checkpoint that most pipelines pass over
+    formerly: ClassVar[Mapping[str, str]] = {}  # class that older checkpoints name -> the one that is meant
     defaults: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 7.5}
 
     # --- loading, saving, changing -----------------------------------------------------------------------------------

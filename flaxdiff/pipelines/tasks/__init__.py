@@ -124,7 +124,9 @@ def vae_factor(pipe: "DiffusionPipeline") -> int:
 
 def native_size(pipe: "DiffusionPipeline") -> Size:
     """The size that the denoiser was trained on, in pixels."""
-    height, width = np.broadcast_to(pipe.unet.config.sample_size, 2)
+    specs = dict(pipe.specs)
+    denoiser = specs["unet"] if "unet" in specs else specs["transformer"]
+    height, width = np.broadcast_to(denoiser.config.sample_size, 2)
     return Size(int(height) * vae_factor(pipe), int(width) * vae_factor(pipe))
 
 
@@ -138,6 +140,7 @@ def blank_inputs(pipe: "DiffusionPipeline", batch: int = 1, **options: Any) -> d
     takes = {**inspect.signature(pipe.family.prepare).parameters, **inspect.signature(pipe.task).parameters}
     options |= {"prompt": [""] * batch} if "prompt" in takes else {}
     options |= {"batch_size": batch} if "batch_size" in takes else {}
+    options |= {"class_labels": [0] * batch} if "class_labels" in takes and "batch_size" not in takes else {}
     if "image" in takes:
         size = native_size(pipe)
         asked = options.get if "height" in takes else options.pop
