@@ -115,6 +115,8 @@ COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
             up_block_types=["AttnUpBlock2D"] * 3 + ["ResnetUpsampleBlock2D"] * 3,
         ),
     ),
+    "facebook/DiT-XL-2-256 transformer": ("DiTTransformer2DModel", dict(out_channels=8)),
+    "facebook/DiT-XL-2-512 transformer": ("DiTTransformer2DModel", dict(out_channels=8, sample_size=64)),
 }
 
 # short name -> (class of the pipeline, component -> name above, settings of the pipeline)

@@ -1,5 +1,8 @@
 """Pipelines that draw a class and not a prompt, against PyTorch's with the same noise."""
 
+import json
+import shutil
+
 import diffusers
 import jax
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 import torch
 
 import flaxdiff
+from flaxdiff.pipelines.tasks import blank_inputs
 
 rng = np.random.default_rng(0)
 normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
@@ -103,3 +107,83 @@ def test_bad_classes(labels):
 def test_no_classes():
     with pytest.raises(ValueError, match="knows no classes; leave out class_labels"):
         load(plain_consistency)[0].prepare_inputs(class_labels=3)
+
+
+# --- DiT -------------------------------------------------------------------------------------------------------------
+
+WORDS = {"0": "tench, Tinca tinca", "2": "white shark"}
+
+
+def dit(out_channels=8):
+    torch.manual_seed(0)
+    net = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=3, sample_size=8, out_channels=out_channels
+    )
+    return diffusers.DiTPipeline(peers.lively(net), peers.vae(), diffusers.DDIMScheduler(), id2label=WORDS)
+
+
+def plain_dit():
+    return dit(out_channels=4)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_dit_transformer(scan):
+    peer = dit().transformer
+    folder = f"{peers.saved(dit)}/transformer"
+    spec, params = flaxdiff.DiTTransformer2DModel.from_pretrained(folder, scan_layers=scan)
+    for side in (8, 12):  # places beyond the grid that it was trained on lie closer
+        x, t, labels = normal(2, side, side, 4), np.float32([3, 981]), np.int32([207, 1000])
+        with torch.no_grad():
+            theirs = peer(peers.nchw(x), torch.tensor(t), torch.tensor(labels)).sample
+        ours = flaxdiff.apply(spec, params, x, t, labels)
+        assert peers.relative(ours, peers.nhwc(theirs), of="DiTTransformer2DModel") < 1e-4
+    with pytest.raises(ValueError, match="Latents of 8 x 7 do not divide into patches of 2 x 2"):
+        flaxdiff.apply(spec, params, normal(1, 8, 7, 4), 3, labels)
+
+
+@pytest.mark.parametrize(("build", "scale"), [(dit, 4.0), (dit, 1.0), (plain_dit, 3.0)])
+def test_dit(build, scale, monkeypatch):
+    pipe, params, peer = load(build)
+    latents, options = normal(2, 8, 8, 4), dict(class_labels=[2, 999], num_inference_steps=4, guidance_scale=scale)
+    module = diffusers.pipelines.dit.pipeline_dit
+    monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: peers.nchw(latents))
+    with torch.no_grad():
+        theirs = peer(**options, output_type="np").images
+    made = pipe(params, KEY, **options, latents=latents, output_type="np").images
+    assert peers.relative(made, theirs, of="DiTPipeline") < 1e-3
+
+
+def test_dit_knows_words(tmp_path):
+    """The published index has them; PyTorch's own pipeline reads but does not write it."""
+    folder = tmp_path / "named"
+    shutil.copytree(peers.saved(dit), folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"id2label": WORDS}))
+    pipe, params = flaxdiff.load(folder)
+    assert pipe.labels == dit().labels
+    assert pipe.get_label_ids(["Tinca tinca", "white shark"]) == dit().get_label_ids(["Tinca tinca", "white shark"])
+    with pytest.raises(ValueError, match="no class 'wite shark' among the 3 words.*did you mean white shark"):
+        pipe.get_label_ids("wite shark")
+    flaxdiff.save(tmp_path / "saved", pipe, params)
+    assert (
+        diffusers.DiTPipeline.from_pretrained(tmp_path / "saved").labels == flaxdiff.load(tmp_path / "saved")[0].labels
+    )
+    assert flaxdiff.load(tmp_path / "saved")[0].labels == pipe.labels
+
+
+def test_dit_of_older_folders(tmp_path):
+    """The published folders have the class by its former name."""
+    folder = tmp_path / "older"
+    shutil.copytree(peers.saved(dit), folder)
+    index = (folder / "model_index.json").read_text()
+    (folder / "model_index.json").write_text(index.replace("DiTTransformer2DModel", "Transformer2DModel"))
+    pipe, params = flaxdiff.load(folder)
+    assert pipe.transformer == load(dit)[0].transformer
+    options = dict(batch=2, num_inference_steps=2)
+    made = pipe.compile(params, **options).generate(params, KEY, blank_inputs(pipe, **options))
+    assert made.shape == (2, 16, 16, 3)
+
+
+def test_bad_classes_of_dit():
+    with pytest.raises(ValueError, match="class_labels=None; give whole numbers from 0 to 999"):
+        load(dit)[0].prepare_inputs()

@@ -347,6 +347,9 @@ def call(spec):
         case "UNet2DModel":
             labels = () if c.num_class_embeds is None else (jax.ShapeDtypeStruct((2,), jnp.int32),)
             return (f32(2, c.sample_size, c.sample_size, 3), f32(), *labels), (2, c.sample_size, c.sample_size, 3)
+        case "DiTTransformer2DModel":
+            n, labels = c.sample_size, jax.ShapeDtypeStruct((2,), jnp.int32)
+            return (f32(2, n, n, 4), f32(), labels), (2, n, n, 8)
         case "AutoencoderKL":
             return (f32(1, 512, 512, 3),), (1, 512, 512, 3)
     return (jax.ShapeDtypeStruct((2, 77), jnp.int32),), (2, 77, c.hidden_size)

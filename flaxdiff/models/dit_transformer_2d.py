@@ -1,0 +1,200 @@
+"""DiTTransformer2DModel: a transformer over patches of a latent, told the time and a class.
+
+Where others have a U-Net, equal blocks of self-attention and feed-forward read square patches as tokens. The condition
+shifts, scales and gates what each block adds; at the start of training all gates are zero, so that a block changes
+nothing.
+
+Reference: Peebles and Xie, Scalable Diffusion Models with Transformers, 2023.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flaxdiff import weights
+from flaxdiff.core import Config, Model, only
+from flaxdiff.nn.activations import ACTIVATIONS
+from flaxdiff.nn.attention import Attention
+from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
+from flaxdiff.nn.layers import Conv, Embedding, LayerNorm, Linear, value
+from flaxdiff.nn.stack import over, run, stack
+from flaxdiff.parallel import constrain
+
+WAVES = 256  # sinusoids of a time
+GELU = {"gelu": "gelu", "gelu-approximate": "gelu_pytorch_tanh"}  # activation_fn -> its name here
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig(Config):
+    """diffusers' keys and defaults."""
+
+    num_attention_heads: int = 16
+    attention_head_dim: int = 72
+    in_channels: int = 4
+    out_channels: int | None = None
+    num_layers: int = 28
+    dropout: float = only(0.0)
+    norm_num_groups: int = 32  # written down, and read by nothing
+    attention_bias: bool = True
+    sample_size: int = 32
+    patch_size: int = 2
+    activation_fn: str = only("gelu-approximate", "gelu")
+    num_embeds_ada_norm: int = 1000
+    upcast_attention: bool = False  # softmax runs in float32 here either way
+    norm_type: str = only("ada_norm_zero")
+    norm_elementwise_affine: bool = only(False)
+    norm_eps: float = 1e-5
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels of the output."""
+        return self.out_channels or self.in_channels
+
+
+def positions(height: int, width: int, base: int, channels: int) -> np.ndarray:
+    """Sinusoids of column and of row, half of the channels each, for a grid of patches: [height * width, channels].
+
+    Places are measured as in the grid of `base` by `base` that the network was trained on.
+
+    >>> positions(2, 3, 4, 8).shape
+    (6, 8)
+    """
+    omega = 10_000.0 ** -(np.arange(channels // 4) / (channels // 4))
+    rows, columns = (np.arange(n, dtype=np.float32) / (n / base) for n in (height, width))
+    angles = [np.float64(places)[..., None] * omega for places in np.meshgrid(columns, rows)]
+    waves = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], -1)
+    return waves.reshape(height * width, channels).astype(np.float32)
+
+
+class PatchEmbed(nnx.Module):
+    """Square patches as tokens that know their place."""
+
+    def __init__(self, c: DiTConfig):
+        self.proj = Conv(c.in_channels, c.width, c.patch_size, stride=c.patch_size, padding=0)
+        self.base = c.sample_size // c.patch_size
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, N, D]."""
+        x = self.proj(x)
+        b, h, w, d = x.shape
+        return x.reshape(b, h * w, d) + positions(h, w, self.base, d).astype(x.dtype)
+
+
+class LabelEmbedding(nnx.Module):
+    """A table of classes; the last is none of them."""
+
+    def __init__(self, classes: int, width: int):
+        self.embedding_table = Embedding(classes + 1, width)
+
+
+class CombinedTimestepLabelEmbeddings(nnx.Module):
+    """Times [B] and classes [B] -> [B, D]."""
+
+    def __init__(self, classes: int, width: int):
+        self.timestep_embedder = TimestepEmbedding(WAVES, width)
+        self.class_embedder = LabelEmbedding(classes, width)
+
+    def __call__(self, t: jax.Array, labels: jax.Array) -> jax.Array:
+        classes = self.class_embedder.embedding_table(labels)
+        return self.timestep_embedder(sinusoids(t, WAVES, freq_shift=1).astype(classes.dtype)) + classes
+
+
+class AdaLayerNormZero(nnx.Module):
+    """Normalise, and say how to shift, scale and gate."""
+
+    def __init__(self, c: DiTConfig):
+        self.emb = CombinedTimestepLabelEmbeddings(c.num_embeds_ada_norm, c.width)
+        self.linear = Linear(c.width, 6 * c.width)
+        self.norm = LayerNorm(c.width, 1e-6, affine=False)
+
+    def modulation(self, condition: jax.Array) -> list[jax.Array]:
+        """Shift, scale and gate of the attention, then of the feed-forward: [B, D] -> [B, 1, D] each."""
+        return jnp.split(self.linear(jax.nn.silu(condition))[:, None], 6, -1)
+
+
+class Projected(nnx.Module):
+    """A projection and an activation."""
+
+    def __init__(self, fan_in: int, fan_out: int, activation: str):
+        self.proj, self.activation = Linear(fan_in, fan_out), activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return ACTIVATIONS[self.activation](self.proj(x))
+
+
+class FeedForward(nnx.Module):
+    """Expand to four times the width, and back."""
+
+    def __init__(self, width: int, activation: str):
+        self.net = nnx.List([Projected(width, 4 * width, activation), None, Linear(4 * width, width)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.net[2](self.net[0](x))
+
+
+class DiTBlock(nnx.Module):
+    """x + gate · attention(modulated x), then so with the feed-forward."""
+
+    def __init__(self, c: DiTConfig):
+        self.norm1 = AdaLayerNormZero(c)
+        self.attn1 = Attention(c.width, c.num_attention_heads, c.attention_head_dim, bias=c.attention_bias)
+        self.norm3 = LayerNorm(c.width, c.norm_eps, affine=False)
+        self.ff = FeedForward(c.width, GELU[c.activation_fn])
+
+    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        """[B, N, D], and what this block's own embedding makes of time and class [B, D] -> [B, N, D]."""
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.norm1.modulation(condition)
+        x = x + gate * self.attn1(self.norm1.norm(x) * (1 + scale) + shift)
+        return x + gate_ff * self.ff(self.norm3(x) * (1 + scale_ff) + shift_ff)
+
+
+class DiTTransformer2DModel(Model):
+    """Predict the noise in a noisy latent, and where it has twice the channels its variance, given time and class.
+
+    >>> import flaxdiff
+    >>> spec = DiTTransformer2DModel.from_config(dict(num_layers=2, num_attention_heads=2, attention_head_dim=8))
+    >>> params = flaxdiff.init(spec, jax.random.key(0))
+    >>> flaxdiff.apply(spec, params, jnp.zeros((1, 8, 8, 4)), 10, class_labels=jnp.array([207])).shape
+    (1, 8, 8, 4)
+    """
+
+    config_class = DiTConfig
+    ignored = r"pos_embed\.pos_embed"  # worked out here
+
+    def __init__(self, config: DiTConfig):
+        c = config
+        self.pos_embed = PatchEmbed(c)
+        self.transformer_blocks = stack(lambda: DiTBlock(c), c.num_layers, c.scan_layers)
+        self.norm_out = LayerNorm(c.width, 1e-6, affine=False)
+        self.proj_out_1 = Linear(c.width, 2 * c.width)
+        self.proj_out_2 = Linear(c.width, c.patch_size**2 * c.channels)
+        self.config = c
+
+    def __call__(self, hidden_states: jax.Array, timestep: jax.Array | float, class_labels: jax.Array) -> jax.Array:
+        """Noisy latents [B, H, W, C], a time, or one for each [B], classes int32 [B] -> the prediction [B, H, W, O].
+
+        The class behind the last, `num_embeds_ada_norm`, is none.
+
+        Raises:
+          ValueError: height or width is no multiple of the patches' side.
+        """
+        c, (b, height, width, _) = self.config, hidden_states.shape
+        p = c.patch_size
+        if height % p or width % p:
+            raise ValueError(f"Latents of {height} x {width} do not divide into patches of {p} x {p}.")
+        t = jnp.broadcast_to(timestep, (b,))
+        x = self.pos_embed(hidden_states.astype(weights.dtype(value(self.pos_embed.proj.weight))))
+        told = over(self.transformer_blocks, lambda block: block.norm1.emb(t, class_labels))  # [L, B, D]
+        x = run(self.transformer_blocks, constrain(x, "batch", "context"), told)
+        shift, scale = jnp.split(self.proj_out_1(jax.nn.silu(told[0]))[:, None], 2, -1)
+        x = self.proj_out_2(self.norm_out(x) * (1 + scale) + shift)
+        x = x.reshape(b, height // p, width // p, p, p, c.channels).swapaxes(2, 3)
+        return x.reshape(b, height, width, c.channels)
