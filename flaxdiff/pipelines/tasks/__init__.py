@@ -124,9 +124,7 @@ def vae_factor(pipe: "DiffusionPipeline") -> int:
 
 def native_size(pipe: "DiffusionPipeline") -> Size:
     """The size that the denoiser was trained on, in pixels."""
-    specs = dict(pipe.specs)
-    denoiser = specs["unet"] if "unet" in specs else specs["transformer"]
-    height, width = np.broadcast_to(denoiser.config.sample_size, 2)
+    height, width = np.broadcast_to(pipe.denoiser.config.sample_size, 2)
     return Size(int(height) * vae_factor(pipe), int(width) * vae_factor(pipe))
 
 
