@@ -1,7 +1,7 @@
 """Panoramas: pictures larger than what a network was made for, of which it sees one window after another.
 
-Where windows overlap, the mean of what the network says counts. As long as a solver's step does not clip, it is linear in
-that, and this is the same as the mean of the windows' own steps.
+Where windows overlap, the mean of what the network says counts. As long as a solver's step does not clip, it is linear
+in that, and this is the same as the mean of the windows' own steps.
 
 Reference: Bar-Tal et al., MultiDiffusion: Fusing Diffusion Paths for Controlled Image Generation, 2023.
 """
