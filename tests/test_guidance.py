@@ -91,6 +91,12 @@ def test_standard():
     assert peers.relative(guess(standard(5.0, 0.7)), theirs) < 1e-6
 
 
+def test_an_interval_holds_back_what_moves_the_sample():
+    rule = interval(0.2, 0.5, Guidance(lambda state, guess, *_: (guess, state), adjust=lambda x, at: x + 1))
+    moved = [float((rule.adjust(BOTH["positive"], at(i)) - POSITIVE).mean()) for i in (0, 2, 4, 5)]
+    np.testing.assert_allclose(moved, [0, 1, 1, 0], atol=1e-6)
+
+
 def test_strengths_may_differ_by_image():
     both = guess(chain(cfg(jnp.array([1.0, 4.0])), rescale(jnp.array([0.0, 0.5]))))
     assert peers.relative(both[0], POSITIVE[0]) < 1e-6

@@ -2,8 +2,9 @@
 
 A `Guidance` is a few pure functions in the manner of optax. The loop evaluates the branches ("positive" and "negative"
 prompt, …) in one batched call, then `combine` sees all predictions, and the guess so far, which is the positive one
-before the first rule of a `chain`. Each rule adds to the guess what it would change of the positive prediction, so
-rules may come in any order. Strengths are values: they may be traced, and may differ by image.
+before the first rule of a `chain`. Most rules add to the guess what they would change of the positive prediction, so
+these may come in any order; those that scale the guess, such as `rescale`, come last. Strengths are values: they may be
+traced, and may differ by image.
 
 What a pipeline uses is a function of strengths: its parameters are what the call takes by these names, its result the
 rule. Any function of a module does:
@@ -71,14 +72,14 @@ class Guidance(NamedTuple):
     adjust: Callable[[jax.Array, At], jax.Array] = lambda sample, at: sample
 
 
-def stateless(combine: Callable[[jax.Array, Predictions], jax.Array], **more: Any) -> Guidance:
+def stateless(combine: Callable[[jax.Array, Predictions], jax.Array]) -> Guidance:
     """A rule that remembers nothing and looks at nothing but the predictions.
 
     >>> halve = stateless(lambda guess, predictions: guess / 2)
     >>> halve.combine((), jnp.ones(2), {}, None)
     (Array([0.5, 0.5], dtype=float32), ())
     """
-    return Guidance(lambda state, guess, predictions, at: (combine(guess, predictions), state), **more)
+    return Guidance(lambda state, guess, predictions, at: (combine(guess, predictions), state))
 
 
 def chain(*rules: Guidance) -> Guidance:
@@ -120,13 +121,19 @@ def interval(start: jax.Array | float, stop: jax.Array | float, *rules: Guidance
     """
     rule = chain(*rules)
 
-    def combine(state, guess, predictions, at):
+    def within(at: At, new: Any, old: Any) -> Any:
         i, n = (count.astype(jnp.float32) for count in (at.sampler.index, at.sampler.plan.steps))
         on = (i >= jnp.floor(start * n)) & (i < jnp.floor(stop * n))
-        new = rule.combine(state, guess, predictions, at)
-        return jax.tree.map(lambda new, old: jnp.where(on, new, old), new, (guess, state))
+        return jax.tree.map(lambda new, old: jnp.where(on, new, old), new, old)
 
-    return rule._replace(combine=combine)
+    def combine(state, guess, predictions, at):
+        return within(at, rule.combine(state, guess, predictions, at), (guess, state))
+
+    def adjust(sample, at):
+        new = rule.adjust(sample, at)
+        return sample if new is sample else within(at, new, sample)
+
+    return rule._replace(combine=combine, adjust=adjust)
 
 
 def per_prompt(strengths: Mapping[str, jax.Array], n: int) -> dict[str, jax.Array]:
