@@ -31,6 +31,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.adapters.textual_inversion": ("load_textual_inversion",),
         "flaxdiff.images": ("load_image", "make_image_grid", "numpy_to_pil"),
         "flaxdiff.memory": ("cast", "offload", "quantize", "residency"),
+        "flaxdiff.pipelines.inversion": ("invert",),
         "flaxdiff.pipelines.prompts": ("encode_prompts",),
         "flaxdiff.schedulers": ("scheduler",),
         "flaxdiff.parallel": ("distribute", "make_mesh", "replicate", "shard", "shardings"),
@@ -46,6 +47,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "AutoPipelineForInpainting",
             "AutoPipelineForText2Image",
         ),
+        "flaxdiff.pipelines.editing": ("LEditsPPDiffusionPipelineOutput", "LEditsPPInversionPipelineOutput"),
         "flaxdiff.pipelines.guided": ("SafetyConfig",),
         "flaxdiff.pipelines.calling": (
             "BaseOutput",
@@ -149,6 +151,11 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "StableDiffusionXLControlNetXSPipeline",
         ),
         "flaxdiff.pipelines.dit": ("DiTPipeline",),
+        "flaxdiff.pipelines.editing": (
+            "LEditsPPPipelineStableDiffusion",
+            "LEditsPPPipelineStableDiffusionXL",
+            "StableDiffusionDiffEditPipeline",
+        ),
         "flaxdiff.pipelines.image_variation": ("StableDiffusionImageVariationPipeline",),
         "flaxdiff.pipelines.k_diffusion": ("StableDiffusionKDiffusionPipeline", "StableDiffusionXLKDiffusionPipeline"),
         "flaxdiff.pipelines.latent_upscale": ("StableDiffusionLatentUpscalePipeline",),

@@ -9,7 +9,7 @@ presets.py      what pipelines use by name
 """
 
 from flaxdiff.guidance.attentive import excite, sag
-from flaxdiff.guidance.concepts import safe, sega
+from flaxdiff.guidance.concepts import ledits, safe, sega
 from flaxdiff.guidance.free import (
     apg,
     cfg,
@@ -21,7 +21,7 @@ from flaxdiff.guidance.free import (
 )
 from flaxdiff.guidance.gradient import by_loss
 from flaxdiff.guidance.perturbed import pag, seg, slg
-from flaxdiff.guidance.presets import attended, away_from_harm, perturbed, self_attention, semantic, standard
+from flaxdiff.guidance.presets import attended, away_from_harm, edited, perturbed, self_attention, semantic, standard
 from flaxdiff.guidance.rules import At, Each, Guidance, Layers, chain, interval, stateless
 
 __all__ = [
@@ -35,9 +35,11 @@ __all__ = [
     "by_loss",
     "cfg",
     "chain",
+    "edited",
     "excite",
     "frequency_decoupled",
     "interval",
+    "ledits",
     "pag",
     "perturbed",
     "rescale",

@@ -91,20 +91,32 @@ def excite(
 def attention(seen: Mapping[str, tuple[Pair, Pair]], sides: tuple[int, int]) -> jax.Array:
     """The most that any position attends to each token, smoothed: [B, M]; the first and the last token have none.
 
+    Of the blocks that `at_a_quarter` is about.
+    """
+    maps = at_a_quarter([cross for _, cross in seen.values()], sides)
+    maps = jax.nn.softmax(100 * maps[..., 1:-1])
+    maps = smoothed(maps.reshape(len(maps), *grid(maps.shape[1], sides), -1))
+    return jnp.pad(maps.max((1, 2)), ((0, 0), (1, 1)))
+
+
+def at_a_quarter(pairs: list[Pair], sides: tuple[int, int]) -> jax.Array:
+    """How much each query looks at each key, the mean over heads and blocks: [B, N, M].
+
     Of the blocks at a quarter of the sample's sides, or the next larger resolution that there is.
     """
     least = math.prod(-(-side // 4) for side in sides)
-    pairs = [cross for _, cross in seen.values() if cross[0].shape[1] >= least]
-    tokens = min(q.shape[1] for q, _ in pairs)
-    maps = sum(of := [weights(pair) for pair in pairs if pair[0].shape[1] == tokens]) / len(of)
-    maps = jax.nn.softmax(100 * maps[..., 1:-1])
+    tokens = min(q.shape[1] for q, _ in pairs if q.shape[1] >= least)
+    return sum(of := [weights(pair) for pair in pairs if pair[0].shape[1] == tokens]) / len(of)
+
+
+def smoothed(maps: jax.Array) -> jax.Array:
+    """Maps [B, H, W, M] under a small bell, exp(-x^2) over three positions along each side."""
     bell = np.exp(-np.square(np.arange(-1, 2.0)))
-    maps = maps.reshape(len(maps), *grid(tokens, sides), -1)
     for axis in (1, 2):
         around = jnp.pad(maps, [(int(a == axis),) * 2 for a in range(4)], mode="reflect")
         cut = [jax.lax.slice_in_dim(around, j, j + maps.shape[axis], axis=axis) for j in range(3)]
         maps = sum(float(w) * a for w, a in zip(bell / bell.sum(), cut))
-    return jnp.pad(maps.max((1, 2)), ((0, 0), (1, 1)))
+    return maps
 
 
 def middle(names: list[str]) -> str:
@@ -121,9 +133,13 @@ def weights(pair: Pair) -> jax.Array:
 def received(pair: Pair, sides: tuple[int, int]) -> jax.Array:
     """How much each position of a sample is looked at, all queries together: [B, H, W]; 1 on average."""
     seen = weights(pair).sum(1)
-    rows, columns = grid(seen.shape[-1], sides)
-    at = [np.arange(side) * n // side for side, n in zip(sides, (rows, columns))]
-    return seen.reshape(-1, rows, columns)[:, at[0]][:, :, at[1]]
+    return enlarged(seen.reshape(-1, *grid(seen.shape[-1], sides)), sides)
+
+
+def enlarged(maps: jax.Array, sides: tuple[int, int]) -> jax.Array:
+    """Maps [B, h, w, …] at a sample's size, each place as the nearest has it."""
+    rows, columns = (np.arange(side) * n // side for side, n in zip(sides, maps.shape[1:3]))
+    return maps[:, rows][:, :, columns]
 
 
 def grid(tokens: int, sides: tuple[int, int]) -> tuple[int, int]:

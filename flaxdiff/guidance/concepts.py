@@ -6,7 +6,8 @@ Each further prompt is a branch of its own, "editing_00", …, or "safety_00".
 import jax
 import jax.numpy as jnp
 
-from flaxdiff.guidance.rules import At, Guidance, Predictions, per_image, per_prompt
+from flaxdiff.guidance.attentive import at_a_quarter, enlarged, grid, middle, smoothed
+from flaxdiff.guidance.rules import At, Guidance, Predictions, chain, per_image, per_prompt
 
 
 def safe(
@@ -87,3 +88,58 @@ def sega(
         return guess + jnp.where(warm.all(), every, jnp.where(warm.any(), some, 0)), nu
 
     return Guidance(combine, jnp.zeros_like)
+
+
+def ledits(
+    tokens: jax.Array | None,
+    user_mask: jax.Array | float = 1.0,
+    by_attention: jax.Array | float = 0.0,
+    intersect: jax.Array | float = 1.0,
+    **of_prompts: jax.Array,
+) -> Guidance:
+    """LEDITS++: towards further prompts, or away from them, where the network attends to them and where they matter.
+
+    guess ± sum over prompts of mask scale (editing - positive). The mask is 1 where the words are attended to more than
+    at a share of the places, and where the difference, summed over channels, is larger than at that share of them;
+    at the noisiest fifth of the times the first alone.
+
+    Args:
+      tokens: [B, prompts, M] of 0 and 1: which are of each prompt's words; None for no further prompts.
+      user_mask: [B, h, w, 1] to multiply by.
+      by_attention, intersect: which masks hold: the first alone, both (whatever the former is), or, where both are 0,
+        the second alone.
+      **of_prompts: for each prompt, or for all, [1 or prompts]: `edit_guidance_scale`, `edit_threshold` (that share),
+        `edit_warmup_steps` and `edit_cooldown_steps` (evaluations without it before, and after),
+        `reverse_editing_direction` (1 for away).
+
+    Raises:
+      ValueError: neither one value nor one for each prompt.
+
+    Reference: Brack et al., LEDITS++: Limitless Image Editing using Text-to-Image Models, 2024.
+    """
+
+    def combine(state, guess, predictions: Predictions, at: At):
+        names = sorted(name for name in predictions if name.startswith("editing_"))
+        c, i, t = per_prompt(of_prompts, len(names)), at.sampler.index.astype(jnp.float32), at.sampler.timestep
+        on = (i >= c["edit_warmup_steps"]) & (i < c["edit_cooldown_steps"])
+        signed = jnp.where(on, jnp.where(c["reverse_editing_direction"] > 0, -1, 1) * c["edit_guidance_scale"], 0)
+        both, first = jnp.asarray(intersect) > 0, jnp.asarray(by_attention) > 0
+        for n, name in enumerate(names):
+            gamma = signed[n] * (predictions[name] - predictions["positive"]) * user_mask
+            size = jnp.abs(gamma).sum(-1, keepdims=True)
+            matters = size >= jnp.quantile(size, c["edit_threshold"][n], axis=(1, 2), keepdims=True)
+            looked = attended(at.seen[name], tokens[:, n], c["edit_threshold"][n], guess.shape[1:3])
+            mask = jnp.where(both & (t <= 800), looked & matters, jnp.where(both | first, looked, matters))
+            guess = guess + jnp.where(mask, gamma, 0)
+        return guess, state
+
+    if tokens is None:
+        return chain()
+    return Guidance(combine, watches=lambda names: [name for name in names if name != middle(names)])
+
+
+def attended(seen, tokens: jax.Array, share: jax.Array, sides: tuple[int, int]) -> jax.Array:
+    """Where some tokens [B, M] are attended to more than at a share of the places: [B, H, W, 1]."""
+    maps = jnp.einsum("bnm,bm->bn", at_a_quarter([cross for _, cross in seen.values()], sides), tokens)
+    maps = smoothed(maps.reshape(len(maps), *grid(maps.shape[1], sides), 1))
+    return enlarged(maps >= jnp.quantile(maps, share, axis=(1, 2), keepdims=True), sides)

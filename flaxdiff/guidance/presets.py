@@ -3,7 +3,7 @@
 import jax
 
 from flaxdiff.guidance.attentive import excite, sag
-from flaxdiff.guidance.concepts import safe, sega
+from flaxdiff.guidance.concepts import ledits, safe, sega
 from flaxdiff.guidance.free import cfg, rescale, text_and_image
 from flaxdiff.guidance.perturbed import pag
 from flaxdiff.guidance.rules import Each, Flags, Guidance, Layers, chain
@@ -88,3 +88,28 @@ def attended(
     """`standard` with `excite`: what `StableDiffusionAttendAndExcitePipeline` uses."""
     move = excite(excited_tokens, excited_steps, excited_thresholds, max_iter_to_alter, scale_factor)
     return chain(cfg(guidance_scale), move, rescale(guidance_rescale))
+
+
+def edited(
+    editing_tokens: jax.Array | None = None,
+    user_mask: jax.Array | None = None,
+    use_cross_attn_mask: Strength = 0.0,
+    use_intersect_mask: Strength = 1.0,
+    edit_guidance_scale: Strength = Each(5.0),
+    edit_threshold: Strength = Each(0.9),
+    edit_warmup_steps: Strength = Each(0.0),
+    edit_cooldown_steps: Strength = Each("inf"),
+    reverse_editing_direction: Strength = Each(0.0),
+) -> Guidance:
+    """`ledits`: what the pipelines of LEDITS++ use."""
+    return ledits(
+        editing_tokens,
+        1.0 if user_mask is None else user_mask,
+        use_cross_attn_mask,
+        use_intersect_mask,
+        edit_guidance_scale=edit_guidance_scale,
+        edit_threshold=edit_threshold,
+        edit_warmup_steps=edit_warmup_steps,
+        edit_cooldown_steps=edit_cooldown_steps,
+        reverse_editing_direction=reverse_editing_direction,
+    )

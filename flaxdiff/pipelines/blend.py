@@ -19,8 +19,17 @@ class Known(NamedTuple):
     noise: jax.Array  # [B, h, w, C], the run's own
 
 
-def blend(state: SchedulerState, known: Known) -> SchedulerState:
+class Passed(NamedTuple):
+    """What is known of the whole run."""
+
+    mask: jax.Array  # [B, h, w, 1], as above
+    path: jax.Array  # [B, n, h, w, C]: where another run passed, one sample before each evaluation
+
+
+def blend(state: SchedulerState, known: Known | Passed) -> SchedulerState:
     """mask x + (1 - mask) (alpha known + sigma noise), at the level that the step has led to; after the last, no noise.
+
+    Of a path it is the sample at the level that the step came from, as DiffEdit has it.
 
     >>> from flaxdiff.schedulers import DDIMScheduler, tables
     >>> state = tables.init(DDIMScheduler().plan(1), jnp.zeros((1, 2, 2, 3)), jax.random.key(0))
@@ -30,7 +39,11 @@ def blend(state: SchedulerState, known: Known) -> SchedulerState:
     1.0
     """
     plan, i = state.plan, state.index
-    done = i >= plan.steps
-    alpha, sigma = jnp.where(done, 1, plan.alpha[i]), jnp.where(done, 0, plan.sigma[i])
-    x = known.mask * state.sample + (1 - known.mask) * (alpha * known.latents + sigma * known.noise)
+    if isinstance(known, Passed):
+        there = known.path[:, i - 1]
+    else:
+        done = i >= plan.steps
+        alpha, sigma = jnp.where(done, 1, plan.alpha[i]), jnp.where(done, 0, plan.sigma[i])
+        there = alpha * known.latents + sigma * known.noise
+    x = known.mask * state.sample + (1 - known.mask) * there
     return state._replace(slots=state.slots.at[0].set(x))

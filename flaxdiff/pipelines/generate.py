@@ -11,6 +11,8 @@ it in one program. `begin`, `step` and `decode` are its parts, for a host that w
   guidance        the strengths that the rule of guidance takes, by name: numbers, or one for each image
   cache           those of the cache
   latents, image, image_latents, noisy_latents    where to start, see `start`
+  path [B, n, h, w, C]    or where another run passed, from its noise on, one sample before each evaluation
+  noises [B, n, h, w, C]    the solver's unit noise at each evaluation, in place of what the keys give
   mask [B, h, w, 1]    1 where to paint over what the run starts from, which elsewhere is kept: see `blend.py`
 decoder_… [B, …]    what the family's `decode` is told beside the latents, by the name that follows
 what `beside.py` reads, and what the family's `encode` reads, e.g. prompt_ids.
@@ -33,7 +35,7 @@ from flaxdiff.guidance.perturbed import levelled
 from flaxdiff.guidance.rules import blocks
 from flaxdiff.parallel import constrain
 from flaxdiff.pipelines.beside import tell
-from flaxdiff.pipelines.blend import Known, blend
+from flaxdiff.pipelines.blend import Known, Passed, blend
 from flaxdiff.schedulers import tables
 
 Inputs = Mapping[str, Any]
@@ -121,7 +123,8 @@ class Conditions(NamedTuple):
     strengths: Mapping[str, Any]  # of the guidance
     saving: Mapping[str, Any]  # those of the cache
     times: Any  # [rows of the plan, …], as the family's `predict` takes one; or None
-    known: Known | None = None  # what a step is not to change
+    known: Known | Passed | None = None  # what a step is not to change
+    noises: jax.Array | None = None  # [B, rows of the plan, …] that the solver is handed
 
     def joined(self, names: Iterable[str]) -> Cond:
         """Some branches in one batch."""
@@ -192,7 +195,9 @@ class Program:
         networks, rule = self.networks(params), self.guidance(**inputs["guidance"])
         x, known = self.start(networks, keys[:, 0], inputs)
         branches = tell(self.family, networks, keys[:, 0], inputs, self.family.encode(networks, inputs))
-        conditions = Conditions(levelled(rule.branches(branches)), inputs["guidance"], inputs["cache"], None, known)
+        conditions = Conditions(
+            levelled(rule.branches(branches)), inputs["guidance"], inputs["cache"], None, known, inputs.get("noises")
+        )
         if self.family.times is not None:
             every = conditions.joined(sorted(conditions.branches))
             times = self.family.times(networks, jnp.asarray(inputs["plan"].timesteps), every)
@@ -203,14 +208,18 @@ class Program:
             state = state._replace(kept=blank(self.cache(**inputs["cache"]), network))
         return conditions, state
 
-    def start(self, networks: Networks, keys: jax.Array, inputs: Inputs) -> tuple[jax.Array, Known | None]:
+    def start(self, networks: Networks, keys: jax.Array, inputs: Inputs) -> tuple[jax.Array, Known | Passed | None]:
         """The sample [B, h, w, C] that the run starts from, and what of it is to stay where there is a `mask`.
 
         Noise drawn from the keys, or `latents` [B, h, w, C] in its place; or an `image` (pixels in [-1, 1]) or
         `image_latents` under the noise of the plan's first row, or under noise alone where `from_noise` [] says so; or
-        `noisy_latents` as another run left them.
+        `noisy_latents` as another run left them, or the first of a `path`.
         """
         plan = jax.tree.map(jnp.asarray, inputs["plan"])
+        mask = jnp.asarray(inputs["mask"], jnp.float32) if "mask" in inputs else None
+        if "path" in inputs:
+            path = jnp.asarray(inputs["path"], jnp.float32)
+            return path[:, 0], None if mask is None else Passed(mask, path)
         if "latents" in inputs:
             noise = jnp.asarray(inputs["latents"], jnp.float32)
         else:
@@ -226,10 +235,19 @@ class Program:
         x = picture if "noisy_latents" in inputs else plan.alpha[0] * picture + plan.sigma[0] * noise
         if "from_noise" in inputs:
             x = jnp.where(inputs["from_noise"], plan.init_noise_sigma * noise, x)
-        return x, Known(jnp.asarray(inputs["mask"], jnp.float32), picture, noise) if "mask" in inputs else None
+        return x, None if mask is None else Known(mask, picture, noise)
 
     def step(self, params: Mapping[str, core.Params], conditions: Conditions, state: State) -> State:
-        """One evaluation of the network, all branches in one batch, and one row of the scheduler's table."""
+        """One evaluation of the network, and one row of the scheduler's table."""
+        guess, state = self.guess(params, conditions, state)
+        noise = None if conditions.noises is None else conditions.noises[:, state.sampler.index]
+        sampler = tables.step(state.sampler, guess, noise)
+        return state._replace(sampler=sampler if conditions.known is None else blend(sampler, conditions.known))
+
+    def guess(
+        self, params: Mapping[str, core.Params], conditions: Conditions, state: State
+    ) -> tuple[jax.Array, State]:
+        """What the network says, all branches in one batch, as the rule of guidance joins it; and the state then."""
         sampler, rule = state.sampler, self.guidance(**conditions.strengths)
         network, kept = Evaluation(self, params, conditions, sampler), state.kept
         at = At(sampler, conditions.branches, network.another, lambda z: self.family.decode(network.networks, z))
@@ -243,8 +261,7 @@ class Program:
             answer, _ = kept = evaluate(self.cache(**conditions.saving), kept, network, sampler.index)
         at = at._replace(seen=answer.seen)
         guess, memory = rule.combine(state.guidance, answer.predictions["positive"], answer.predictions, at)
-        sampler = tables.step(sampler, guess)
-        return State(sampler if conditions.known is None else blend(sampler, conditions.known), memory, kept)
+        return guess, State(sampler, memory, kept)
 
     def decode(
         self,

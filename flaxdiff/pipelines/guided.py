@@ -16,7 +16,7 @@ from flaxdiff.pipelines import stable_diffusion as sd
 from flaxdiff.pipelines import stable_diffusion_xl as xl
 from flaxdiff.pipelines.generate import Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
-from flaxdiff.pipelines.text import further, texts
+from flaxdiff.pipelines.text import further, texts, words
 
 # --- perturbed attention ---------------------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ def excited(
     ids = pipe.tokenizer(prompts)
     tokens = np.zeros((len(prompts), ids.shape[1]), np.float32)
     for row, (of, text) in enumerate(zip(lists * (len(prompts) // len(lists)), prompts, strict=True)):
-        last = int(np.argmax(ids[row] == ids[row].max())) - 1  # the first end of text comes after the last word
+        last = words(ids[row])
         if wrong := [i for i in of if not 1 <= i <= last]:
             raise ValueError(f"token_indices: {wrong[0]} is no place of a word of {text!r}, which are 1 to {last}.")
         tokens[row, list(of)] = 1

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flaxdiff.adapters import ip_adapter
@@ -18,7 +19,7 @@ ROWS = 64  # length of the scheduler's tables: runs of up to so many evaluations
 
 # given for each image, or for each prompt
 STARTS = ("latents", "image", "image_latents", "noisy_latents", "mask", "beside", "beside_image")
-STARTS += ("decoder_image", "decoder_mask", "depth", "depth_pixels")
+STARTS += ("decoder_image", "decoder_mask", "depth", "depth_pixels", "path", "noises")
 
 
 def prepare_inputs(
@@ -70,15 +71,21 @@ def prepare_inputs(
         raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: ask for at least one.")
 
     prompts = max((len(a) for k, a in arrays.items() if np.ndim(a) and k not in STARTS), default=1)
-    if prompts == 1:  # one prompt for several pictures to start from
-        prompts = max((len(a) for k, a in arrays.items() if k in STARTS), default=1)
+    if prompts == 1:  # one prompt for several pictures to start from; noise may be given for each copy
+        starts = {k: len(a) for k, a in arrays.items() if k in STARTS}
+        if starts.get("latents", 0) % num_images_per_prompt == 0:
+            starts["latents"] = starts.get("latents", 0) // num_images_per_prompt
+        prompts = max(1, *starts.values())
     batch = prompts * num_images_per_prompt
     inputs = {k: _per_image(k, a, prompts, num_images_per_prompt) for k, a in arrays.items()}
     if timesteps is None and sigmas is None:
         asked = num_inference_steps is not None
         num_inference_steps = num_inference_steps if asked else defaults["num_inference_steps"]
-    plan = pipe.scheduler.plan(num_inference_steps, timesteps=timesteps, sigmas=sigmas, **window, **options)
+    window = {"num_inference_steps": num_inference_steps, **window}
+    plan = pipe.scheduler.plan(timesteps=timesteps, sigmas=sigmas, **window, **options)
     rows = max(ROWS, 1 << (int(plan.steps) - 1).bit_length())
+    for name in inputs.keys() & {"path", "noises"}:
+        inputs[name] = _rows(name, inputs[name], int(plan.steps), rows)
     inputs |= {"index": np.arange(batch, dtype=np.int32), "size": size, "plan": plan.pad(rows)}
     tables = {k: inputs.pop(k) for k in inspect.signature(pipe.rule).parameters if k in inputs}
     inputs["guidance"] = strengths(pipe.rule, pipe.denoiser, steered, batch) | tables
@@ -95,3 +102,10 @@ def _per_image(name: str, array: Any, prompts: int, copies: int) -> np.ndarray |
     if len(array) not in (1, prompts):
         raise ValueError(f"{name} has {len(array)} entries for {prompts} prompts; give one, or one for each.")
     return np.repeat(array, prompts * copies // len(array), axis=0)
+
+
+def _rows(name: str, samples: Any, steps: int, rows: int) -> jax.Array:
+    """Samples of a run [B, n, …] with as many rows as its plan. Raises ValueError unless there is one for each step."""
+    if samples.shape[1] != steps:
+        raise ValueError(f"{name} has samples for {samples.shape[1]} evaluations, but the run has {steps} of them.")
+    return jnp.pad(samples, [(0, 0), (0, rows - steps)] + [(0, 0)] * (samples.ndim - 2))

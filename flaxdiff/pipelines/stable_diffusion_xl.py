@@ -103,8 +103,8 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
             skip = 0 if prefix else jnp.asarray(inputs["clip_skip"])
             layers = [o.hidden_states[len(o.hidden_states) - 2 - skip] for o in outputs]
             text, pooled = jnp.concatenate(layers, -1), outputs[-1].text_embeds
-            if branch == "negative":
-                keep = jnp.asarray(inputs["negative_keep"]).astype(text.dtype)
+            if f"{prefix}keep" in inputs:
+                keep = jnp.asarray(inputs[f"{prefix}keep"]).astype(text.dtype)
                 text, pooled = text * keep, pooled * keep
         steered = control.encode(networks, inputs, text, branch)
         text, latent = networks("unet", text, method="keys_values"), latent_shape(networks.specs, inputs["size"])

@@ -132,6 +132,15 @@ def further(pipe: "DiffusionPipeline", name: str, prompts: str | Sequence[str]) 
     }
 
 
+def words(ids: np.ndarray) -> int:
+    """How many tokens of a text [N] are of its words: the start comes before them, and the first end after.
+
+    >>> words(np.array([7, 1, 2, 3, 9, 9, 9]))
+    3
+    """
+    return int(np.argmax(ids == ids.max())) - 1
+
+
 def branches(inputs: Mapping[str, Any]) -> dict[str, str]:
     """Branch -> what the names of its arrays begin with: of all whose tokens or embeddings are among the inputs.
 

@@ -83,6 +83,7 @@ class Scheduler:
     aliases: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # another class's values for a shared key
     lacks: ClassVar[frozenset[str]] = frozenset()  # options of a parent class that this one does not have
     swaps: ClassVar[bool] = False  # may one of KarrasDiffusionSchedulers take its place?
+    ascends: ClassVar[bool] = False  # does a run lead from an image to noise?
     ends: ClassVar[frozenset[str]] = frozenset({"sigmas"})  # custom schedules whose last entry is where the run ends
 
     def __new__(cls, **given: Any) -> Self:
@@ -221,7 +222,7 @@ class Scheduler:
           timesteps: the training times to visit, descending; or
           sigmas: the noise levels to visit, descending, the last being where the run ends.
           mu: log of the time shift, for schedulers with `use_dynamic_shifting`.
-          strength: image to image: keep this share of the steps, the last ones.
+          strength: image to image: keep this share of the steps, those with the least noise.
           denoising_start: begin where this share of the denoising is done (as an SDXL refiner does).
           denoising_end: stop where this share is done.
           pad_to: rows of the table, for programs that are to serve several step counts.
@@ -286,6 +287,8 @@ class Scheduler:
             begin = rows - (left + (self.order == 2 and left % 2 == 0))
         elif strength is not None:
             begin = spacing.strength_window(n, strength, self.order, rows)
+            if self.ascends:
+                begin, rows = 0, rows - begin
         stop = rows
         if end is not None:
             if start is not None and start >= end:

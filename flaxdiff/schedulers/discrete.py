@@ -220,6 +220,7 @@ class DDIMInverseScheduler(_Variance):
 
     set_alpha_to_one: bool = True
     swaps: ClassVar[bool] = False
+    ascends: ClassVar[bool] = True
     accepts: ClassVar[frozenset[str]] = frozenset()
     lacks: ClassVar[frozenset[str]] = frozenset(
         {"thresholding", "dynamic_thresholding_ratio", "sample_max_value"},

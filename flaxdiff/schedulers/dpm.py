@@ -195,6 +195,7 @@ class DPMSolverMultistepInverseScheduler(_DPMSolver):
     """
 
     final_sigmas_type: str = "sigma_min"
+    ascends: ClassVar[bool] = True
     accepts: ClassVar[frozenset[str]] = frozenset()
     lacks: ClassVar[frozenset[str]] = _ZERO_SNR | {"final_sigmas_type", "use_dynamic_shifting", "time_shift_type"}
     choices: ClassVar[Mapping[str, tuple]] = {**_DPMSolver.choices, "algorithm_type": ("dpmsolver", "dpmsolver++")}
