@@ -9,6 +9,7 @@ import numpy as np
 import peers
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 import flaxdiff
@@ -176,6 +177,19 @@ def ledits_xl():
     return made("LEditsPPPipelineStableDiffusionXL", peers.stable_diffusion_xl(), **changes)
 
 
+def counts(monkeypatch):
+    """PyTorch's counts the tokens of an edit; those of transformers 5 count the padding with them."""
+    read = transformers.CLIPTokenizer.__call__
+
+    def counting(self, text, return_length=False, **options):
+        made = read(self, text, **options)
+        if return_length:
+            made["length"] = torch.tensor([len(read(self, words)["input_ids"]) for words in text])
+        return made
+
+    monkeypatch.setattr(transformers.CLIPTokenizer, "__call__", counting)
+
+
 EDITS = [
     dict(edit_threshold=0.6),
     dict(edit_threshold=[0.6, 0.8], edit_guidance_scale=[4.0, 7.0], reverse_editing_direction=[False, True]),
@@ -183,20 +197,29 @@ EDITS = [
     dict(use_intersect_mask=False, edit_warmup_steps=2, edit_cooldown_steps=5, edit_threshold=0.6),
     dict(user_mask=True, edit_threshold=0.6),
 ]
+MORE = dict(use_intersect_mask=True, edit_threshold=0.6, negative_prompt="d")
 
 
 @pytest.mark.parametrize(
-    ("build", "options"),
-    [(ledits, options) for options in EDITS] + [(ledits_ddim, EDITS[0]), (ledits_xl, EDITS[1]), (ledits_xl, EDITS[3])],
+    ("build", "options", "source"),
+    [(ledits, options, "a red" if n == 0 else "") for n, options in enumerate(EDITS)]
+    + [(ledits_ddim, EDITS[0], ""), (ledits_xl, EDITS[1], "a red"), (ledits_xl, MORE, "")],
 )
-@pytest.mark.parametrize("source", ["", "a red"])
 def test_ledits(build, options, source, monkeypatch):
     pipe, params, peer = load(build)
     name, n = type(peer).__name__, 8
     noise = normal(1, n, 16, 16, 4)
-    queue(monkeypatch, __import__(type(peer).__module__, fromlist=["randn_tensor"]), [noise[:, i] for i in range(n)][::-1])
-    inverting = dict(source_prompt=source, num_inversion_steps=n, skip=0.3)
-    with torch.no_grad():
+    queue(
+        monkeypatch, __import__(type(peer).__module__, fromlist=["randn_tensor"]), [noise[:, i] for i in range(n)][::-1]
+    )
+    counts(monkeypatch)
+    under = peer.scheduler.add_noise  # PyTorch's pipeline gives times as floats, which its DDIM does not take
+    monkeypatch.setattr(peer.scheduler, "add_noise", lambda x, noise, t: under(x, noise, t.long()))
+    inverting = dict(source_prompt=source, num_inversion_steps=n, skip=0.13)
+    with torch.no_grad(), monkeypatch.context() as patch:
+        if name == "LEditsPPPipelineStableDiffusion":  # PyTorch's takes one for the other, as they are returned
+            text = peer.encode_prompt
+            patch.setattr(peer, "encode_prompt", lambda **k: [text(**k)[i] for i in (1, 0, 2)])
         peer.invert(peers.nchw(picture(32)), **inverting)
     found = pipe.invert(params, KEY, image=picture(32), noise=noise, **inverting).inversion
     theirs = peer.zs.permute(1, 0, 3, 4, 2).numpy()
@@ -209,3 +232,31 @@ def test_ledits(build, options, source, monkeypatch):
     ours = pipe(params, KEY, inversion=found, **{**asked, **({"user_mask": mask} if told else {})}).images
     assert peers.relative(ours, theirs, of=name) < 5e-3
     assert peers.relative(ours, pipe(params, KEY, inversion=found, output_type="np").images) > 1e-2
+
+
+def test_an_inversion_makes_its_picture_again():
+    pipe, params = flaxdiff.LEditsPPPipelineStableDiffusion.from_pretrained(flaxdiff.EMOJI)
+    pipe = pipe.replace(progress=False)
+    image = np.full((32, 32, 3), 0.8)
+    found = pipe.invert(params, KEY, image=image, num_inversion_steps=6)
+    again = pipe(params, KEY, inversion=found.inversion, output_type="np").images
+    # but for the last step, which draws no noise that could make up for what the network says
+    np.testing.assert_allclose(again[0], np.asarray(found.vae_reconstruction_images[0]) / 255, atol=2 / 255)
+    np.testing.assert_allclose(np.asarray(found.images[0]) / 255, image, atol=1 / 255)
+
+
+def test_bad_input_of_ledits():
+    pipe, params, _ = load(ledits)
+    found = inversion.Inversion(normal(1, 16, 16, 4), normal(1, 8, 16, 16, 4), dict(num_inference_steps=8))
+    ask = functools.partial(pipe.prepare_inputs, inversion=found, editing_prompt=["a", "b"])
+    with pytest.raises(ValueError, match=r"give inversion=pipe.invert\(…\)"):
+        pipe.prepare_inputs(editing_prompt="a")
+    with pytest.raises(ValueError, match=r"user_mask has shape \(8, 8\); expected \[16, 16\]"):
+        ask(user_mask=np.ones((8, 8)))
+    with pytest.raises(ValueError, match="edit_threshold has 3 values for 2 prompts"):
+        pipe(params, KEY, inversion=found, editing_prompt=["a", "b"], edit_threshold=[0.5, 0.5, 0.5])
+    with pytest.raises(ValueError, match="noises has samples for 8 evaluations, but the run has 4"):
+        ask(inversion=found._replace(schedule=dict(num_inference_steps=4)))
+    plain = pipe.replace(scheduler=flaxdiff.DPMSolverMultistepScheduler())
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler draws no noise of its own at each step"):
+        plain.invert(params, KEY, image=picture(32))

@@ -6,7 +6,7 @@ Each further prompt is a branch of its own, "editing_00", …, or "safety_00".
 import jax
 import jax.numpy as jnp
 
-from flaxdiff.guidance.attentive import at_a_quarter, enlarged, grid, middle, smoothed
+from flaxdiff.guidance.attentive import at_a_quarter, enlarged, grid, smoothed
 from flaxdiff.guidance.rules import At, Guidance, Predictions, chain, per_image, per_prompt
 
 
@@ -92,22 +92,23 @@ def sega(
 
 def ledits(
     tokens: jax.Array | None,
-    user_mask: jax.Array | float = 1.0,
+    mask: jax.Array | float = 1.0,
     by_attention: jax.Array | float = 0.0,
     intersect: jax.Array | float = 1.0,
+    alone_above: jax.Array | float = 800,
     **of_prompts: jax.Array,
 ) -> Guidance:
     """LEDITS++: towards further prompts, or away from them, where the network attends to them and where they matter.
 
     guess ± sum over prompts of mask scale (editing - positive). The mask is 1 where the words are attended to more than
-    at a share of the places, and where the difference, summed over channels, is larger than at that share of them;
-    at the noisiest fifth of the times the first alone.
+    at a share of the places, and where the difference, summed over channels, is larger than at that share of them.
 
     Args:
       tokens: [B, prompts, M] of 0 and 1: which are of each prompt's words; None for no further prompts.
-      user_mask: [B, h, w, 1] to multiply by.
+      mask: [B, h, w, 1] to multiply by.
       by_attention, intersect: which masks hold: the first alone, both (whatever the former is), or, where both are 0,
         the second alone.
+      alone_above: the time above which the first holds alone where both would.
       **of_prompts: for each prompt, or for all, [1 or prompts]: `edit_guidance_scale`, `edit_threshold` (that share),
         `edit_warmup_steps` and `edit_cooldown_steps` (evaluations without it before, and after),
         `reverse_editing_direction` (1 for away).
@@ -125,17 +126,19 @@ def ledits(
         signed = jnp.where(on, jnp.where(c["reverse_editing_direction"] > 0, -1, 1) * c["edit_guidance_scale"], 0)
         both, first = jnp.asarray(intersect) > 0, jnp.asarray(by_attention) > 0
         for n, name in enumerate(names):
-            gamma = signed[n] * (predictions[name] - predictions["positive"]) * user_mask
+            gamma = signed[n] * (predictions[name] - predictions["positive"]) * mask
             size = jnp.abs(gamma).sum(-1, keepdims=True)
             matters = size >= jnp.quantile(size, c["edit_threshold"][n], axis=(1, 2), keepdims=True)
             looked = attended(at.seen[name], tokens[:, n], c["edit_threshold"][n], guess.shape[1:3])
-            mask = jnp.where(both & (t <= 800), looked & matters, jnp.where(both | first, looked, matters))
-            guess = guess + jnp.where(mask, gamma, 0)
+            where = jnp.where(
+                both & (t <= jnp.asarray(alone_above)), looked & matters, jnp.where(both | first, looked, matters)
+            )
+            guess = guess + jnp.where(where, gamma, 0)
         return guess, state
 
     if tokens is None:
         return chain()
-    return Guidance(combine, watches=lambda names: [name for name in names if name != middle(names)])
+    return Guidance(combine, watches=lambda names: [name for name in names if not name.startswith("mid")])
 
 
 def attended(seen, tokens: jax.Array, share: jax.Array, sides: tuple[int, int]) -> jax.Array:

@@ -92,9 +92,10 @@ def attended(
 
 def edited(
     editing_tokens: jax.Array | None = None,
-    user_mask: jax.Array | None = None,
+    editing_mask: jax.Array | None = None,
     use_cross_attn_mask: Strength = 0.0,
     use_intersect_mask: Strength = 1.0,
+    attention_alone_above: Strength = 800,
     edit_guidance_scale: Strength = Each(5.0),
     edit_threshold: Strength = Each(0.9),
     edit_warmup_steps: Strength = Each(0.0),
@@ -104,9 +105,10 @@ def edited(
     """`ledits`: what the pipelines of LEDITS++ use."""
     return ledits(
         editing_tokens,
-        1.0 if user_mask is None else user_mask,
+        1.0 if editing_mask is None else editing_mask,
         use_cross_attn_mask,
         use_intersect_mask,
+        attention_alone_above,
         edit_guidance_scale=edit_guidance_scale,
         edit_threshold=edit_threshold,
         edit_warmup_steps=edit_warmup_steps,

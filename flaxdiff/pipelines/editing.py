@@ -194,11 +194,10 @@ def edits(
     named = np.stack([(places >= 1) & (places <= words(row)) for row in ids])
     arrays = {"editing_tokens": np.float32(named[None])}
     if user_mask is not None:
-        mask, (h, w, _) = np.atleast_3d(np.asarray(user_mask, np.float32)), pipe.family.latent_shape(pipe.specs, size)
-        mask = mask.transpose(2, 0, 1) if np.ndim(user_mask) == 2 else mask
-        if mask.shape[1:] != (h, w):
+        h, w, _ = pipe.family.latent_shape(dict(pipe.specs), size)
+        if np.shape(user_mask)[-2:] != (h, w):
             raise ValueError(f"user_mask has shape {np.shape(user_mask)}; expected [{h}, {w}], as the latents.")
-        arrays["user_mask"] = mask[..., None]
+        arrays["editing_mask"] = np.asarray(user_mask, np.float32).reshape(-1, h, w, 1)
     return arrays | further(pipe, "editing", editing_prompt)
 
 
@@ -211,12 +210,13 @@ class LEditsPP(DiffusionPipeline):
     defaults = {"num_inference_steps": 30, "guidance_scale": 1.0}
     still = 0  # last steps that are handed no noise
 
-    def __post_init__(self) -> None:
+    @property
+    def sampler(self) -> Scheduler:
+        """The scheduler with leading times; DPM-Solver's in place of one that is neither that nor DDIM's."""
         kind, options = type(self.scheduler), {}
         if not issubclass(kind, (DDIMScheduler, DPMSolverMultistepScheduler)):
             kind, options = DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
-        scheduler = kind.from_config(self.scheduler, timestep_spacing="leading", **options)
-        object.__setattr__(self, "scheduler", scheduler)
+        return kind.from_config(self.scheduler, timestep_spacing="leading", **options)
 
     def invert(
         self,
@@ -238,7 +238,7 @@ class LEditsPP(DiffusionPipeline):
         Args:
           params, key: as of a call.
           image: Pillow pictures, arrays [B, H, W, 3] in [0, 1], or latents.
-          source_prompt, source_guidance_scale: what the picture shows, and how strongly that guides; by default nothing.
+          source_prompt, source_guidance_scale: what the picture shows, by default nothing, and how strongly that guides.
           num_inversion_steps: evaluations, here and in the call.
           skip: the share of the schedule, in addition, that is left out, where there is most noise.
           height, width: in pixels, by default the picture's.
@@ -250,7 +250,7 @@ class LEditsPP(DiffusionPipeline):
         """
         total = int(num_inversion_steps * (1 + skip))
         schedule = {"num_inference_steps": total, "strength": min((num_inversion_steps + 0.5) / total, 1.0)}
-        if isinstance(self.scheduler, DDIMScheduler):
+        if isinstance(self.sampler, DDIMScheduler):
             schedule["eta"] = 1.0
         latents, size = inversion.latents_of(self, params, key, image, 0.0, height=height, width=width)
         seen = np.asarray(calling._decode(self.program, params, latents))
@@ -326,5 +326,5 @@ class LEditsPPPipelineStableDiffusionXL(LEditsPP):
     """Change a picture towards or away from further prompts, with Stable Diffusion XL."""
 
     family = xl.STABLE_DIFFUSION_XL._replace(prepare=prepare_xl)
-    defaults = {"num_inference_steps": 50, "guidance_scale": 1.0}
+    defaults = {**LEditsPP.defaults, "use_intersect_mask": False, "attention_alone_above": float("inf")}
     still = 3

@@ -244,9 +244,7 @@ class Program:
         sampler = tables.step(state.sampler, guess, noise)
         return state._replace(sampler=sampler if conditions.known is None else blend(sampler, conditions.known))
 
-    def guess(
-        self, params: Mapping[str, core.Params], conditions: Conditions, state: State
-    ) -> tuple[jax.Array, State]:
+    def guess(self, params: Mapping[str, core.Params], conditions: Conditions, state: State) -> tuple[jax.Array, State]:
         """What the network says, all branches in one batch, as the rule of guidance joins it; and the state then."""
         sampler, rule = state.sampler, self.guidance(**conditions.strengths)
         network, kept = Evaluation(self, params, conditions, sampler), state.kept

@@ -1,9 +1,9 @@
 """Inversion: from a picture back to where a sampler would have made it from.
 
-A sampler without noise is followed upwards, from the picture to the sample that leads to it: `invert`. For one that draws
-noise the picture is put under noise as high as each step begins, and what is solved for is the noise that leads from one
-to the next: `noise_maps`. A run that starts there and is handed that noise (`retrace`) makes the picture again, until
-its prompts, its guidance or its masks say otherwise.
+A sampler without noise is followed upwards, from the picture to the sample that leads to it: `invert`. For one that
+draws noise the picture is put under noise as high as each step begins, and what is solved for is the noise that leads
+from one to the next: `noise_maps`. A run that starts there and is handed that noise (`retrace`) makes the picture
+again, until its prompts, its guidance or its masks say otherwise.
 """
 
 import functools
@@ -92,7 +92,9 @@ def invert(
         raise ValueError(f"{name} does not start from noise alone; give AutoPipelineForText2Image.from_pipe(pipe).")
     scheduler = DDIMInverseScheduler.from_config(pipe.scheduler) if scheduler is None else scheduler
     if not scheduler.ascends:
-        raise ValueError(f"{type(scheduler).__name__} does not lead from a picture to noise; give an inverse scheduler.")
+        raise ValueError(
+            f"{type(scheduler).__name__} does not lead from a picture to noise; give an inverse scheduler."
+        )
     latents, size = latents_of(pipe, params, key, image, 1.0)
     passed: list[jax.Array] = []
     options |= {"prompt": prompt or "", "guidance_scale": guidance_scale, "latents": latents}
@@ -152,10 +154,10 @@ def noise_maps(
 
     Reference: Huberman-Spiegelglas et al., An Edit Friendly DDPM Noise Space: Inversion and Manipulations, 2023.
     """
-    plan, scheduler = pipe.scheduler.plan(**schedule), type(pipe.scheduler).__name__
-    if pipe.scheduler.order > 1 or not plan.noisy.any():
+    plan = pipe.sampler.plan(**schedule)
+    if pipe.sampler.order > 1 or not plan.noisy.any():
         raise ValueError(
-            f"{scheduler} draws no noise of its own at each step; use DDIMScheduler with eta=1, or "
+            f"{type(pipe.sampler).__name__} draws no noise of its own at each step; use DDIMScheduler with eta=1, or "
             'DPMSolverMultistepScheduler with algorithm_type="sde-dpmsolver++".'
         )
     levels = tuple(np.asarray(level)[:, None, None, None] for level in (plan.alpha, plan.sigma))

@@ -168,6 +168,11 @@ class DiffusionPipeline(
         return dict(self.specs)[denoiser(self.specs)]
 
     @property
+    def sampler(self) -> Scheduler:
+        """The scheduler as runs use it."""
+        return self.scheduler
+
+    @property
     def rule(self) -> Callable[..., Guidance]:
         """What the pipeline guides by, as a function of strengths."""
         return self.guidance or self.guides
