@@ -238,7 +238,7 @@ class LEditsPP(DiffusionPipeline):
         Args:
           params, key: as of a call.
           image: Pillow pictures, arrays [B, H, W, 3] in [0, 1], or latents.
-          source_prompt, source_guidance_scale: what the picture shows, by default nothing, and how strongly that guides.
+          source_prompt, source_guidance_scale: what the picture shows, by default nothing, and how much that guides.
           num_inversion_steps: evaluations, here and in the call.
           skip: the share of the schedule, in addition, that is left out, where there is most noise.
           height, width: in pixels, by default the picture's.
