@@ -117,6 +117,7 @@ COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "facebook/DiT-XL-2-256 transformer": ("DiTTransformer2DModel", dict(out_channels=8)),
     "facebook/DiT-XL-2-512 transformer": ("DiTTransformer2DModel", dict(out_channels=8, sample_size=64)),
+    "kakaobrain/karlo-v1-alpha prior": ("PriorTransformer", {}),
 }
 
 # short name -> (class of the pipeline, component -> name above, settings of the pipeline)

@@ -83,6 +83,8 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.controlnet": ("ControlNetModel",),
         "flaxdiff.models.controlnet_xs": ("ControlNetXSAdapter", "UNetControlNetXSModel"),
         "flaxdiff.models.t2i_adapter": ("T2IAdapter",),
+        "flaxdiff.models.prior_transformer": ("PriorTransformer",),
+        "flaxdiff.models.unclip": ("StableUnCLIPImageNormalizer", "UnCLIPTextProjModel"),
         "flaxdiff.models.unet_2d": ("UNet2DModel",),
         "flaxdiff.models.unet_2d_condition": ("UNet2DConditionModel",),
         "flaxdiff.models.vq_model": ("VQModel",),

@@ -10,6 +10,7 @@ import peers
 import pytest
 import torch
 import transformers
+from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
 import flaxdiff
 from flaxdiff.published import COMPONENTS
@@ -321,14 +322,25 @@ def test_full_size(name, scan):
     assert ours == theirs
 
 
-def test_full_size_of_the_depth_model():
-    """That of Stable Diffusion 2's depth-to-image, whose residual network has transformers' defaults."""
+def hybrid():
+    """The depth model of Stable Diffusion 2's depth-to-image, whose residual network has transformers' defaults."""
+    config = dict(is_hybrid=True, neck_hidden_sizes=[256, 512, 768, 768], reassemble_factors=[1, 1, 1, 0.5])
+    return transformers.DPTForDepthEstimation(transformers.DPTConfig(**config)), config
+
+
+def karlo():
+    """What joins CLIP's embeddings in Karlo."""
+    config = dict(time_embed_dim=1280, cross_attention_dim=1536)
+    return UnCLIPTextProjModel(**config), config
+
+
+@pytest.mark.parametrize("build", [hybrid, karlo])
+def test_full_size_beside_the_denoiser(build):
     from flaxdiff.checkpoint import convert
 
-    config = dict(is_hybrid=True, neck_hidden_sizes=[256, 512, 768, 768], reassemble_factors=[1, 1, 1, 0.5])
     with torch.device("meta"):
-        peer = transformers.DPTForDepthEstimation(transformers.DPTConfig(**config))
-    leaves = flaxdiff.layout(flaxdiff.DPTForDepthEstimation.from_config(config)).items()
+        peer, config = build()
+    leaves = flaxdiff.layout(getattr(flaxdiff, type(peer).__name__).from_config(config)).items()
     ours = {n: convert.shape_in_file(leaf) for own, leaf in leaves for n in convert.names_in_file(own, leaf)}
     assert ours == {name: tuple(value.shape) for name, value in peer.state_dict().items()}
 
@@ -350,6 +362,9 @@ def call(spec):
         case "DiTTransformer2DModel":
             n, labels = c.sample_size, jax.ShapeDtypeStruct((2,), jnp.int32)
             return (f32(2, n, n, 4), f32(), labels), (2, n, n, 8)
+        case "PriorTransformer":
+            d = c.embedding_dim
+            return (f32(2, d), f32(), f32(2, d), f32(2, 77, d), jax.ShapeDtypeStruct((2, 77), bool)), (2, d)
         case "AutoencoderKL":
             return (f32(1, 512, 512, 3),), (1, 512, 512, 3)
     return (jax.ShapeDtypeStruct((2, 77), jnp.int32),), (2, 77, c.hidden_size)

@@ -214,11 +214,13 @@ class Attention(nnx.Module):
         context: tuple[Any, ...] | None = None,
         perturb: Mapping[str, jax.Array] = MappingProxyType({}),
         sides: tuple[int, int] | None = None,
+        mask: jax.Array | None = None,
     ) -> jax.Array:
         """[B, N, C], or [B, H, W, C] when normalised in groups, to itself or to `keys_values` -> the shape of x.
 
         Behind the keys and values may be others, (k, v, weight [B, 1 or N]): what they give is added, so weighted.
-        `perturb` hinders attention to itself, see nn/perturb.py, of tokens that fill so many rows and columns.
+        `perturb` hinders attention to itself, see nn/perturb.py, of tokens that fill so many rows and columns. `mask`
+        as of `attention`.
         """
         h = x if self.group_norm is None else self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
         k, v, *more = self.keys_values(h) if context is None else context
@@ -226,7 +228,7 @@ class Attention(nnx.Module):
         q = heads(self.to_q(h))
         if "blur" in perturb:
             q = blurred(q, perturb["blur"], sides)
-        h = attention(q, heads(k), heads(v), split=self.split)
+        h = attention(q, heads(k), heads(v), mask=mask, split=self.split)
         if "identity" in perturb:
             h = jnp.where(rows(perturb["identity"], h) > 0, heads(v), h)
         for k, v, weight in more:

@@ -40,7 +40,7 @@ def sinusoids(
 class TimestepEmbedding(nnx.Module):
     """Linear, activation, linear; a condition of so many numbers is projected and added before, where there is one.
 
-    `post_act_fn` names an activation of the result, if any.
+    `post_act_fn` names an activation of the result, if any; `fan_out` is its width where that is not the hidden one.
     """
 
     def __init__(
@@ -50,9 +50,10 @@ class TimestepEmbedding(nnx.Module):
         act_fn: str = "silu",
         condition: int | None = None,
         post_act_fn: str | None = None,
+        fan_out: int | None = None,
     ):
-        self.linear_1, self.linear_2, self.act_fn = Linear(fan_in, width), Linear(width, width), act_fn
-        self.post_act_fn = post_act_fn
+        self.linear_1, self.linear_2 = Linear(fan_in, width), Linear(width, fan_out or width)
+        self.act_fn, self.post_act_fn = act_fn, post_act_fn
         self.cond_proj = None if condition is None else Linear(condition, fan_in, bias=False)
 
     def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:

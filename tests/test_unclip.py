@@ -1,0 +1,104 @@
+"""unCLIP against PyTorch's: priors, what stands between CLIP and the denoisers, and the pipelines of several loops."""
+
+import diffusers
+import jax
+import numpy as np
+import peers
+import pytest
+import torch
+from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+
+import flaxdiff
+
+rng = np.random.default_rng(0)
+normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+KEY = jax.random.key(0)
+
+
+def drawn(model):
+    """A model all of whose parameters are drawn, those too that begin at zero or one."""
+    peers.lively(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1 or name in ("mean", "std", "clip_mean", "clip_std"):
+                p.normal_(mean=float("norm" in name or "std" in name), std=0.3)
+    return model
+
+
+def saved(model, folder, name):
+    """A PyTorch model, saved and loaded here."""
+    model.save_pretrained(folder)
+    return getattr(flaxdiff, name).from_pretrained(folder)
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+SMALL = dict(num_attention_heads=2, attention_head_dim=8, num_layers=3, embedding_dim=12, num_embeddings=7)
+SHAP_E = SMALL | dict(  # a row of tokens, no text, places for the sample alone
+    additional_embeddings=0,
+    norm_in_type="layer",
+    embedding_proj_norm_type="layer",
+    encoder_hid_proj_type=None,
+    added_emb_type=None,
+    time_embed_act_fn="gelu",
+    time_embed_dim=20,
+    embedding_proj_dim=10,
+    clip_embed_dim=14,
+)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_prior_transformer(scan, masked, tmp_path):
+    peer = drawn(diffusers.PriorTransformer(**SMALL))
+    saved(peer, tmp_path, "PriorTransformer")
+    spec, params = flaxdiff.PriorTransformer.from_pretrained(tmp_path, scan_layers=scan)
+    x, t, told, text = normal(2, 12), np.float32([3, 981]), normal(2, 12), normal(2, 7, 12)
+    mask = np.arange(7) < np.array([[3], [7]]) if masked else None
+    with torch.no_grad():
+        there = None if mask is None else torch.tensor(mask)
+        theirs = peer(*map(torch.tensor, (x, t, told, text)), there).predicted_image_embedding
+        processed = peer.post_process_latents(theirs)
+    ours = flaxdiff.apply(spec, params, x, t, told, text, mask)
+    assert peers.relative(ours, theirs, of="PriorTransformer") < 1e-5
+    ours = flaxdiff.apply(spec, params, ours, method="post_process_latents")
+    assert peers.relative(ours, processed, of="PriorTransformer") < 1e-5
+    with pytest.raises(ValueError, match="reads a text: give encoder_hidden_states"):
+        flaxdiff.apply(spec, params, x, t, told)
+
+
+def test_prior_transformer_of_rows(tmp_path):
+    peer = drawn(diffusers.PriorTransformer(**SHAP_E))
+    spec, params = saved(peer, tmp_path, "PriorTransformer")
+    x, t, told = normal(2, 7, 12), np.float32([3, 981]), normal(2, 10)
+    with torch.no_grad():
+        theirs = peer(*map(torch.tensor, (x, t, told))).predicted_image_embedding
+    assert theirs.shape == (2, 7, 14)
+    assert peers.relative(flaxdiff.apply(spec, params, x, t, told), theirs, of="PriorTransformer") < 1e-5
+
+
+def test_text_projection(tmp_path):
+    config = dict(clip_extra_context_tokens=3, clip_embeddings_dim=12, time_embed_dim=20, cross_attention_dim=16)
+    peer = drawn(UnCLIPTextProjModel(**config))
+    spec, params = saved(peer, tmp_path, "UnCLIPTextProjModel")
+    image, pooled, text = normal(2, 12), normal(4, 12), normal(4, 5, 12)
+    there = dict(zip(("image_embeddings", "prompt_embeds", "text_encoder_hidden_states"), (image, pooled, text)))
+    with torch.no_grad():
+        there = {k: torch.tensor(v) for k, v in there.items()}
+        theirs = peer(**there, do_classifier_free_guidance=True)
+    for picture, rows in ((None, slice(2)), (image, slice(2, 4))):
+        ours = flaxdiff.apply(spec, params, picture, pooled[rows], text[rows])
+        for mine, other in zip(ours, theirs, strict=True):
+            assert peers.relative(mine, other[rows], of="UnCLIPTextProjModel") < 1e-5
+
+
+def test_image_normalizer(tmp_path):
+    peer = drawn(StableUnCLIPImageNormalizer(embedding_dim=12))
+    spec, params = saved(peer, tmp_path, "StableUnCLIPImageNormalizer")
+    embeds = normal(2, 12)
+    for method in ("scale", "unscale"):
+        with torch.no_grad():
+            theirs = getattr(peer, method)(torch.tensor(embeds))
+        ours = flaxdiff.apply(spec, params, embeds, method=method)
+        assert peers.relative(ours, theirs, of="StableUnCLIPImageNormalizer") < 1e-5
