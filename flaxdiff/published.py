@@ -118,6 +118,47 @@ COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "facebook/DiT-XL-2-256 transformer": ("DiTTransformer2DModel", dict(out_channels=8)),
     "facebook/DiT-XL-2-512 transformer": ("DiTTransformer2DModel", dict(out_channels=8, sample_size=64)),
     "kakaobrain/karlo-v1-alpha prior": ("PriorTransformer", {}),
+    "kakaobrain/karlo-v1-alpha decoder": (
+        "UNet2DConditionModel",
+        dict(
+            sample_size=64,
+            in_channels=3,
+            out_channels=6,
+            block_out_channels=[320, 640, 960, 1280],
+            down_block_types=["ResnetDownsampleBlock2D"] + ["SimpleCrossAttnDownBlock2D"] * 3,
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=["SimpleCrossAttnUpBlock2D"] * 3 + ["ResnetUpsampleBlock2D"],
+            layers_per_block=3,
+            cross_attention_dim=1536,
+            attention_head_dim=64,
+            resnet_time_scale_shift="scale_shift",
+            class_embed_type="identity",
+        ),
+    ),
+    "kakaobrain/karlo-v1-alpha super_res": (
+        "UNet2DModel",
+        dict(
+            sample_size=256,
+            in_channels=6,
+            out_channels=3,
+            block_out_channels=[320, 640, 960, 1280],
+            down_block_types=["ResnetDownsampleBlock2D"] * 4,
+            up_block_types=["ResnetUpsampleBlock2D"] * 4,
+            layers_per_block=3,
+            add_attention=False,
+        ),
+    ),
+    "stabilityai/stable-diffusion-2-1-unclip UNet": (
+        "UNet2DConditionModel",
+        dict(
+            cross_attention_dim=1024,
+            attention_head_dim=[5, 10, 20, 20],
+            use_linear_projection=True,
+            sample_size=96,
+            class_embed_type="projection",
+            projection_class_embeddings_input_dim=2048,
+        ),
+    ),
 }
 
 # short name -> (class of the pipeline, component -> name above, settings of the pipeline)

@@ -355,10 +355,14 @@ def call(spec):
                 sizes = 6 if c.cross_attention_dim == 2048 else 5
                 added = {"text_embeds": f32(2, 1280), "time_ids": f32(2, sizes)}
             n = c.sample_size or 64
-            return (f32(2, n, n, c.in_channels), f32(), f32(2, 77, c.cross_attention_dim), added), (2, n, n, 4)
+            told = {"identity": 4 * c.block_out_channels[0], "projection": c.projection_class_embeddings_input_dim}
+            labels = f32(2, told[c.class_embed_type]) if c.class_embed_type else None
+            args = f32(2, n, n, c.in_channels), f32(), f32(2, 77, c.cross_attention_dim), added, None, None, (), labels
+            return args, (2, n, n, c.out_channels)
         case "UNet2DModel":
             labels = () if c.num_class_embeds is None else (jax.ShapeDtypeStruct((2,), jnp.int32),)
-            return (f32(2, c.sample_size, c.sample_size, 3), f32(), *labels), (2, c.sample_size, c.sample_size, 3)
+            n = c.sample_size
+            return (f32(2, n, n, c.in_channels), f32(), *labels), (2, n, n, c.out_channels)
         case "DiTTransformer2DModel":
             n, labels = c.sample_size, jax.ShapeDtypeStruct((2,), jnp.int32)
             return (f32(2, n, n, 4), f32(), labels), (2, n, n, 8)

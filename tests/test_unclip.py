@@ -102,3 +102,52 @@ def test_image_normalizer(tmp_path):
             theirs = getattr(peer, method)(torch.tensor(embeds))
         ours = flaxdiff.apply(spec, params, embeds, method=method)
         assert peers.relative(ours, theirs, of="StableUnCLIPImageNormalizer") < 1e-5
+
+
+DECODER = dict(
+    sample_size=8,
+    in_channels=3,
+    out_channels=6,
+    down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"),
+    mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+    up_block_types=("SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    block_out_channels=(16, 32, 48),
+    layers_per_block=2,
+    norm_num_groups=8,
+    cross_attention_dim=20,
+    attention_head_dim=16,
+    resnet_time_scale_shift="scale_shift",
+    class_embed_type="identity",
+)
+
+
+@pytest.mark.parametrize(
+    ("only", "masked"), [(False, True), (False, False), (True, False), ((False, True, False), False)]
+)
+def test_decoder(only, masked, tmp_path):
+    """Single attentions to text and picture at once, and what is added to the time."""
+    peer = drawn(diffusers.UNet2DConditionModel(**DECODER, only_cross_attention=only))
+    spec, params = saved(peer, tmp_path, "UNet2DConditionModel")
+    x, t, text, told = normal(2, 8, 12, 3), np.float32([3, 981]), normal(2, 5, 20), normal(2, 64)
+    mask = np.arange(5) < np.array([[3], [5]]) if masked else None
+    with torch.no_grad():
+        there = {"class_labels": torch.tensor(told), "attention_mask": None if mask is None else torch.tensor(mask)}
+        theirs = peer(peers.nchw(x), torch.tensor(t), torch.tensor(text), **there).sample
+    ours = flaxdiff.apply(spec, params, x, t, text, class_labels=told, attention_mask=mask)
+    assert peers.relative(ours, peers.nhwc(theirs), of="UNet2DConditionModel") < 1e-5
+    with pytest.raises(ValueError, match="conditioned on an embedding: give class_labels"):
+        flaxdiff.apply(spec, params, x, t, text)
+
+
+def test_unet_told_an_embedding(tmp_path):
+    """As Stable unCLIP's: a network projects what is added to the time."""
+    options = dict(class_embed_type="projection", projection_class_embeddings_input_dim=40)
+    peer = drawn(peers.unet(**options))
+    spec, params = saved(peer, tmp_path, "UNet2DConditionModel")
+    x, t, text, told = normal(2, 8, 8, 4), np.float32([3, 981]), normal(2, 5, 16), normal(2, 40)
+    with torch.no_grad():
+        theirs = peer(peers.nchw(x), torch.tensor(t), torch.tensor(text), class_labels=torch.tensor(told)).sample
+    ours = flaxdiff.apply(spec, params, x, t, text, class_labels=told)
+    assert peers.relative(ours, peers.nhwc(theirs), of="UNet2DConditionModel") < 1e-5
+    with pytest.raises(ValueError, match="attention_mask is for U-Nets of SimpleCrossAttn stages"):
+        flaxdiff.apply(spec, params, x, t, text, class_labels=told, attention_mask=np.ones((2, 5)))

@@ -1,7 +1,8 @@
 """UNet2DConditionModel: the denoiser of Stable Diffusion 1, 2 and XL.
 
 A U-Net of residual blocks in which transformer blocks attend to the text. The timestep, and in SDXL the pooled text and
-the sizes of the picture, enter every residual block as one embedding.
+the sizes of the picture, enter every residual block as one embedding. In unCLIP single attentions do, to the text and
+the picture at once, and it is an embedding of a picture that enters with the time.
 
 Reference: Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, 2022; Podell et al., SDXL,
 2023.
@@ -19,7 +20,7 @@ from flax import nnx
 from flaxdiff import weights
 from flaxdiff.core import Config, Model, note, only, setting, watched
 from flaxdiff.nn.activations import ACTIVATIONS
-from flaxdiff.nn.attention import Attention, KeysValues
+from flaxdiff.nn.attention import AddedAttention, Attention, KeysValues
 from flaxdiff.nn.embeddings import GaussianFourierProjection, TimestepEmbedding, sinusoids
 from flaxdiff.nn.freeu import reweighed
 from flaxdiff.nn.k_unet import k_down, k_up
@@ -29,6 +30,8 @@ from flaxdiff.nn.perturb import Given, Perturbed, perturbed, rows
 from flaxdiff.nn.stack import depth, over, run, stack
 from flaxdiff.nn.unet import Each, MidBlock, ResnetBlock2D, Stage, check_stages, down_fans, times, up_fans
 from flaxdiff.parallel import constrain
+
+BY_RESNET = ("Resnet", "Simple")  # what stages are called whose residual blocks resample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +75,11 @@ class EncoderConfig(Config):
         up = ("CrossAttnUpBlock2D", "UpBlock2D") if hasattr(self, "up_block_types") else None
         model, n = type(self).__name__.replace("Config", "Model"), len(self.block_out_channels)
         ours = "CrossAttnDownBlock2D", "DownBlock2D"
+        if up:
+            ours, up = (
+                ours + ("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+                up + ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            )
         if up and self.crowson:
             ours, up = ("KCrossAttnDownBlock2D", "KDownBlock2D"), ("KCrossAttnUpBlock2D", "KUpBlock2D")
         check_stages(model, self, ours, up)
@@ -99,11 +107,12 @@ class UNet2DConditionConfig(EncoderConfig):
     sample_size: int | tuple[int, int] | None = None
     out_channels: int = 4
     center_input_sample: bool = only(False)
+    mid_block_type: str | None = only("UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn", None)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     dropout: float = only(0.0)
     reverse_transformer_layers_per_block: tuple[int, ...] | None = only(None)
     dual_cross_attention: bool = only(False)
-    class_embed_type: str | None = only(None)
+    class_embed_type: str | None = only(None, "projection", "identity")
     resnet_skip_time_act: bool = only(False)
     resnet_out_scale_factor: float = only(1.0)
     time_embedding_type: str = only("positional", "fourier")
@@ -223,19 +232,29 @@ class UNetEncoder(Model):
         self.time_proj = GaussianFourierProjection(width[0], c.flip_sin_to_cos) if fourier else None
         after = c.time_cond_proj_dim, getattr(c, "timestep_post_act", None)
         self.time_embedding = TimestepEmbedding(width[0] * (1 + fourier), temb, c.act_fn, *after)
-        self.class_embedding = None if c.num_class_embeds is None else Embedding(c.num_class_embeds, temb)
+        if getattr(c, "class_embed_type", None) == "projection":
+            self.class_embedding = TimestepEmbedding(c.projection_class_embeddings_input_dim, temb)
+        else:
+            self.class_embedding = None if c.num_class_embeds is None else Embedding(c.num_class_embeds, temb)
         text_time = c.addition_embed_type == "text_time"
         self.add_embedding = TimestepEmbedding(c.projection_class_embeddings_input_dim, temb) if text_time else None
         if c.crowson:
             stages = [k_down(i, kind, **self.k_blocks(c, i)) for i, kind in enumerate(c.down_block_types)]
         else:
             stages = [
-                Stage(fans, self.resnet(c), self.attention(c, kind, i), c.downsample_padding if i < last else None)
+                Stage(
+                    fans,
+                    self.resnet(c),
+                    self.attention(c, kind, i),
+                    down=c.downsample_padding if i < last else None,
+                    by_resnet=kind.startswith(BY_RESNET),
+                )
                 for i, (kind, fans) in enumerate(zip(c.down_block_types, down_fans(width, c.layers_per_block)))
             ]
         self.down_blocks = nnx.List(stages)
-        middle = c.mid_block_type is not None
-        self.mid_block = MidBlock(width[-1], self.resnet(c), self.attention(c, "CrossMid", last)) if middle else None
+        middle = (c.mid_block_type or "").removeprefix("UNetMidBlock2D")
+        attention = self.attention(c, middle, last)
+        self.mid_block = MidBlock(width[-1], self.resnet(c), attention) if middle else None
         self.config = c
 
     @staticmethod
@@ -270,12 +289,21 @@ class UNetEncoder(Model):
         )
 
     @staticmethod
-    def attention(c: EncoderConfig, kind: str, i: int) -> Callable[[int], Transformer2DModel] | None:
-        """Channels -> the transformer of resolution i, if blocks of this kind have any."""
+    def attention(c: EncoderConfig, kind: str, i: int) -> Callable[[int], nnx.Module] | None:
+        """Channels -> the attention of resolution i, if blocks of this kind have any: a transformer, or a single one.
+
+        In a transformer `attention_head_dim` is the number of heads, in a single attention it is what it says.
+        """
         heads, depth = c.per_stage("attention_head_dim")[i], c.per_stage("transformer_layers_per_block")[i]
+        only_cross = c.per_stage("only_cross_attention")[i]
+        if kind.startswith("Simple"):
+            if kind == "SimpleCrossAttn":  # that in the middle
+                only_cross = c.only_cross_attention is True
+            shared = c.cross_attention_dim, c.norm_num_groups, only_cross
+            return lambda width: AddedAttention(width, width // heads, heads, *shared)
         if not kind.startswith("Cross"):
             return None
-        only_cross = kind != "CrossMid" and c.per_stage("only_cross_attention")[i]
+        only_cross = kind != "CrossAttn" and only_cross
         finest = i == min((j for j, k in enumerate(c.down_block_types) if k.startswith("Cross")), default=i)
         merge = c.token_merging if finest else 0.0
         return functools.partial(Transformer2DModel, heads=heads, depth=depth, c=c, only_cross=only_cross, merge=merge)
@@ -287,13 +315,14 @@ class UNetEncoder(Model):
         text: jax.Array | tuple[KeysValues, ...],
         added: Mapping[str, jax.Array] | None,
         perturb: Mapping[str, tuple[jax.Array, ...]] | None = None,
+        mask: jax.Array | None = None,
         **told: jax.Array | None,
     ) -> tuple[jax.Array, Each, Each]:
         """The first convolution of a sample, and what each block in turn reads of time and text; see `__call__`."""
         if not isinstance(timestep, tuple):
             timestep = self.times(jnp.broadcast_to(timestep, sample.shape[:1]), added, **told)
         x = self.conv_in(sample.astype(weights.dtype(value(self.conv_in.weight))))
-        contexts = text if isinstance(text, tuple) else self.keys_values(text)
+        contexts = text if isinstance(text, tuple) else self.keys_values(text, mask)
         return x, iter(timestep), iter(perturbed(contexts, perturb))
 
     @property
@@ -318,10 +347,21 @@ class UNetEncoder(Model):
         ]
         return tuple(tuple(f"{name}.{i}" for i in range(n)) for name, n in transformers)
 
-    def keys_values(self, encoder_hidden_states: jax.Array) -> tuple[KeysValues, ...]:
-        """What the attentions make of a text [B, M, D], in the order of their use."""
+    def keys_values(
+        self, encoder_hidden_states: jax.Array, attention_mask: jax.Array | None = None
+    ) -> tuple[tuple[jax.Array, ...], ...]:
+        """What the attentions make of a text [B, M, D], in the order of their use.
+
+        A mask [B, M] says which tokens may be seen. Raises ValueError where transformers would have to heed it.
+        """
         text = encoder_hidden_states.astype(weights.dtype(value(self.conv_in.weight)))
-        return tuple(attention.keys_values(text) for stage in self.stages for attention in stage.attentions or ())
+        attentions = [attention for stage in self.stages for attention in stage.attentions or ()]
+        pairs = tuple(attention.keys_values(text) for attention in attentions)
+        if attention_mask is None:
+            return pairs
+        if not all(isinstance(attention, AddedAttention) for attention in attentions):
+            raise ValueError("attention_mask is for U-Nets of SimpleCrossAttn stages; leave it out.")
+        return tuple((*pair, attention_mask.astype(bool)) for pair in pairs)
 
     def times(
         self, timestep: jax.Array, added_cond_kwargs: Mapping[str, jax.Array] | None = None, **told: jax.Array | None
@@ -342,10 +382,13 @@ class UNetEncoder(Model):
         condition = None if timestep_cond is None else timestep_cond.astype(dtype)
         told = waves(t, c.block_out_channels[0]) if self.time_proj is None else self.time_proj(t)
         temb = self.time_embedding(told.astype(dtype), condition)
-        if self.class_embedding is not None:
+        kind = getattr(c, "class_embed_type", None)
+        if self.class_embedding is not None or kind is not None:
             if class_labels is None:
-                raise ValueError(f"This UNet is conditioned on one of {c.num_class_embeds} classes: give class_labels.")
-            temb = temb + self.class_embedding(class_labels).astype(dtype)
+                what = f"one of {c.num_class_embeds} classes" if kind is None else "an embedding"
+                raise ValueError(f"This UNet is conditioned on {what}: give class_labels.")
+            labels = class_labels if kind is None else class_labels.astype(dtype)
+            temb = temb + (labels if kind == "identity" else self.class_embedding(labels)).astype(dtype)
         if self.add_embedding is None:
             return temb
         if added is None or not {"text_embeds", "time_ids"} <= set(added):
@@ -379,7 +422,13 @@ class UNet2DConditionModel(UNetEncoder):
             stages = [k_up(i, kind, **self.k_blocks(c, last - i)) for i, kind in enumerate(c.up_block_types)]
         else:
             stages = [
-                Stage(fans, self.resnet(c), self.attention(c, kind, last - i), up=i < last)
+                Stage(
+                    fans,
+                    self.resnet(c),
+                    self.attention(c, kind, last - i),
+                    up=i < last,
+                    by_resnet=kind.startswith(BY_RESNET),
+                )
                 for i, (kind, fans) in enumerate(zip(c.up_block_types, up_fans(width, c.layers_per_block)))
             ]
         self.up_blocks = nnx.List(stages)
@@ -401,6 +450,7 @@ class UNet2DConditionModel(UNetEncoder):
         perturb: Mapping[str, tuple[jax.Array, ...]] | None = None,
         freeu: jax.Array | None = None,
         deep: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
     ) -> jax.Array:
         """Run the network.
 
@@ -414,21 +464,23 @@ class UNet2DConditionModel(UNetEncoder):
             middle.
           down_intrablock_additional_residuals: what a T2I-Adapter adds in each down stage; in the middle, if one is
             left over that has its shape.
-          class_labels: [B] int32, for networks with classes, e.g. the noise in the picture to upscale.
+          class_labels: [B] int32, for networks with classes, e.g. the noise in the picture to upscale; or [B, D], by
+            `class_embed_type`, an embedding.
           timestep_cond: [B, D], the strength of guidance for networks that were distilled with it.
           perturb: what hinders which block, as of nn/perturb.py: for each of `blocks`, [B, depth].
           freeu: [B, 4], the factors s1, s2, b1, b2 of nn/freeu.py for the lowest two up stages.
           deep: the input of the last block [B, H, W, C], noted at another time; nothing before is run, see caching.py.
+          attention_mask: [B, M], which tokens of the text may be seen, for single attentions.
 
         Returns:
           The prediction [B, H, W, C], in the dtype of the parameters.
 
         Raises:
-          ValueError: SDXL's conditions are missing, or the class is.
+          ValueError: SDXL's conditions are missing, or the class is; a mask for a network that heeds none.
         """
         told = dict(class_labels=class_labels, timestep_cond=timestep_cond)
         x, projected, contexts = self.entered(
-            sample, timestep, encoder_hidden_states, added_cond_kwargs, perturb, **told
+            sample, timestep, encoder_hidden_states, added_cond_kwargs, perturb, attention_mask, **told
         )
         x = constrain(x, "batch", "context")
         factors = [

@@ -235,3 +235,36 @@ class Attention(nnx.Module):
             h += weight[..., None, None] * attention(q, heads(k), heads(v), split=self.split)
         h = self.to_out[0](h.reshape(*h.shape[:2], -1))
         return h if self.group_norm is None else x + h.reshape(x.shape)
+
+
+class AddedAttention(Attention):
+    """Attention of a feature map to itself and to a context at once, with keys and values of the context's own.
+
+    Args:
+      width, heads, head_dim, groups: as of `Attention`.
+      context: channels of the context.
+      only: leave out the attention to itself.
+    """
+
+    def __init__(self, width: int, heads: int, head_dim: int, context: int, groups: int, only: bool):
+        super().__init__(width, heads, head_dim, bias=True, groups=groups, eps=1e-5)
+        inner = heads * head_dim
+        self.add_k_proj, self.add_v_proj = Linear(context, inner), Linear(context, inner)
+        if only:
+            self.to_k = self.to_v = None
+
+    def keys_values(self, context: jax.Array) -> KeysValues:
+        """What queries meet of a context [B, M, D]."""
+        return self.add_k_proj(context), self.add_v_proj(context)
+
+    def __call__(self, x: jax.Array, context: tuple[jax.Array, ...]) -> jax.Array:
+        """[B, H, W, C], with `keys_values`, and behind them where there is one a mask of the context [B, M]."""
+        h = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
+        k, v, *masks = context
+        own = 0 if self.to_k is None else h.shape[1]
+        if own:
+            k, v = jnp.concatenate([k, self.to_k(h)], 1), jnp.concatenate([v, self.to_v(h)], 1)
+        mask = jnp.pad(masks[0], ((0, 0), (0, own)), constant_values=True)[:, None, None] if masks else None
+        heads = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
+        h = attention(heads(self.to_q(h)), heads(k), heads(v), mask=mask, split=self.split)
+        return x + self.to_out[0](h.reshape(*h.shape[:2], -1)).reshape(x.shape)
