@@ -1,15 +1,20 @@
 """unCLIP against PyTorch's: priors, what stands between CLIP and the denoisers, and the pipelines of several loops."""
 
+import json
+
 import diffusers
 import jax
 import numpy as np
 import peers
 import pytest
 import torch
+import transformers
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from PIL import Image
 
 import flaxdiff
+from flaxdiff.pipelines.tasks import blank_inputs
 
 rng = np.random.default_rng(0)
 normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
@@ -151,3 +156,80 @@ def test_unet_told_an_embedding(tmp_path):
     assert peers.relative(ours, peers.nhwc(theirs), of="UNet2DConditionModel") < 1e-5
     with pytest.raises(ValueError, match="attention_mask is for U-Nets of SimpleCrossAttn stages"):
         flaxdiff.apply(spec, params, x, t, text, class_labels=told, attention_mask=np.ones((2, 5)))
+
+
+# --- Stable unCLIP ---------------------------------------------------------------------------------------------------
+
+PICTURES = rng.random((2, 40, 32, 3), np.float32)
+NOISED = 5  # what the key of the noise on the embedding is folded with
+
+
+def load(build):
+    """PyTorch's pipeline, and ours of what it saves."""
+    peer = build()
+    peer.set_progress_bar_config(disable=True)
+    pipe, params = flaxdiff.DiffusionPipeline.from_pretrained(peers.saved(build))
+    assert type(pipe).__name__ == type(peer).__name__
+    return pipe.replace(progress=False), params, peer
+
+
+def stable(width):
+    """The parts that both pipelines of Stable unCLIP have, for embeddings of so many numbers."""
+    return dict(
+        image_normalizer=drawn(StableUnCLIPImageNormalizer(embedding_dim=width)),
+        image_noising_scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        tokenizer=peers.tokenizer("!"),
+        text_encoder=peers.text_encoder(hidden_act="gelu"),
+        unet=peers.unet(class_embed_type="projection", projection_class_embeddings_input_dim=2 * width),
+        scheduler=diffusers.DDIMScheduler(**peers.SD_BETAS, prediction_type="v_prediction", clip_sample=False),
+        vae=peers.vae(),
+    )
+
+
+def stable_unclip_img2img():
+    processor = transformers.CLIPImageProcessorPil(size=32, crop_size=32)
+    parts = dict(feature_extractor=processor, image_encoder=peers.image_encoder())
+    return diffusers.StableUnCLIPImg2ImgPipeline(**parts, **stable(20))
+
+
+def noise_of(key, index, *shape, fold):
+    """What the key of a picture gives under a number."""
+    key = jax.random.split(jax.random.fold_in(key, index))[0]
+    return np.asarray(jax.random.normal(jax.random.fold_in(key, fold), shape))
+
+
+@pytest.mark.parametrize(
+    ("options", "embedded"),
+    [
+        (dict(prompt=["cat", "red dog"], negative_prompt=["a", "b"], noise_level=300), False),
+        (dict(noise_level=0, guidance_scale=1.0), True),
+    ],
+)
+def test_stable_unclip_img2img(options, embedded, monkeypatch, tmp_path):
+    pipe, params, peer = load(stable_unclip_img2img)
+    options = dict(num_inference_steps=3, height=16, width=16) | options
+    drawn = np.stack([noise_of(KEY, i, 20, fold=NOISED) for i in range(2)])
+    module = diffusers.pipelines.stable_diffusion.pipeline_stable_unclip_img2img
+    monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: torch.tensor(drawn))
+    latents, embeds = normal(2, 8, 8, 4), normal(2, 20)
+    seen = [Image.fromarray(np.uint8(255 * picture)) for picture in PICTURES]
+    there = dict(image_embeds=torch.tensor(embeds), prompt=["", ""]) if embedded else dict(image=seen)
+    with torch.no_grad():
+        theirs = peer(**there | options, latents=peers.nchw(latents), output_type="np").images
+    here = dict(image_embeds=embeds) if embedded else dict(image=seen)
+    made = pipe(params, KEY, **here, **options, latents=latents, output_type="np").images
+    assert peers.relative(made, theirs, of="StableUnCLIPImg2ImgPipeline") < 1e-3
+    flaxdiff.save(tmp_path, pipe, params)
+    again, _ = flaxdiff.load(tmp_path)
+    assert again.specs == pipe.specs and again.image_noising_scheduler == pipe.image_noising_scheduler
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["image_normalizer"] == ["stable_diffusion", "StableUnCLIPImageNormalizer"]
+
+
+def test_bad_stable_unclip():
+    pipe, params, _ = load(stable_unclip_img2img)
+    assert len(blank_inputs(pipe, batch=2)["image_pixels"]) == 2
+    with pytest.raises(ValueError, match="noise_level=1000 must lie between 0 and 999"):
+        pipe.prepare_inputs(image=PICTURES, noise_level=1000)
+    with pytest.raises(ValueError, match="needs image or image_embeds, and was given neither"):
+        pipe.prepare_inputs(prompt="cat")

@@ -15,7 +15,8 @@ it in one program. `begin`, `step` and `decode` are its parts, for a host that w
   noises [B, n, h, w, C]    the solver's unit noise at each evaluation, in place of what the keys give
   mask [B, h, w, 1]    1 where to paint over what the run starts from, which elsewhere is kept: see `blend.py`
 decoder_… [B, …]    what the family's `decode` is told beside the latents, by the name that follows
-what `beside.py` reads, and what the family's `encode` reads, e.g. prompt_ids.
+what `beside.py` reads, and what the family's `encode` reads, e.g. prompt_ids; it finds there `keys` [B] as well, to
+fold numbers in that nothing else does.
 """
 
 import dataclasses
@@ -194,10 +195,10 @@ class Program:
         keys = jax.vmap(jax.random.split)(tables.image_keys(key, len(inputs["index"]), inputs["index"]))
         networks, rule = self.networks(params), self.guidance(**inputs["guidance"])
         x, known = self.start(networks, keys[:, 0], inputs)
-        branches = tell(self.family, networks, keys[:, 0], inputs, self.family.encode(networks, inputs))
-        conditions = Conditions(
-            levelled(rule.branches(branches)), inputs["guidance"], inputs["cache"], None, known, inputs.get("noises")
-        )
+        told = self.family.encode(networks, {**inputs, "keys": keys[:, 0]})
+        branches = levelled(rule.branches(tell(self.family, networks, keys[:, 0], inputs, told)))
+        noises = inputs.get("noises")
+        conditions = Conditions(branches, inputs["guidance"], inputs["cache"], None, known, noises)
         if self.family.times is not None:
             every = conditions.joined(sorted(conditions.branches))
             times = self.family.times(networks, jnp.asarray(inputs["plan"].timesteps), every)
