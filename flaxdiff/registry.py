@@ -195,7 +195,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "StableDiffusionXLInstructPix2PixPipeline",
             "StableDiffusionXLPipeline",
         ),
-        "flaxdiff.pipelines.stable_unclip": ("StableUnCLIPImg2ImgPipeline",),
+        "flaxdiff.pipelines.stable_unclip": ("StableUnCLIPImg2ImgPipeline", "StableUnCLIPPipeline"),
         "flaxdiff.pipelines.unconditional": ("ConsistencyModelPipeline", "DDIMPipeline", "DDPMPipeline"),
     },
     "flax": {

@@ -47,21 +47,31 @@ def programs() -> list[int]:
     return [part._cache_size() for part in (calling._begin, calling._step, calling._decode)]
 
 
-def with_noise(pipe, params, inputs, noise):
-    """Pictures of a run whose solver is handed this noise [B, h, w, C] for each step, in place of what keys draw."""
-    conditions, state = pipe.program.begin(params, jax.random.key(0), inputs)
+def with_noise(pipe, params, inputs, noise, key=None):
+    """Pictures of a run whose solver is handed this noise [B, h, w, C] for each step, in place of what keys draw.
 
-    def noisy(state, noise):
-        """The loop's step: it asks the scheduler's own, which takes noise as an argument."""
-        with pytest.MonkeyPatch.context() as patch:
-            draw = tables.step
-            patch.setattr(tables, "step", lambda sampler, guess: draw(sampler, guess, noise))
-            return pipe.program.step(params, conditions, state)
+    Where loops come before, it is all of them whose steps the noise is for, one after the other.
+    """
+    noise, program = iter(noise), pipe.program
+    key = jax.random.key(0) if key is None else key
 
-    step = jax.jit(noisy)
-    for i in range(int(inputs["plan"].steps)):
-        state = step(state, noise[i])
-    return pipe.program.decode(params, state.sampler.sample)
+    def run(program, params, key, inputs):
+        conditions, state = program.begin(params, key, inputs)
+
+        def noisy(state, noise):
+            """The loop's step: it asks the scheduler's own, which takes noise as an argument."""
+            with pytest.MonkeyPatch.context() as patch:
+                draw = tables.step
+                patch.setattr(tables, "step", lambda sampler, guess: draw(sampler, guess, noise))
+                return program.step(params, conditions, state)
+
+        step = jax.jit(noisy)
+        for _ in range(int(inputs["plan"].steps)):
+            state = step(state, next(noise))
+        return program.decode(params, state.sampler.sample)
+
+    inputs = program.prepared(run, params, program.keys(key, inputs["index"]), inputs)
+    return run(program, params, key, inputs)
 
 
 def nchw(x) -> torch.Tensor:

@@ -226,6 +226,94 @@ def test_stable_unclip_img2img(options, embedded, monkeypatch, tmp_path):
     assert index["image_normalizer"] == ["stable_diffusion", "StableUnCLIPImageNormalizer"]
 
 
+def prior(width=24, tokens=16):
+    """A prior of embeddings of so many numbers."""
+    return drawn(diffusers.PriorTransformer(**SMALL | dict(embedding_dim=width, num_embeddings=tokens)))
+
+
+def stable_unclip():
+    scheduler = diffusers.UnCLIPScheduler(prediction_type="sample", clip_sample_range=5.0)
+    parts = dict(
+        prior_tokenizer=peers.tokenizer(),
+        prior_text_encoder=peers.text_encoder(projected=True, width=24),
+        prior=prior(),
+        prior_scheduler=diffusers.DDPMScheduler.from_config(scheduler.config),
+    )
+    return diffusers.StableUnCLIPPipeline(**parts, **stable(24))
+
+
+@pytest.mark.parametrize("scales", [(3.0, 4.0), (1.0, 1.0), (2.0, 1.0)])
+def test_stable_unclip(scales, monkeypatch, tmp_path):
+    """The embedding is found first, by a loop that draws noise, and then brought under some."""
+    pipe, params, peer = load(stable_unclip)
+    options = dict(prompt=["cat", "red dog"], num_images_per_prompt=2, num_inference_steps=3, height=16, width=16)
+    options |= dict(prior_num_inference_steps=4, prior_guidance_scale=scales[0], guidance_scale=scales[1])
+    options |= dict(noise_level=50)
+    start, latents, steps = normal(4, 24), normal(4, 8, 8, 4), [normal(4, 24) for _ in range(4)]
+    under = np.stack([noise_of(KEY, i, 24, fold=NOISED) for i in range(4)])
+    monkeypatch.setattr(
+        diffusers.pipelines.stable_diffusion.pipeline_stable_unclip, "randn_tensor", lambda *a, **k: torch.tensor(under)
+    )
+    queue = iter(steps)
+    monkeypatch.setattr(diffusers.schedulers.scheduling_ddpm, "randn_tensor", lambda *a, **k: torch.tensor(next(queue)))
+    given = dict(prior_latents=torch.tensor(start), latents=peers.nchw(latents))
+    with torch.no_grad():
+        theirs = peer(**options, **given, output_type="np").images
+    inputs = pipe.prepare_inputs(**options, prior_latents=start, latents=latents)
+    made = peers.with_noise(pipe, params, inputs, [*steps, *np.zeros((3, 4, 8, 8, 4), np.float32)], KEY)
+    assert peers.relative(made, theirs, of="StableUnCLIPPipeline") < 1e-3
+    flaxdiff.save(tmp_path, pipe, params)
+    again, _ = flaxdiff.load(tmp_path)
+    assert again.specs == pipe.specs and again.prior_scheduler == pipe.prior_scheduler
+    assert again.program is pipe.program
+
+
+def test_loops_one_after_the_other():
+    """A call, the pure function and the programs compiled ahead make the same of the same key, image by image."""
+    pipe, params, _ = load(stable_unclip)
+    options = dict(prompt=["cat", "red dog"], num_inference_steps=2, prior_num_inference_steps=3, height=16, width=16)
+    made = pipe(params, KEY, **options, output_type="np").images
+    inputs = pipe.prepare_inputs(**options)
+    np.testing.assert_allclose(jax.jit(pipe.generate)(params, KEY, inputs), made, atol=1e-5)
+    programs = pipe.compile(params, inputs)
+    np.testing.assert_array_equal(programs.generate(params, KEY, inputs), made)
+    sizes = peers.programs()
+    found = pipe(params, KEY, **options | dict(prompt=["dog", "red dog"]), output_type="np").images
+    assert peers.programs() == sizes
+    np.testing.assert_allclose(found[1], made[1], atol=1e-5)
+    assert np.abs(found[0] - made[0]).max() > 1e-3
+    many = jax.pmap(pipe.generate, devices=jax.devices()[:2])
+    spread = many(flaxdiff.replicate(params, 2), flaxdiff.replicate(KEY, 2), flaxdiff.shard(inputs, 2))
+    np.testing.assert_allclose(np.concatenate(spread), made, atol=1e-5)
+
+
+def test_options_of_loops():
+    pipe, params, _ = load(stable_unclip)
+    options = dict(prompt="cat", prior_num_inference_steps=3, num_inference_steps=2)
+    inputs = pipe.by_default(prior_guidance_scale=2.0).prepare_inputs(**options)
+    assert inputs["prior"]["guidance"]["guidance_scale"] == 2 and inputs["prior"]["plan"].steps == 3
+    assert inputs["guidance"]["guidance_scale"] == 10 and inputs["plan"].steps == 2
+    swapped = pipe.replace(prior_scheduler=flaxdiff.DDIMScheduler.from_config(pipe.prior_scheduler))
+    assert not swapped.prepare_inputs(**options)["prior"]["plan"].noisy.any()
+    with pytest.raises(ValueError, match=r"latents have shape \(1, 20\); expected .B, \*\(24,\)."):
+        pipe.prepare_inputs(**options, prior_latents=normal(1, 20))
+    with pytest.raises(ValueError, match="no option of plan 'strange'"):
+        pipe.prepare_inputs(**options, prior_strange=1)
+
+
+def test_parts_that_the_folder_does_not_know():
+    """The folders of Stable unCLIP are of the pipeline from pictures; the prior is another's."""
+    other, params, _ = load(stable_unclip)
+    names = "prior", "prior_text_encoder"
+    parts = {name: (getattr(other, name), params[name]) for name in names}
+    parts |= dict(prior_tokenizer=other.prior_tokenizer, prior_scheduler=other.prior_scheduler)
+    pipe, there = flaxdiff.StableUnCLIPPipeline.from_pretrained(peers.saved(stable_unclip_img2img), **parts)
+    assert {"prior", "prior_text_encoder", "unet", "image_normalizer"} <= set(there) == set(dict(pipe.specs))
+    assert pipe.prepare_inputs(prompt="cat")["prior"]["prompt_ids"].shape == (1, 16)
+    with pytest.raises(ValueError, match="StableUnCLIPPipeline needs prior.*prior_text_encoder.*prior_tokenizer"):
+        flaxdiff.StableUnCLIPPipeline.from_pretrained(peers.saved(stable_unclip_img2img))
+
+
 def test_bad_stable_unclip():
     pipe, params, _ = load(stable_unclip_img2img)
     assert len(blank_inputs(pipe, batch=2)["image_pixels"]) == 2

@@ -76,6 +76,10 @@ def load_pipeline(
     if not Path(repo).expanduser().is_dir():
         download["revision"] = root.name  # the commit: all components come from the same one
 
+    looped = [name for loop in cls.before for _, name in loop.components]
+    components |= {name: kind_of(changes[name]) for name in looped if changes.get(name) and name not in components}
+    if absent := [name for name in looped if name not in components]:
+        raise ValueError(f"{cls.__name__} needs {', '.join(absent)}, which {repo} does not have; give them by name.")
     given = {name: changes.pop(name) for name in (*components, *SKIPPED) if name in changes}
     for name, class_of in cls.steers.items():  # the folder of what is to be steered may not know of them
         if name in changes or name in given:
@@ -101,14 +105,16 @@ def load_pipeline(
     }
     parts |= {name: (model.spec, model.shapes) for name, model in found.items()}
     parts |= {name: part for name, part in given.items() if part is not None and name in components}
-    _check(parts, sorts)
+    _check(parts, sorts, cls.sampler)
 
     networks = {name: parts[name] for name in components if name in parts and sorts[name] == "model"}
     read, params = ({name: part[i] for name, part in networks.items()} for i in (0, 1))
     specs, shapes = cls.separate(read, params)
     schedulers = {name: part for name, part in parts.items() if sorts[name] == "scheduler"}
-    scheduler = schedulers.pop("scheduler")
-    settings |= schedulers  # a second one, such as the upscaler's for what it is given, is no sampler
+    scheduler = schedulers.pop(cls.sampler)
+    settings |= (
+        schedulers  # a second one, such as the upscaler's for what it is given, does not sample in the last loop
+    )
     pipe = cls(
         specs=tuple(specs.items()),
         scheduler=scheduler,
@@ -123,15 +129,24 @@ def load_pipeline(
     return pipe, cls.separate(read, params)[1]
 
 
-def _check(parts: Mapping[str, Any], sorts: Mapping[str, str]) -> None:
+def _check(parts: Mapping[str, Any], sorts: Mapping[str, str], sampler: str) -> None:
     """Whether there is what a pipeline is made of. Raises ValueError."""
     for name, part in parts.items():
         if sorts[name] == "model" and not (isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], Spec)):
             raise ValueError(
                 f"{name}= is a {type(part).__name__}; give (spec, params), as {name}=….from_pretrained returns."
             )
-    if "scheduler" not in parts:
-        raise ValueError("A pipeline needs a scheduler, and there is none; take a complete folder, or give scheduler=.")
+    if sampler not in parts:
+        raise ValueError(
+            f"A pipeline needs a scheduler, and there is none; take a complete folder, or give {sampler}=."
+        )
+
+
+def kind_of(part: Any) -> str:
+    """The name of a component's class: of (spec, params), a scheduler or a tokenizer."""
+    if isinstance(part, tuple) and part and isinstance(part[0], Spec):
+        return part[0].module.__name__
+    return getattr(part, "class_name", type(part).__name__)
 
 
 def read_by(cls: type["DiffusionPipeline"], components: Mapping[str, str]) -> dict[str, str]:
@@ -237,7 +252,7 @@ def save_pipeline(
     settings = dict(pipe.settings)
     defaults = {DEFAULTS: dict(settings.pop("defaults"))} if "defaults" in settings else {}
     schedulers = {name: value for name, value in settings.items() if isinstance(value, Scheduler)}
-    schedulers["scheduler"] = pipe.scheduler
+    schedulers[pipe.sampler] = pipe.scheduler
     plain = {k: dict(v) if isinstance(v, Pairs) else v for k, v in settings.items() if k not in schedulers}
     index: dict[str, Any] = {"_class_name": type(pipe).__name__, **defaults, **plain}
     with files.staged(Path(folder)) as stage:

@@ -104,6 +104,12 @@ class CLIPEncoder(nnx.Module):
         self.layers = stack(lambda: CLIPEncoderLayer(c, causal), c.num_hidden_layers, c.scan_layers)
 
 
+def end_of_text(ids: jax.Array, eos_token_id: int) -> jax.Array:
+    """The place [B] of the token in ids [B, N] that ends the text; what follows it fills up."""
+    # The first configurations gave eos_token_id 2 by mistake; their end of text is the largest id.
+    return jnp.argmax(ids if eos_token_id == 2 else ids == eos_token_id, -1)
+
+
 class CLIPTextTransformer(nnx.Module):
     """Tokens [B, N], and which may be seen [B, N] -> what `CLIPTextOutput` holds, projection aside."""
 
@@ -115,8 +121,7 @@ class CLIPTextTransformer(nnx.Module):
     def __call__(self, ids: jax.Array, mask: jax.Array | None = None) -> CLIPTextOutput:
         hidden = states(self.encoder.layers, self.embeddings(ids), mask)
         last = self.final_layer_norm(hidden[-1])
-        # The first configurations gave eos_token_id 2 by mistake; their end of text is the largest id.
-        end = jnp.argmax(ids if self.eos_token_id == 2 else ids == self.eos_token_id, -1)
+        end = end_of_text(ids, self.eos_token_id)
         return CLIPTextOutput(last, last[jnp.arange(ids.shape[0]), end], hidden, None)
 
 

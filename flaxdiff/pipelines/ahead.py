@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import export
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
@@ -33,7 +34,8 @@ class Executables(NamedTuple):
     step: Callable
     decode: Callable
     signature: Hashable = None
-    loop: str = r"(?!)"  # regex of networks whose weights `step` takes on the device
+    program: Program | None = None
+    earlier: tuple["Executables", ...] = ()  # those of the loops before
 
     def generate(self, params: Mapping[str, Params], key: jax.Array, inputs: Inputs) -> jax.Array:
         """Pictures [B, H, W, C], float32 in [0, 1]: as `pipe.generate`, but nothing is traced or compiled.
@@ -41,13 +43,16 @@ class Executables(NamedTuple):
         Raises:
           ValueError: the arguments have other shapes, dtypes, devices or structure than those compiled for.
         """
+        parts = iter(self.earlier)
+        run = lambda program, *arguments: next(parts).generate(*arguments)
+        inputs = self.program.prepared(run, params, self.program.keys(key, inputs["index"]), inputs)
         if self.signature != signature((params, key, inputs)):
             raise ValueError(
                 "These programs were compiled for arguments of other shapes, dtypes or structure; call pipe.compile "
                 "with these parameters and inputs first, or pipe.generate, which compiles as it needs."
             )
         conditions, state = self.begin(params, key, inputs)
-        looped = memory.fetched(params, self.loop)
+        looped = memory.fetched(params, self.program.family.loop)
         for _ in range(int(inputs["plan"].steps)):
             state = self.step(looped, conditions, state)
         del looped
@@ -83,11 +88,22 @@ def find(program: Program, *arguments: Any) -> Executables | None:
 
 def compiled(program: Program, arguments: tuple[Any, Any, Any], folder: str | os.PathLike[str] | None) -> Executables:
     """The executables for (params, key, inputs), given as arrays or shapes; see `DiffusionPipeline.compile`."""
-    known = program, signature(arguments)
+    params, key, inputs = jax.tree.map(_shape, arguments)
+    earlier = []
+
+    def run(program: Program, params: Any, key: Any, inputs: Any) -> Any:
+        """Compile a loop that comes before, and say what shape its result has."""
+        earlier.append(compiled(program, (params, key, inputs), folder))
+        shape = program.family.latent_shape(dict(program.specs), inputs["size"])
+        latents = jax.ShapeDtypeStruct((len(inputs["index"]), *shape), jnp.float32)
+        return jax.eval_shape(program.decode, params, latents, for_decoder(inputs))
+
+    keys = jax.eval_shape(program.keys, key, inputs["index"])
+    shapes = params, key, program.prepared(run, params, keys, inputs)
+    known = program, signature(shapes)
     if folder is not None or known not in _ready:
-        shapes = jax.tree.map(_shape, arguments)
         parts = _built(program, shapes) if folder is None else kept(_built, program, shapes, Path(folder).expanduser())
-        _ready[known] = Executables(**parts, signature=known[1], loop=program.family.loop)
+        _ready[known] = Executables(**parts, signature=known[1], program=program, earlier=tuple(earlier))
     return _ready[known]
 
 

@@ -27,12 +27,8 @@ if TYPE_CHECKING:
     from flaxdiff.pipelines.generate import Cond, Family, Networks, Size
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
 
-LATENT, NOISE, CLASS, EMBEDS = (
-    2,
-    3,
-    4,
-    5,
-)  # folded into an image's key; 1 is the draw of the latent that the run starts from
+# folded into an image's key; 1 is the draw of the latent that the run starts from
+LATENT, NOISE, CLASS, EMBEDS = 2, 3, 4, 5
 ANY = -1  # in the place of a class
 
 

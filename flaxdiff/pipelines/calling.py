@@ -53,8 +53,9 @@ def call(
       params: component -> parameters, on the device or on the host, see `memory.offload`.
       key: one PRNG key, or one for each image: a picture that pleases is made again, and refined, by its own key.
       output_type: "pil", "np" (float32 [B, H, W, C] in [0, 1]), or "latent" (not decoded).
-      callback_on_step_end: called as (pipe, step, timestep, {"latents": …}) after each step; latents that it
-        returns in a dictionary replace those of the run, and so do strengths of the guidance from then on.
+      callback_on_step_end: called as (pipe, step, timestep, {"latents": …}) after each step, where there are several
+        loops of the last; latents that it returns in a dictionary replace those of the run, and so do strengths of the
+        guidance from then on.
       **options: see `prepare_inputs`.
 
     Returns:
@@ -64,26 +65,33 @@ def call(
         raise ValueError(f"output_type={output_type!r} is not known; use 'pil', 'np' or 'latent'.")
     inputs, program = pipe.prepare_inputs(**options), pipe.program
     key = jnp.stack(list(key)) if isinstance(key, Sequence) else key
-    run = ahead.find(program, params, key, inputs) or _jitted(program)
-    conditions, state = run.begin(params, key, inputs)
-    timesteps = np.asarray(inputs["plan"].timesteps)
-    looped = memory.fetched(params, pipe.family.loop)
-    with tqdm(total=int(inputs["plan"].steps), disable=not pipe.progress) as bar:
-        for i in range(bar.total):
-            before, state = state, run.step(looped, conditions, state)
-            if callback_on_step_end is not None:
-                told = callback_on_step_end(pipe, i, float(timesteps[i]), {"latents": state.sampler.sample}) or {}
-                if "latents" in told:
-                    slots = state.sampler.slots.at[0].set(told["latents"])
-                    state = state._replace(sampler=state.sampler._replace(slots=slots))
-                weights = {k: jnp.asarray(told[k], jnp.float32) for k in conditions.strengths if k in told}
-                conditions = conditions._replace(strengths={**conditions.strengths, **weights})
-            jax.block_until_ready(before)  # one step behind, so that the bar is true and the device never waits
-            bar.update()
-    del looped  # what came from the host makes room for the decoder
+
+    def run(program, params, key, inputs, tell=None, decoded=True):
+        """A loop; `tell` is called after each step."""
+        parts = ahead.find(program, params, key, inputs) or _jitted(program)
+        conditions, state = parts.begin(params, key, inputs)
+        timesteps = np.asarray(inputs["plan"].timesteps)
+        looped = memory.fetched(params, program.family.loop)
+        with tqdm(total=int(inputs["plan"].steps), disable=not pipe.progress) as bar:
+            for i in range(bar.total):
+                before, state = state, parts.step(looped, conditions, state)
+                if tell is not None:
+                    told = tell(pipe, i, float(timesteps[i]), {"latents": state.sampler.sample}) or {}
+                    if "latents" in told:
+                        slots = state.sampler.slots.at[0].set(told["latents"])
+                        state = state._replace(sampler=state.sampler._replace(slots=slots))
+                    weights = {k: jnp.asarray(told[k], jnp.float32) for k in conditions.strengths if k in told}
+                    conditions = conditions._replace(strengths={**conditions.strengths, **weights})
+                jax.block_until_ready(before)  # one step behind, so that the bar is true and the device never waits
+                bar.update()
+        del looped  # what came from the host makes room for the decoder
+        return parts.decode(params, state.sampler.sample, for_decoder(inputs)) if decoded else state.sampler.sample
+
+    inputs = program.prepared(run, params, program.keys(key, inputs["index"]), inputs)
+    images = run(program, params, key, inputs, callback_on_step_end, output_type != "latent")
     if output_type == "latent":
-        return PipelineOutput(state.sampler.sample)
-    images = np.asarray(run.decode(params, state.sampler.sample, for_decoder(inputs)))
+        return PipelineOutput(images)
+    images = np.asarray(images)
     if output_type == "np":
         return PipelineOutput(images)
     return PipelineOutput(pipe.finish(pictures.to_pil(images), options))

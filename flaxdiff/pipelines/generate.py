@@ -14,6 +14,7 @@ it in one program. `begin`, `step` and `decode` are its parts, for a host that w
   path [B, n, h, w, C]    or where another run passed, from its noise on, one sample before each evaluation
   noises [B, n, h, w, C]    the solver's unit noise at each evaluation, in place of what the keys give
   mask [B, h, w, 1]    1 where to paint over what the run starts from, which elsewhere is kept: see `blend.py`
+what another loop finds first, see `Earlier`, and before it has, that one's own inputs;
 decoder_… [B, …]    what the family's `decode` is told beside the latents, by the name that follows
 what `beside.py` reads, and what the family's `encode` reads, e.g. prompt_ids; it finds there `keys` [B] as well, to
 fold numbers in that nothing else does.
@@ -52,12 +53,14 @@ class Size:
     width: int
 
 
-DENOISERS = ("unet", "transformer")  # the names that the network in the loop may have
+# the names that the network in the loop may have; of several, the first is that of the last loop
+DENOISERS = ("unet", "transformer", "super_res_first", "prior")
+LOOPS = 2  # folded into an image's key for the loops before its own; to split it takes 0 and 1
 
 
 def denoiser(components: Iterable[tuple[str, core.Spec]]) -> str:
     """The name of the network that the loop asks."""
-    return next(name for name, _ in components if name in DENOISERS)
+    return next(name for name in DENOISERS if name in dict(components))
 
 
 def for_decoder(inputs: Inputs) -> dict[str, Any]:
@@ -159,26 +162,65 @@ class State(NamedTuple):
     kept: Any = ()  # by the cache
 
 
+class Earlier(NamedTuple):
+    """A loop that is run before another, for what that finds among its inputs.
+
+    Attributes:
+      name: where its own inputs lie among those of the other.
+      gives: the name that its result has there, and among the inputs of the loops between.
+      components: its name for a network -> the pipeline's.
+      program: what is run.
+    """
+
+    name: str
+    gives: str
+    components: tuple[tuple[str, str], ...]
+    program: "Program"
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What gets compiled, see the module's paragraph."""
+    """What gets compiled, see the module's paragraph.
+
+    Attributes:
+      before: the loops that are run first, in their order.
+      final: whether what is decoded is a picture, and not what another loop goes on from.
+    """
 
     family: Family
     specs: tuple[tuple[str, core.Spec], ...]
     guidance: Callable[..., Guidance] = standard
     cache: Callable[..., Cache] | None = None
+    before: tuple[Earlier, ...] = ()
+    final: bool = True
 
     def networks(self, params: Mapping[str, core.Params]) -> Networks:
         return Networks(dict(self.specs), params)
 
+    def keys(self, key: jax.Array, index: jax.Array) -> list[jax.Array]:
+        """The keys [B] of each loop before this one."""
+        own = tables.image_keys(key, len(index), index) if self.before else key
+        return [jax.vmap(jax.random.fold_in, (0, None))(own, LOOPS + i) for i in range(len(self.before))]
+
+    def prepared(
+        self, run: Callable[..., Any], params: Mapping[str, core.Params], keys: Iterable[jax.Array], inputs: Inputs
+    ) -> Inputs:
+        """The inputs of this loop with what those before it find, each by `run(program, params, keys, inputs)`."""
+        found: dict[str, Any] = {}
+        for loop, own in zip(self.before, keys, strict=True):
+            of_loop = {name: params[component] for name, component in loop.components}
+            found[loop.gives] = run(loop.program, of_loop, own, {**inputs[loop.name], **found})
+        return {k: v for k, v in inputs.items() if k not in {loop.name for loop in self.before}} | found
+
     def generate(self, params: Mapping[str, core.Params], key: jax.Array, inputs: Inputs) -> jax.Array:
-        """Pictures [B, H, W, C], float32 in [0, 1].
+        """Pictures [B, H, W, C], float32 in [0, 1]; or what another loop goes on from, as the family decodes it.
 
         Args:
           params: component -> parameters.
           key: one PRNG key, from which image b takes fold_in(key, index[b]), or one for each image [B].
           inputs: from `prepare_inputs`.
         """
+        inputs = self.prepared(Program.generate, params, self.keys(key, inputs["index"]), inputs)
         conditions, state = self.begin(params, key, inputs)
         # The table has a fixed length and the run its own: what is left of the table is skipped, not computed. A scan
         # and not a while loop, so that gradients flow; a step is recomputed on the way back, to keep only the latents.
@@ -249,6 +291,7 @@ class Program:
         """What the network says, all branches in one batch, as the rule of guidance joins it; and the state then."""
         sampler, rule = state.sampler, self.guidance(**conditions.strengths)
         network, kept = Evaluation(self, params, conditions, sampler), state.kept
+        channels = sampler.sample.shape[-1]
         at = At(sampler, conditions.branches, network.another, lambda z: self.family.decode(network.networks, z))
         x = rule.adjust(sampler.sample, at)
         if x is not sampler.sample:
@@ -259,8 +302,10 @@ class Program:
         else:
             answer, _ = kept = evaluate(self.cache(**conditions.saving), kept, network, sampler.index)
         at = at._replace(seen=answer.seen)
-        guess, memory = rule.combine(state.guidance, answer.predictions["positive"], answer.predictions, at)
-        return guess, State(sampler, memory, kept)
+        predictions = of_sample(answer.predictions, channels)
+        guess, memory = rule.combine(state.guidance, predictions["positive"], predictions, at)
+        variance = answer.predictions["positive"][..., channels:]  # where one is learned, it is not guided
+        return jnp.concatenate([guess, variance], -1), State(sampler, memory, kept)
 
     def decode(
         self,
@@ -268,9 +313,14 @@ class Program:
         latents: jax.Array,
         told: Mapping[str, jax.Array] = MappingProxyType({}),
     ) -> jax.Array:
-        """Latents, and what inputs have for the decoder -> pictures [B, H, W, C], float32 in [0, 1]."""
-        images = self.family.decode(self.networks(params), latents, **told)
-        return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
+        """Latents, and what inputs have for the decoder -> what `generate` returns."""
+        decoded = self.family.decode(self.networks(params), latents, **told).astype(jnp.float32)
+        return jnp.clip(decoded / 2 + 0.5, 0, 1) if self.final else decoded
+
+
+def of_sample(predictions: Mapping[str, jax.Array], channels: int) -> dict[str, jax.Array]:
+    """Predictions without what a network says beside: the variance, in channels after those of the sample."""
+    return {branch: output[..., :channels] for branch, output in predictions.items()}
 
 
 class Evaluation(NamedTuple):
@@ -306,7 +356,8 @@ class Evaluation(NamedTuple):
 
     def another(self, x: jax.Array, branches: Iterable[str]) -> Answer:
         """What the network says of another sample."""
-        return self._ask(x, tuple(sorted(branches)), (), {})[0]
+        answer, _ = self._ask(x, tuple(sorted(branches)), (), {})
+        return answer._replace(predictions=of_sample(answer.predictions, x.shape[-1]))
 
     def _ask(
         self, x: jax.Array, branches: tuple[str, ...], notes: Iterable[str], told: Mapping[str, Any]

@@ -1,7 +1,7 @@
 """What is asked for, as arrays: from prompts, pictures and settings to the `inputs` of `generate.py`, on the host."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -53,6 +53,7 @@ def prepare_inputs(
     distilled = pipe.family.distilled(dict(pipe.specs), scale) if pipe.family.distilled else {}
     guided = bool(np.max(scale) > 1) and not distilled
     options |= {"prompt": prompt, "guidance_scale": scale}
+    earlier, heard = before(pipe, {**options, "num_images_per_prompt": num_images_per_prompt})
     takes = lambda function, given=options: {
         k: v for k, v in given.items() if k in inspect.signature(function).parameters
     }
@@ -63,13 +64,15 @@ def prepare_inputs(
     prepares = (pipe.family.prepare, ip_adapter.prepare, beside.prepare, *pipe.extras)
     for prepare in prepares:
         arrays |= prepare(pipe, size, guided, **takes(prepare))
-    taken = {k for function in (pipe.task, *prepares) for k in takes(function)}
+    taken = {k for function in (pipe.task, *prepares) for k in takes(function)} | heard
     options = {k: v for k, v in options.items() if k not in (*taken, *steered, *saving, "guidance_scale")}
     if options.pop("prompt", None) is not None:
         raise TypeError(f"{type(pipe).__name__} takes no prompt.")
     if num_images_per_prompt < 1:
         raise ValueError(f"num_images_per_prompt={num_images_per_prompt}: ask for at least one.")
 
+    for of_loop in earlier.values():
+        arrays["index"] = of_loop["index"][::num_images_per_prompt]
     prompts = max((len(a) for k, a in arrays.items() if np.ndim(a) and k not in STARTS), default=1)
     if prompts == 1:  # one prompt for several pictures to start from; noise may be given for each copy
         starts = {k: len(a) for k, a in arrays.items() if k in STARTS}
@@ -90,7 +93,22 @@ def prepare_inputs(
     tables = {k: inputs.pop(k) for k in inspect.signature(pipe.rule).parameters if k in inputs}
     inputs["guidance"] = strengths(pipe.rule, pipe.denoiser, steered, batch) | tables
     inputs["cache"] = strengths(pipe.cache, pipe.denoiser, saving, 1) if pipe.cache else {}
-    return inputs
+    return inputs | earlier
+
+
+def before(pipe: "DiffusionPipeline", options: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """The inputs of the loops that are run first, and which options these have heard.
+
+    What begins with the name of a loop is its own; all else every loop hears whose family makes something of it.
+    """
+    inputs, heard = {}, set()
+    for loop in pipe.before:
+        part, prefix = loop.of(pipe), f"{loop.name}_"
+        names = {*inspect.signature(part.family.prepare).parameters, "num_images_per_prompt"}
+        of_loop = {k for k in options if k in names or k.startswith(prefix)}
+        inputs[loop.name] = part.prepare_inputs(**{k.removeprefix(prefix): options[k] for k in of_loop})
+        heard |= of_loop
+    return inputs, heard
 
 
 def _per_image(name: str, array: Any, prompts: int, copies: int) -> np.ndarray | jax.Array:

@@ -32,7 +32,13 @@ ROOT = Path(flaxdiff.__file__).parent
 MANIFEST = "manifest.json"
 FORMAT = 1
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # environment that compilers read
-RUN = ("pipeline", "networks", "pictures", "arguments")  # the conditions that are not of the place but of what is run
+RUN = (
+    "pipeline",
+    "final",
+    "networks",
+    "pictures",
+    "arguments",
+)  # the conditions that are not of the place but of what is run
 SETTINGS = (  # of JAX that a trace depends on
     "jax_enable_x64",
     "jax_default_matmul_precision",
@@ -144,6 +150,7 @@ def _conditions(program: Program, arguments: Any) -> dict[str, Any]:
         "flags": {name: os.environ.get(name, "") for name in FLAGS},
         "settings": {name: getattr(jax.config, name) for name in SETTINGS},
         "pipeline": [_named(part) for part in (*program.family, program.guidance, program.cache) if part is not None],
+        "final": program.final,
         "networks": {name: f"{_named(spec.module)} {spec.config}" for name, spec in program.specs},
         "pictures": f"{len(inputs['index'])} of {inputs['size'].height} x {inputs['size'].width}",
         "arguments": _checksum(f"{tree} {leaves}".encode()),

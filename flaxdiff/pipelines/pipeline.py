@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from flaxdiff.caching import Cache
 from flaxdiff.core import Params, Spec, frozen
 from flaxdiff.guidance import Guidance, standard
 from flaxdiff.pipelines import ahead, calling, inputs, mixins
-from flaxdiff.pipelines.generate import Family, Program, denoiser
+from flaxdiff.pipelines.generate import Earlier, Family, Program, denoiser
 from flaxdiff.pipelines.tasks import blank_inputs, text_to_image
 from flaxdiff.schedulers import Scheduler
 
@@ -30,6 +30,36 @@ from flaxdiff.schedulers import Scheduler
 def _interned(program: Program) -> Program:
     """One object for all equal programs: methods are equal, and so compiled once, only if they share their object."""
     return program
+
+
+class Before(NamedTuple):
+    """A pipeline whose loop is run before another's own.
+
+    Attributes:
+      name: what its options begin with in a call of the other, as in `prior_num_inference_steps`.
+      gives: the name of its result among the other's inputs.
+      pipeline: its class.
+      components: its name for a component -> the other's; its `scheduler` is among them.
+    """
+
+    name: str
+    gives: str
+    pipeline: type["DiffusionPipeline"]
+    components: tuple[tuple[str, str], ...]
+
+    def of(self, pipe: "DiffusionPipeline") -> "DiffusionPipeline":
+        """The pipeline itself, of another's components."""
+        taken = lambda group: tuple((own, dict(group)[name]) for own, name in self.components if name in dict(group))
+        settings, prefix = dict(taken(pipe.settings)), f"{self.name}_"
+        made = self.pipeline(taken(pipe.specs), settings.pop("scheduler"), taken(pipe.tokenizers))
+        defaults = dict(dict(pipe.settings).get("defaults", ()))
+        return made.by_default(**{k.removeprefix(prefix): v for k, v in defaults.items() if k.startswith(prefix)})
+
+    def program(self, pipe: "DiffusionPipeline") -> Earlier:
+        """What is run of it before the other."""
+        program = dataclasses.replace(self.of(pipe).program, final=False)
+        components = tuple((own, name) for own, name in self.components if name in dict(pipe.specs))
+        return Earlier(self.name, self.gives, components, _interned(program))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +108,8 @@ class DiffusionPipeline(
     )  # Pillow's pictures -> what a call returns
     reads: ClassVar[tuple[str, ...]] = ()  # components of a checkpoint that most pipelines pass over
     formerly: ClassVar[Mapping[str, str]] = {}  # class that older checkpoints name -> the one that is meant
+    before: ClassVar[tuple[Before, ...]] = ()  # whose loops are run first
+    sampler: ClassVar[str] = "scheduler"  # the component that the scheduler is in a checkpoint
     defaults: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 7.5}
 
     # --- loading, saving, changing -----------------------------------------------------------------------------------
@@ -120,6 +152,8 @@ class DiffusionPipeline(
         return checkpoint.load_pipeline(cls, repo, **options)
 
     def __getattr__(self, name: str) -> Any:
+        if name == self.sampler:
+            return self.scheduler
         for components in (self.specs, self.tokenizers, self.settings) if not name.startswith("_") else ():
             if name in dict(components):
                 return dict(components)[name]
@@ -134,6 +168,7 @@ class DiffusionPipeline(
         1
         """
         fields = {f.name for f in dataclasses.fields(self)}
+        changes = {"scheduler" if k == self.sampler else k: v for k, v in changes.items()}
         changed = {k: v for k, v in changes.items() if k in fields}
         for group in ("specs", "tokenizers", "settings"):
             ours = {k: changes[k] for k in dict(getattr(self, group)) if k in changes}
@@ -180,7 +215,8 @@ class DiffusionPipeline(
     @property
     def program(self) -> Program:
         """What gets compiled: independent of scheduler, tokenizers and everything that is a value."""
-        return _interned(Program(self.family, self.specs, self.rule, self.cache))
+        before = tuple(loop.program(self) for loop in self.before)
+        return _interned(Program(self.family, self.specs, self.rule, self.cache, before))
 
     @property
     def generate(self) -> Callable[[Mapping[str, Params], jax.Array, Mapping[str, Any]], jax.Array]:

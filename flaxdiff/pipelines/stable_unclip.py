@@ -18,7 +18,8 @@ from flaxdiff.nn.embeddings import sinusoids
 from flaxdiff.pipelines import stable_diffusion as sd
 from flaxdiff.pipelines.beside import EMBEDS
 from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
-from flaxdiff.pipelines.pipeline import DiffusionPipeline
+from flaxdiff.pipelines.pipeline import Before, DiffusionPipeline
+from flaxdiff.pipelines.prior import PriorPipeline
 
 
 def noising(pipe: DiffusionPipeline, size: Size, guided: bool, noise_level: int = 0) -> dict[str, Any]:
@@ -111,3 +112,38 @@ class StableUnCLIPImg2ImgPipeline(DiffusionPipeline):
     extras = (noising,)
     reads = ("image_encoder",)
     defaults = {"num_inference_steps": 20, "guidance_scale": 10.0}
+
+
+class StableUnCLIPPipeline(DiffusionPipeline):
+    """Text to image in two loops: a prior finds the embedding of a picture, and that is drawn.
+
+    What begins with `prior_` is for the first: `prior_num_inference_steps`, `prior_guidance_scale`, `prior_latents`.
+    Published folders have no prior; it is Karlo's, with the text encoder that it was trained with:
+
+        karlo, params = flaxdiff.load("kakaobrain/karlo-v1-alpha")
+        parts = {name: (getattr(karlo, name), params[name]) for name in ("prior", "text_encoder")}
+        pipe, params = flaxdiff.StableUnCLIPPipeline.from_pretrained(
+            "stabilityai/stable-diffusion-2-1-unclip-small",
+            prior=parts["prior"],
+            prior_text_encoder=parts["text_encoder"],
+            prior_tokenizer=karlo.tokenizer,
+            prior_scheduler=flaxdiff.DDPMScheduler.from_config(karlo.prior_scheduler),
+        )
+    """
+
+    family = STABLE_UNCLIP
+    extras = (noising,)
+    before = (
+        Before(
+            name="prior",
+            gives="image_embeds",
+            pipeline=PriorPipeline,
+            components=(
+                ("prior", "prior"),
+                ("text_encoder", "prior_text_encoder"),
+                ("tokenizer", "prior_tokenizer"),
+                ("scheduler", "prior_scheduler"),
+            ),
+        ),
+    )
+    defaults = StableUnCLIPImg2ImgPipeline.defaults

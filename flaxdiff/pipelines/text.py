@@ -152,12 +152,14 @@ def branches(inputs: Mapping[str, Any]) -> dict[str, str]:
     return {prefix[:-1] or "positive": prefix for prefix in prefixes}
 
 
-def check_prompts(pipe: "DiffusionPipeline", prompt: str | Sequence[str] | None, embeds: Any) -> str | Sequence[str]:
-    """The prompt, once it is clear that there is just one source of it. Raises ValueError otherwise."""
+def check_prompts(
+    pipe: "DiffusionPipeline", prompt: str | Sequence[str] | None, embeds: Any, other: str = "prompt_embeds"
+) -> str | Sequence[str]:
+    """The prompt, once it is clear that there is just one source of it, or the `other`. Raises ValueError otherwise."""
     name = type(pipe).__name__
     if (prompt is None) == (embeds is None):
         given = "neither" if prompt is None else "both"
-        raise ValueError(f"{name} needs a prompt or prompt_embeds, and was given {given}; give one of them.")
+        raise ValueError(f"{name} needs a prompt or {other}, and was given {given}; give one of them.")
     if prompt is not None and not isinstance(prompt, str):
         if not len(prompt):
             raise ValueError(f"{name} was given an empty list of prompts; give at least one text.")
