@@ -196,6 +196,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "StableDiffusionXLPipeline",
         ),
         "flaxdiff.pipelines.stable_unclip": ("StableUnCLIPImg2ImgPipeline", "StableUnCLIPPipeline"),
+        "flaxdiff.pipelines.unclip": ("UnCLIPImageVariationPipeline", "UnCLIPPipeline"),
         "flaxdiff.pipelines.unconditional": ("ConsistencyModelPipeline", "DDIMPipeline", "DDPMPipeline"),
     },
     "flax": {

@@ -21,9 +21,10 @@ normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
 KEY = jax.random.key(0)
 
 
-def drawn(model):
+def drawn(model, seed=0):
     """A model all of whose parameters are drawn, those too that begin at zero or one."""
     peers.lively(model)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 1 or name in ("mean", "std", "clip_mean", "clip_std"):
@@ -321,3 +322,135 @@ def test_bad_stable_unclip():
         pipe.prepare_inputs(image=PICTURES, noise_level=1000)
     with pytest.raises(ValueError, match="needs image or image_embeds, and was given neither"):
         pipe.prepare_inputs(prompt="cat")
+
+
+# --- Karlo -----------------------------------------------------------------------------------------------------------
+
+
+def karlo_parts():
+    """What both of Karlo's pipelines have."""
+    torch.manual_seed(0)
+    net = lambda seed: drawn(
+        diffusers.UNet2DModel(
+            sample_size=20,
+            in_channels=6,
+            out_channels=3,
+            block_out_channels=(16, 32),
+            down_block_types=("ResnetDownsampleBlock2D",) * 2,
+            up_block_types=("ResnetUpsampleBlock2D",) * 2,
+            norm_num_groups=8,
+            layers_per_block=1,
+            add_attention=False,
+        ),
+        seed,
+    )
+    return dict(
+        decoder=drawn(diffusers.UNet2DConditionModel(**DECODER)),
+        text_encoder=peers.text_encoder(projected=True, width=24),
+        tokenizer=peers.tokenizer(),
+        text_proj=drawn(
+            UnCLIPTextProjModel(
+                clip_extra_context_tokens=3, clip_embeddings_dim=24, time_embed_dim=64, cross_attention_dim=20
+            )
+        ),
+        super_res_first=net(1),
+        super_res_last=net(2),
+        decoder_scheduler=diffusers.UnCLIPScheduler(variance_type="learned_range"),
+        super_res_scheduler=diffusers.UnCLIPScheduler(),
+    )
+
+
+def karlo():
+    scheduler = diffusers.UnCLIPScheduler(prediction_type="sample", clip_sample_range=5.0)
+    return diffusers.UnCLIPPipeline(**karlo_parts(), prior=prior(), prior_scheduler=scheduler)
+
+
+def karlo_variation():
+    config = peers.image_encoder().config
+    config.projection_dim = 24
+    parts = dict(
+        image_encoder=peers.lively(transformers.CLIPVisionModelWithProjection(config)),
+        feature_extractor=transformers.CLIPImageProcessorPil(size=32, crop_size=32),
+    )
+    return diffusers.UnCLIPImageVariationPipeline(**karlo_parts(), **parts)
+
+
+def draws(monkeypatch, *loops):
+    """Noise for the steps of loops, each (steps, shape), the same for PyTorch's scheduler; it draws none at the end."""
+    steps = [[normal(*shape) for _ in range(n)] for n, shape in loops]
+    queue = iter([noise for loop in steps for noise in loop[:-1]])
+    there = lambda noise: peers.nchw(noise) if noise.ndim == 4 else torch.tensor(noise)
+    monkeypatch.setattr(diffusers.schedulers.scheduling_unclip, "randn_tensor", lambda *a, **k: there(next(queue)))
+    return [noise for loop in steps for noise in loop]
+
+
+def exact(peer):
+    """A pipeline whose schedulers are sharp: of 1 - alphas_cumprod[0] float32 leaves three digits."""
+    for part in peer.components.values():
+        if isinstance(part, diffusers.UnCLIPScheduler):
+            part.betas = part.betas.double()
+            part.alphas_cumprod = torch.cumprod(1 - part.betas, 0)
+    return peer
+
+
+@pytest.mark.parametrize("scales", [(3.0, 4.0), (1.0, 1.0)])
+def test_karlo(scales, monkeypatch, tmp_path):
+    """Three loops that draw noise, the second with a variance that is learned and not guided."""
+    pipe, params, peer = load(karlo)
+    b = 4
+    options = dict(prompt=["cat", "red dog"], num_images_per_prompt=2, prior_num_inference_steps=3)
+    options |= dict(decoder_num_inference_steps=4, super_res_num_inference_steps=3)
+    options |= dict(prior_guidance_scale=scales[0], decoder_guidance_scale=scales[1])
+    start = dict(
+        prior_latents=normal(b, 24), decoder_latents=normal(b, 8, 8, 3), super_res_latents=normal(b, 20, 20, 3)
+    )
+    steps = draws(monkeypatch, (3, (b, 24)), (4, (b, 8, 8, 3)), (3, (b, 20, 20, 3)))
+    there = {k: peers.nchw(v) if v.ndim == 4 else torch.tensor(v) for k, v in start.items()}
+    with torch.no_grad():
+        theirs = exact(peer)(**options, **there, output_type="np").images
+    assert theirs.std() > 0.1
+    made = peers.with_noise(pipe, params, pipe.prepare_inputs(**options, **start), steps)
+    assert peers.relative(made, theirs, of="UnCLIPPipeline") < 1e-3
+    flaxdiff.save(tmp_path, pipe, params)
+    again, _ = flaxdiff.load(tmp_path)
+    assert again.program is pipe.program
+    for name in ("prior_scheduler", "decoder_scheduler", "super_res_scheduler"):
+        assert getattr(again, name) == getattr(pipe, name) is not None
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_karlo_variation(embedded, monkeypatch):
+    pipe, params, peer = load(karlo_variation)
+    options = dict(decoder_num_inference_steps=3, super_res_num_inference_steps=2)
+    start = dict(decoder_latents=normal(2, 8, 8, 3), super_res_latents=normal(2, 20, 20, 3))
+    steps = draws(monkeypatch, (3, (2, 8, 8, 3)), (2, (2, 20, 20, 3)))
+    embeds = normal(2, 24)
+    seen = dict(image=[Image.fromarray(np.uint8(255 * picture)) for picture in PICTURES])
+    there = dict(image_embeddings=torch.tensor(embeds)) if embedded else seen
+    with torch.no_grad():
+        given = {k: peers.nchw(v) for k, v in start.items()}
+        theirs = exact(peer)(**there, **options, **given, output_type="np").images
+    here = dict(image_embeddings=embeds) if embedded else seen
+    made = peers.with_noise(pipe, params, pipe.prepare_inputs(**here, **options, **start), steps)
+    assert peers.relative(made, theirs, of="UnCLIPImageVariationPipeline") < 1e-3
+
+
+def test_karlo_of_a_text_encoded_before():
+    """A call of what the text encoder made is one of the prompt; schedulers are replaced by their own names."""
+    pipe, params, _ = load(karlo)
+    options = dict(prior_num_inference_steps=2, decoder_num_inference_steps=2, super_res_num_inference_steps=2)
+    made = pipe(params, KEY, prompt="red dog", **options).images
+    ids = pipe.tokenizer(["red dog"])
+    told = flaxdiff.apply(pipe.text_encoder, params["text_encoder"], ids)
+    given = dict(text_model_output=(told.text_embeds, told.last_hidden_state))
+    mask = np.arange(16) <= np.argmax(ids == ids.max())
+    again = pipe(params, KEY, **given, text_attention_mask=mask[None], **options).images
+    assert np.abs(np.int32(made[0]) - np.int32(again[0])).max() <= 1 and made[0].size == (20, 20)
+    with pytest.raises(ValueError, match="text_model_output needs text_attention_mask beside it"):
+        pipe.prepare_inputs(**options, **given)
+    with pytest.raises(ValueError, match="needs a prompt or text_model_output, and was given neither"):
+        pipe.prepare_inputs(**options)
+    swapped = pipe.replace(super_res_scheduler=flaxdiff.DDPMScheduler())
+    assert type(swapped.scheduler).__name__ == "DDPMScheduler" and swapped.super_res_scheduler is swapped.scheduler
+    assert len(blank_inputs(pipe, batch=3)["index"]) == 3
+    assert len(blank_inputs(load(karlo_variation)[0], batch=3)["decoder"]["image_pixels"]) == 3

@@ -135,7 +135,8 @@ def blank_inputs(pipe: "DiffusionPipeline", batch: int = 1, **options: Any) -> d
       batch: pictures to make.
       **options: height, width, and others of `prepare_inputs`.
     """
-    takes = {**inspect.signature(pipe.family.prepare).parameters, **inspect.signature(pipe.task).parameters}
+    hears = (pipe.family.prepare, *(loop.pipeline.family.prepare for loop in pipe.before), pipe.task)
+    takes = {name for function in hears for name in inspect.signature(function).parameters}
     options |= {"prompt": [""] * batch} if "prompt" in takes else {}
     options |= {"batch_size": batch} if "batch_size" in takes else {}
     options |= {"class_labels": [0] * batch} if "class_labels" in takes and "batch_size" not in takes else {}
