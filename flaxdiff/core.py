@@ -96,7 +96,7 @@ class Model(nnx.Module):
 
     config_class: ClassVar[type[Config]]
     library: ClassVar[str | None] = "diffusers"  # whose layout the checkpoint has, or "transformers"; None: no folder
-    index: ClassVar[str | None] = None  # what the index of a pipeline calls the library, where that is another name
+    package: ClassVar[str | None] = None  # where an index says that the class is from, if not from the library
     renames: ClassVar[tuple[tuple[str, str], ...]] = ()  # (regex, replacement): names in older files -> today's
     ignored: ClassVar[str] = r"(?!)"  # regex of names in older files that carry no weight
 

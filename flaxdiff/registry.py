@@ -80,6 +80,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.dit_transformer_2d": ("DiTTransformer2DModel",),
         "flaxdiff.models.dpt": ("DPTForDepthEstimation",),
         "flaxdiff.models.ip_adapter": ("IPAdapter",),
+        "flaxdiff.models.paint_by_example": ("PaintByExampleImageEncoder",),
         "flaxdiff.models.controlnet": ("ControlNetModel",),
         "flaxdiff.models.controlnet_xs": ("ControlNetXSAdapter", "UNetControlNetXSModel"),
         "flaxdiff.models.t2i_adapter": ("T2IAdapter",),
@@ -158,7 +159,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "LEditsPPPipelineStableDiffusionXL",
             "StableDiffusionDiffEditPipeline",
         ),
-        "flaxdiff.pipelines.image_variation": ("StableDiffusionImageVariationPipeline",),
+        "flaxdiff.pipelines.image_variation": ("PaintByExamplePipeline", "StableDiffusionImageVariationPipeline"),
         "flaxdiff.pipelines.k_diffusion": ("StableDiffusionKDiffusionPipeline", "StableDiffusionXLKDiffusionPipeline"),
         "flaxdiff.pipelines.latent_upscale": ("StableDiffusionLatentUpscalePipeline",),
         "flaxdiff.pipelines.guided": (

@@ -1,12 +1,16 @@
 """Each task of each family against PyTorch's pipeline of the same name, with the same noise."""
 
+import re
+
 import diffusers
 import jax
 import numpy as np
 import peers
 import pytest
+import safetensors.torch
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.deprecated.paint_by_example import PaintByExampleImageEncoder
 from PIL import Image
 from transformers import (
     CLIPImageProcessor,
@@ -19,6 +23,7 @@ from transformers import (
 
 import flaxdiff
 from flaxdiff import images
+from flaxdiff.pipelines.tasks import blank_inputs
 
 rng = np.random.default_rng(0)
 normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
@@ -264,27 +269,79 @@ def test_depth_to_image(monkeypatch, tmp_path):
         alone.prepare_inputs(**options)
 
 
+def vision(layers):
+    return CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+    )
+
+
+EXTRACTOR = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+
+
 def test_image_variation(monkeypatch):
     build = peers.stable_diffusion_1
     torch.manual_seed(0)
-    encoder = CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            projection_dim=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=16,
-        )
-    ).eval()
-    extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    parts = dict(image_encoder=encoder, feature_extractor=extractor, safety_checker=None)
+    encoder = CLIPVisionModelWithProjection(vision(2)).eval()
+    parts = dict(image_encoder=encoder, feature_extractor=EXTRACTOR, safety_checker=None)
     pipe, params, peer = made(build, "StableDiffusionImageVariationPipeline", "DDIMScheduler", **parts)
     options = dict(image=pillow(50, 40, 3), num_inference_steps=3)
     assert compare(monkeypatch, pipe, params, peer, options, normal(1, 8, 8, 4)) < 1e-3
     with pytest.raises(ValueError, match="starts from a picture"):
         pipe.prepare_inputs()
+
+
+def example_encoder():
+    torch.manual_seed(0)
+    return peers.lively(PaintByExampleImageEncoder(vision(9)))  # of which two blocks follow
+
+
+def test_paint_by_example(monkeypatch, tmp_path):
+    build, name = peers.stable_diffusion_1, "PaintByExamplePipeline"
+    parts = dict(image_encoder=example_encoder(), feature_extractor=EXTRACTOR, safety_checker=None)
+    pipe, params, peer = made(build, name, "DDIMScheduler", **parts, unet=other(build, in_channels=9))
+    mask = Image.fromarray(np.uint8(255 * MASK[0, ..., 0]))
+    options = dict(image=pillow(16, 16, 3), mask_image=mask, example_image=pillow(50, 40, 3), num_inference_steps=3)
+    for scale in (5.0, 1.0):
+        options["guidance_scale"] = scale
+        assert compare(monkeypatch, pipe, params, peer, options, normal(1, 8, 8, 4)) < 1e-3
+    flaxdiff.save(tmp_path / "saved", pipe, params)
+    tensors = safetensors.torch.load_file(tmp_path / "saved" / "image_encoder" / "model.safetensors")
+    there = peer.image_encoder.state_dict()  # no index leads PyTorch to this class, but it has these names
+    assert set(tensors) == set(there) and all(torch.equal(there[k], v) for k, v in tensors.items())
+    assert flaxdiff.load(tmp_path / "saved")[0].image_encoder == pipe.image_encoder
+    blank = blank_inputs(pipe, batch=2)
+    assert blank["image_pixels"].shape == (2, 32, 32, 3) and blank["behind"].shape == (2, 8, 8, 1)
+    with pytest.raises(ValueError, match="paints what another picture shows; give example_image="):
+        pipe.prepare_inputs(image=PICTURE, mask_image=MASK)
+    with pytest.raises(ValueError, match=r"give both image= and mask_image= \(mask_image is missing\)"):
+        pipe.prepare_inputs(image=PICTURE, example_image=PICTURE)
+    with pytest.raises(ValueError, match="height=15, width=16.*positive multiples of 2"):
+        pipe.prepare_inputs(image=PICTURE[:, 1:], mask_image=MASK, example_image=PICTURE)
+    with pytest.raises(ValueError, match="5 beside it, but it takes 8"):
+        pipe.replace(unet=flaxdiff.load()[0].unet).prepare_inputs(image=PICTURE, mask_image=MASK, example_image=PICTURE)
+
+
+def test_paint_by_example_encoder(tmp_path):
+    """As PyTorch's writes it today, and under the names of the published files."""
+    peer, pixels = example_encoder(), normal(2, 32, 32, 3)
+    peer.save_pretrained(tmp_path)
+    with torch.no_grad():
+        theirs, nothing = peer(peers.nchw(pixels), return_uncond_vector=True)
+    for old in (False, True):
+        if old:
+            tensors = {re.sub(r"^model\.", "model.vision_model.", k): v for k, v in peer.state_dict().items()}
+            tensors["model.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+            safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+        spec, params = flaxdiff.PaintByExampleImageEncoder.from_pretrained(tmp_path)
+        ours = flaxdiff.apply(spec, params, pixels)
+        assert peers.relative(ours, theirs, of="PaintByExampleImageEncoder") < 1e-5
+        np.testing.assert_array_equal(flaxdiff.apply(spec, params, method="nothing"), nothing.detach())
 
 
 # --- what holds of all -----------------------------------------------------------------------------------------------
@@ -360,8 +417,6 @@ def test_bad_input(emoji, cls, options, message):
 @pytest.mark.parametrize("cls", ["Inpaint", "Img2Img"])
 def test_blank_inputs_have_the_shapes_of_a_call(emoji, cls):
     """What is compiled ahead of a call serves it."""
-    from flaxdiff.pipelines.tasks import blank_inputs
-
     pipe = getattr(flaxdiff, f"StableDiffusion{cls}Pipeline").from_pipe(emoji[0])
     mask = dict(mask_image=MASK[0], height=16, width=16) if cls == "Inpaint" else {}
     there = blank_inputs(pipe, height=16, width=16)

@@ -259,7 +259,7 @@ def save_pipeline(
         for name, spec in pipe.specs:
             if spec.module.library is None:
                 continue
-            index[name] = [spec.module.index or spec.module.library, spec.module.__name__]
+            index[name] = [spec.module.package or spec.module.library, spec.module.__name__]
             (stage / name).mkdir()
             options = {"dtype": dtype, "max_shard_size": max_shard_size, "variant": variant}
             writing.write_model(stage / name, spec, params[name], **options)

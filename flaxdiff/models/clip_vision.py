@@ -65,12 +65,16 @@ class CLIPVisionEmbeddings(nnx.Module):
 
 
 class CLIPVisionTransformer(nnx.Module):
-    """A picture -> every layer's tokens."""
+    """A picture -> every layer's tokens [L + 1, B, N + 1, D], and the state of the whole [B, D], normalised."""
 
     def __init__(self, c: CLIPVisionConfig):
         norm = lambda: LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.embeddings, self.pre_layrnorm = CLIPVisionEmbeddings(c), norm()  # the checkpoints' spelling
         self.encoder, self.post_layernorm = CLIPEncoder(c, causal=False), norm()
+
+    def __call__(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden = states(self.encoder.layers, self.pre_layrnorm(self.embeddings(pixels)))
+        return hidden, self.post_layernorm(hidden[-1, :, 0])
 
 
 class CLIPVisionModelWithProjection(Model):
@@ -94,9 +98,8 @@ class CLIPVisionModelWithProjection(Model):
 
     def __call__(self, pixel_values: jax.Array) -> CLIPVisionOutput:
         """Normalised pictures [B, S, S, 3], see `images.clip_pixels`."""
-        model = self.vision_model
-        hidden = states(model.encoder.layers, model.pre_layrnorm(model.embeddings(pixel_values)))
-        return CLIPVisionOutput(self.visual_projection(model.post_layernorm(hidden[-1, :, 0])), hidden[-1], hidden)
+        hidden, whole = self.vision_model(pixel_values)
+        return CLIPVisionOutput(self.visual_projection(whole), hidden[-1], hidden)
 
     @classmethod
     def to_config(cls, config: Any) -> dict[str, Any]:

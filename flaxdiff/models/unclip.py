@@ -35,7 +35,7 @@ class UnCLIPTextProjModel(Model):
     """
 
     config_class = UnCLIPTextProjConfig
-    index = "unclip"
+    package = "unclip"
 
     def __init__(self, config: UnCLIPTextProjConfig):
         c, read = config, config.clip_embeddings_dim
@@ -86,7 +86,7 @@ class StableUnCLIPImageNormalizer(Model):
     """
 
     config_class = StableUnCLIPImageNormalizerConfig
-    index = "stable_diffusion"
+    package = "stable_diffusion"
 
     def __init__(self, config: StableUnCLIPImageNormalizerConfig):
         width = config.embedding_dim

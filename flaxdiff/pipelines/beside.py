@@ -8,6 +8,7 @@ The keys of the inputs that say so, each absent where task and network have no u
   depth                         [B, h, w, 1] how near things are, in any unit; or
   depth_pixels                  [B, S, S, 3] in [-1, 1]: a picture for the depth model to say so
   beside_gain, beside_spread    [] factors of that latent, and of the posterior's deviation in it: 1 a draw, 0 the mean
+  behind                        [B, h, w, C] channels that follow all of these
   class_labels, class_count     [B] int32, and [] where `ANY` may be among them: one of so many, drawn
   timestep_cond                 [B, D] the strength of guidance, as a network reads it that was distilled with it
   freeu                         [B, 4] the factors s1, s2, b1, b2 of nn/freeu.py
@@ -90,6 +91,8 @@ def _channels(family: "Family", networks: "Networks", keys: jax.Array, inputs: M
     if "beside_image" in inputs:
         z = family.encode_image(networks, inputs["beside_image"], folded(LATENT), inputs["beside_spread"])
         parts.append(inputs["beside_gain"] * z.astype(jnp.float32))
+    if "behind" in inputs:
+        parts.append(jnp.asarray(inputs["behind"], jnp.float32))
     height = family.latent_shape(networks.specs, inputs["size"])[0]
     larger = lambda x: jnp.repeat(jnp.repeat(x, height // x.shape[1], 1), height // x.shape[1], 2)
     return [x if x.shape[1] == height else larger(x) for x in parts]

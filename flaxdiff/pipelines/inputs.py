@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ROWS = 64  # length of the scheduler's tables: runs of up to so many evaluations share a compiled program
 
 # given for each image, or for each prompt
-STARTS = ("latents", "image", "image_latents", "noisy_latents", "mask", "beside", "beside_image")
+STARTS = ("latents", "image", "image_latents", "noisy_latents", "mask", "beside", "beside_image", "behind")
 STARTS += ("decoder_image", "decoder_mask", "depth", "depth_pixels", "path", "noises")
 
 

@@ -139,6 +139,7 @@ def blank_inputs(pipe: "DiffusionPipeline", batch: int = 1, **options: Any) -> d
     takes = {name for function in hears for name in inspect.signature(function).parameters}
     options |= {"prompt": [""] * batch} if "prompt" in takes else {}
     options |= {"batch_size": batch} if "batch_size" in takes else {}
+    options |= {"example_image": [Image.new("RGB", (1, 1))] * batch} if "example_image" in takes else {}
     options |= {"class_labels": [0] * batch} if "class_labels" in takes and "batch_size" not in takes else {}
     if "image" in takes:
         size = native_size(pipe)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from flaxdiff import images as pictures
 from flaxdiff.pipelines.generate import Size
-from flaxdiff.pipelines.tasks import Prepared, check_size, is_latents, native_size, noise, vae_factor
+from flaxdiff.pipelines.tasks import Prepared, check_channels, check_size, is_latents, native_size, noise, vae_factor
 
 if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
@@ -50,11 +50,7 @@ def inpaint(
       ValueError: no picture or no mask, sizes that do not fit, a network with other channels.
     """
     name, native = type(pipe).__name__, native_size(pipe)
-    if image is None or mask_image is None:
-        absent = "image" if image is None else "mask_image"
-        raise ValueError(
-            f"{name} paints over a part of a picture; give both image= and mask_image= ({absent} is missing)."
-        )
+    _need_both(pipe, image, mask_image)
     size = Size(height or native.height, width or native.width)
     if is_latents(pipe, image):
         size = Size(*(side * vae_factor(pipe) for side in image.shape[1:3]))
@@ -85,6 +81,41 @@ def inpaint(
     strength = pipe.defaults["strength"] if strength is None else strength
     start["from_noise"] = np.bool_(strength == 1)
     return size, start | noise(pipe, size, latents), {"strength": strength}
+
+
+def by_example(
+    pipe: "DiffusionPipeline", image: Any = None, mask_image: Any = None, latents: jax.Array | None = None
+) -> Prepared:
+    """Paint over a part of a picture, with a network that sees what is known and then where it is known.
+
+    Args:
+      image: Pillow pictures, or arrays [B, H, W, 3] in [0, 1], of the size that the result is to have.
+      mask_image: Pillow pictures, or arrays [B, H, W, 1] in [0, 1]: what is at least half white is painted over.
+      latents: the noise to use, of unit variance, in place of what the key gives.
+
+    Raises:
+      ValueError: no picture or no mask, a size that the networks do not divide, a network with other channels.
+    """
+    _need_both(pipe, image, mask_image)
+    check_channels(pipe, 1 + pipe.vae.config.latent_channels)
+    picture = pictures.to_array(image)
+    size = Size(*picture.shape[1:3])
+    check_size(pipe, size)
+    mask = pictures.to_mask(mask_image, size.height, size.width)
+    small = pictures.nearest(mask, *(side // vae_factor(pipe) for side in (size.height, size.width)))
+    start = _beside(small, mask, picture, None)
+    start["behind"] = 1 - start.pop("beside")
+    return size, start | noise(pipe, size, latents), {}
+
+
+def _need_both(pipe: "DiffusionPipeline", image: Any, mask_image: Any) -> None:
+    """Raise ValueError where there is no picture or no mask."""
+    if image is None or mask_image is None:
+        absent = "image" if image is None else "mask_image"
+        raise ValueError(
+            f"{type(pipe).__name__} paints over a part of a picture; give both image= and mask_image= "
+            f"({absent} is missing)."
+        )
 
 
 def _beside(small: np.ndarray, mask: np.ndarray, image: Any, masked_image_latents: Any) -> dict[str, Any]:
