@@ -6,8 +6,8 @@ given into what the pipeline's `prepare_inputs` makes, and hands that to its `ge
 implementation.
 
 A scheduler's state used to be tables. Here the table, a `Plan`, depends on the number of steps, which only the call
-knows: so the state names the scheduler, and every call makes its plan. Two more things differ: the noise of a key
-(image b of a device is drawn from fold_in(key, b)), and that there is no safety checker.
+knows: so the state names the scheduler, and every call makes its plan. The noise of a key differs too: image b of a
+device is drawn from fold_in(key, b).
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from flaxdiff import registry, schedulers
 from flaxdiff.checkpoint import hub, load_pipeline
 from flaxdiff.checkpoint.pipelines import SCHEDULER
 from flaxdiff.flax_models import FlaxModelMixin, last
+from flaxdiff.pipelines.afterwards import CHECKER, checked
 from flaxdiff.pipelines.controlled import StableDiffusionControlNetPipeline
 from flaxdiff.pipelines.generate import Inputs, Program
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
@@ -78,10 +79,10 @@ FlaxPNDMScheduler = FlaxScheduler(schedulers.PNDMScheduler)
 
 
 class FlaxStableDiffusionPipelineOutput(NamedTuple):
-    """What a call returns: pictures, NumPy float32 in [0, 1], and False, since nothing checks what they show."""
+    """What a call returns: pictures, NumPy float32 in [0, 1], and which a checker flagged; False if none looked."""
 
     images: np.ndarray
-    nsfw_content_detected: bool = False
+    nsfw_content_detected: list[bool] | bool = False
 
 
 FlaxStableDiffusionControlNetPipelineOutput = FlaxImagePipelineOutput = FlaxStableDiffusionPipelineOutput
@@ -180,8 +181,10 @@ class FlaxDiffusionPipeline:
             raise ValueError(f"params lack {', '.join(absent)}; put the parameters there: params[{absent[0]!r}] = ….")
         _check_axes(asked["prompt_ids"], params, key, jit, self.encoders)
         run = _on_each_device if jit else _on_one_device
-        images = run(self.pipe.program, params, key, *self._inputs(scheduler, **self._told(**asked)))
-        output = FlaxStableDiffusionPipelineOutput(np.asarray(images))
+        images = np.asarray(run(self.pipe.program, params, key, *self._inputs(scheduler, **self._told(**asked))))
+        of_one = {k: jax.tree.map(lambda a: a[0], own) for k, own in params.items() if k == CHECKER} if jit else params
+        flat, flags = checked(self.pipe, of_one, images.reshape(-1, *images.shape[-3:]))
+        output = FlaxStableDiffusionPipelineOutput(flat.reshape(images.shape), flags or False)
         return output if return_dict else tuple(output)
 
     def _told(self, **asked: Any) -> dict[str, Any]:

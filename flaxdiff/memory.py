@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 KINDS = {"int8": weights.Int8, "fp8": weights.Float8}
 PLACES = {"device": jax.memory.Space.Device, "host": jax.memory.Space.Host}
 
+LAST = ("vae", "safety_checker")  # what is run when the loop has ended
+
 _VECTORS = r"norm|^(?!.*\.weight$)"
 _OTHER = rf"{_VECTORS}|_embedding\.weight$"  # neither a linear layer's weight nor a convolution's
 _ENDS = r"embedding|conv_in|conv_out|quant_conv"  # first and last layers: small, and what errs there is seen
@@ -141,8 +143,8 @@ def fetched(params: Mapping[str, Params], names: str) -> dict[str, Params]:
 def residency(pipe: "DiffusionPipeline", params: Mapping[str, Params], budget: int) -> dict[str, str]:
     """Which components stay on the device between calls, and which lie on the host and come for their stage.
 
-    A call has three stages: the prompts are encoded, the denoiser loops, the latents are decoded. What a stage needs
-    must fit beside what stays. Of the choices that do, the one that moves the fewest bytes.
+    A call has three stages: the prompts are encoded, the denoiser loops, the latents are decoded and what they show is
+    checked. What a stage needs must fit beside what stays. Of the choices that do, the one that moves the fewest bytes.
 
     Args:
       pipe: the pipeline.
@@ -164,9 +166,9 @@ def residency(pipe: "DiffusionPipeline", params: Mapping[str, Params], budget: i
     size = {name: sum(map(_bytes, jax.tree.leaves(params[name]))) for name in names}
     total = lambda chosen: sum(size[name] for name in set(chosen))
     stages = [
-        [name for name in names if name != "vae" and not re.match(pipe.family.loop, name)],
+        [name for name in names if name not in LAST and not re.match(pipe.family.loop, name)],
         [name for name in names if re.match(pipe.family.loop, name)],
-        [name for name in names if name == "vae"],
+        [name for name in names if name in LAST],
     ]
     least = max(map(total, stages))
     if least > budget:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
+from PIL import Image
 
-from flaxdiff import parallel, registry
+from flaxdiff import images, parallel, registry
 from flaxdiff.checkpoint import files, hub, reading, writing
 from flaxdiff.checkpoint.tensors import damaged
 from flaxdiff.core import Model, Pairs, Params, Spec, frozen
+from flaxdiff.models.clip_vision import CLIPVisionConfig
 from flaxdiff.schedulers import Scheduler
 
 if TYPE_CHECKING:
@@ -25,9 +27,10 @@ if TYPE_CHECKING:
 
 EMOJI = Path(__file__).parent.parent / "assets" / "emoji"
 # passed over, but by a pipeline whose `reads` names them
-SKIPPED = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator")
+SKIPPED = ("feature_extractor", "image_encoder", "depth_estimator")
+CHECKER = "safety_checker"
 SEVERAL = {"MultiControlNetModel": "ControlNetModel", "MultiAdapter": "T2IAdapter"}  # in folders name, name_1, …
-SCHEDULER = "scheduler_config.json"
+SCHEDULER, PROCESSOR = "scheduler_config.json", "preprocessor_config.json"
 DEFAULTS = "_defaults"  # how the checkpoint likes to be sampled; PyTorch's diffusers skips what begins so
 SORTS = ("model", "scheduler", "tokenizer")
 TOKENIZER = ("*.json", "*.txt", "*.model")  # files of a tokenizer
@@ -48,6 +51,7 @@ def load_pipeline(
     local_files_only: bool = False,
     token: str | bool | None = None,
     compile: Mapping[str, Any] | None = None,
+    add_watermarker: bool = False,
     **changes: Any,
 ) -> tuple["DiffusionPipeline", dict[str, Params]]:
     """A pipeline and its parameters, from a folder or a Hub repository in diffusers' layout.
@@ -60,14 +64,20 @@ def load_pipeline(
         each.
       compile: arguments of `DiffusionPipeline.compile`, e.g. `dict(height=512, batch=4)`, to do that while the weights
         are read.
+      add_watermarker: whether calls put Stable Diffusion XL's watermark into pictures, see `invisible_watermark`.
       **changes: components to use instead of those in the folder, `vae=(spec, params)`, `scheduler=…`, or None for one
         to do without; strengths of the class's guidance, which calls have by default; other names are settings of every
         network, such as `attention="sliced"`.
 
     Raises:
       FileNotFoundError: no such folder, repository, component or weights.
+      ImportError: a watermark is asked for, and the package for it is not installed.
       ValueError: the index names an unknown class, a file is damaged, or weights do not fit.
     """
+    from flaxdiff.pipelines import afterwards
+
+    if add_watermarker:
+        afterwards.encoder()
     download = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
     root = hub.fetch(repo, [files.PIPELINE], **download)
     class_name, components, settings = read_index(root)
@@ -80,7 +90,10 @@ def load_pipeline(
     components |= {name: kind_of(changes[name]) for name in looped if changes.get(name) and name not in components}
     if absent := [name for name in looped if name not in components]:
         raise ValueError(f"{cls.__name__} needs {', '.join(absent)}, which {repo} does not have; give them by name.")
-    given = {name: changes.pop(name) for name in (*components, *SKIPPED) if name in changes}
+    given = {name: changes.pop(name) for name in (*components, *SKIPPED, CHECKER) if name in changes}
+    if given.get(CHECKER) is not None:
+        components[CHECKER] = "StableDiffusionSafetyChecker"
+    components = {name: named for name, named in components.items() if name not in given or given[name] is not None}
     for name, class_of in cls.steers.items():  # the folder of what is to be steered may not know of them
         if name in changes or name in given:
             several = given.pop(name, None) or changes.pop(name)
@@ -120,6 +133,7 @@ def load_pipeline(
         scheduler=scheduler,
         tokenizers=tuple((name, parts[name]) for name in components if name in parts and sorts[name] == "tokenizer"),
         settings=tuple(settings.items()),
+        watermark=afterwards.invisible_watermark if add_watermarker else None,
     ).by_default(**asked)
     with ThreadPoolExecutor(1) as pool:
         job = None if compile is None else pool.submit(pipe.compile, shapes, **compile)
@@ -267,6 +281,10 @@ def save_pipeline(
             for name in [n for n, part in index.items() if part == ["diffusers", one] and f"{n}_1" in index]:
                 index[name][1] = several
                 index = {n: part for n, part in index.items() if not n.startswith(f"{name}_")}
+        if sides := [spec.config.image_size for _, spec in pipe.specs if isinstance(spec.config, CLIPVisionConfig)]:
+            index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+            (stage / "feature_extractor").mkdir()
+            files.write_json(stage / "feature_extractor" / PROCESSOR, clip_processor(sides[0]))
         for name, tokenizer in pipe.tokenizers:
             index[name] = ["transformers", tokenizer.class_name]
             tokenizer.save(stage / name)
@@ -274,6 +292,24 @@ def save_pipeline(
             index[name] = ["diffusers", type(scheduler).__name__]
             scheduler.save_config(stage / name)
         files.write_json(stage / files.PIPELINE, index)
+
+
+def clip_processor(side: int) -> dict[str, Any]:
+    """What `images.clip_pixels` does, as transformers writes it down: PyTorch's pipelines read it from their folder."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": Image.Resampling.BICUBIC.value,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": images.CLIP_MEAN,
+        "image_std": images.CLIP_STD,
+    }
 
 
 # --- the two verbs ----------------------------------------------------------------------------------------------------

@@ -347,7 +347,8 @@ def load_pipeline(
 
     download = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
     names = [component.replace("text_encoder", "tokenizer") for component in parts if component.startswith("text")]
-    given = {name: changes.pop(name) for name in list(changes) if name in (*parts, *names, "scheduler", "controlnet")}
+    more = "scheduler", "controlnet", pipelines.CHECKER
+    given = {name: changes.pop(name) for name in list(changes) if name in (*parts, *names, *more)}
     wanted = [f"{name}/{file}" for name in names if name not in given for file in pipelines.TOKENIZER]
     components, settings = dict.fromkeys(names, "CLIPTokenizer"), dict(kind.settings)
     if config is not None:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from flaxdiff import images as pictures
 from flaxdiff import memory
 from flaxdiff.core import Params
-from flaxdiff.pipelines import ahead
+from flaxdiff.pipelines import afterwards, ahead
 from flaxdiff.pipelines.generate import Program, for_decoder
 
 if TYPE_CHECKING:
@@ -29,12 +29,20 @@ def _jitted(program: Program) -> ahead.Executables:
 
 
 class PipelineOutput(NamedTuple):
-    """What a call returns: pictures of Pillow, or an array when asked for."""
+    """What a call returns: pictures of Pillow, or an array when asked for; which of them a checker flagged, if any."""
 
     images: Any
+    nsfw_content_detected: list[bool] | None = None
 
 
 BaseOutput = ImagePipelineOutput = StableDiffusionPipelineOutput = StableDiffusionXLPipelineOutput = PipelineOutput
+
+
+def presented(
+    pipe: "DiffusionPipeline", images: np.ndarray, flags: list[bool] | None, output_type: str, options: Mapping
+) -> PipelineOutput:
+    """Pictures [B, H, W, C] in [0, 1] as they are asked for."""
+    return PipelineOutput(images if output_type == "np" else pipe.finish(pictures.to_pil(images), options), flags)
 
 
 def call(
@@ -59,10 +67,15 @@ def call(
       **options: see `prepare_inputs`.
 
     Returns:
-      The pictures, as `.images`.
+      The pictures, as `.images`. Where the pipeline has a `safety_checker`, those that it flags are black, and
+      `.nsfw_content_detected` says which they are.
+
+    Raises:
+      ValueError: an unknown `output_type`, or no parameters of the checker.
     """
     if output_type not in ("pil", "np", "latent"):
         raise ValueError(f"output_type={output_type!r} is not known; use 'pil', 'np' or 'latent'.")
+    afterwards.need_checker(pipe, params)
     inputs, program = pipe.prepare_inputs(**options), pipe.program
     key = jnp.stack(list(key)) if isinstance(key, Sequence) else key
 
@@ -92,6 +105,6 @@ def call(
     if output_type == "latent":
         return PipelineOutput(images)
     images = np.asarray(images)
-    if output_type == "np":
-        return PipelineOutput(images)
-    return PipelineOutput(pipe.finish(pictures.to_pil(images), options))
+    images, flags = afterwards.checked(pipe, params, images)
+    images = images if pipe.watermark is None else pipe.watermark(images)
+    return pipe.present(images, flags, output_type, options)

@@ -82,6 +82,7 @@ class DiffusionPipeline(
       guidance: strengths by name, which a call takes as options -> the rule that joins the branches; None for what the
         class `guides` by.
       cache: strengths by name -> how to use again what the network said at other steps, see caching.py; None for not.
+      watermark: what a call does to pictures [B, H, W, C] in [0, 1] after they are decoded, see afterwards.py.
       progress: whether a call shows a progress bar.
 
     >>> import flaxdiff, jax
@@ -96,6 +97,7 @@ class DiffusionPipeline(
     settings: tuple[tuple[str, Any], ...] = ()
     guidance: Callable[..., Guidance] | None = None
     cache: Callable[..., Cache] | None = None
+    watermark: Callable[[np.ndarray], np.ndarray] | None = None
     progress: bool = True
 
     family: ClassVar[Family]
@@ -106,6 +108,9 @@ class DiffusionPipeline(
     finish: ClassVar[Callable] = staticmethod(
         lambda images, options: images
     )  # Pillow's pictures -> what a call returns
+    present: ClassVar[Callable] = (
+        calling.presented
+    )  # (self, images, flags, output_type, options) -> what a call returns
     reads: ClassVar[tuple[str, ...]] = ()  # components of a checkpoint that most pipelines pass over
     formerly: ClassVar[Mapping[str, str]] = {}  # class that older checkpoints name -> the one that is meant
     before: ClassVar[tuple[Before, ...]] = ()  # whose loops are run first
