@@ -56,6 +56,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "StableDiffusionPipelineOutput",
             "StableDiffusionXLPipelineOutput",
         ),
+        "flaxdiff.pipelines.ldm3d": ("LDM3DPipelineOutput",),
         "flaxdiff.pipelines.mixins": (
             "FromSingleFileMixin",
             "IPAdapterMixin",
@@ -164,6 +165,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.pipelines.image_variation": ("PaintByExamplePipeline", "StableDiffusionImageVariationPipeline"),
         "flaxdiff.pipelines.k_diffusion": ("StableDiffusionKDiffusionPipeline", "StableDiffusionXLKDiffusionPipeline"),
         "flaxdiff.pipelines.latent_upscale": ("StableDiffusionLatentUpscalePipeline",),
+        "flaxdiff.pipelines.ldm3d": ("StableDiffusionLDM3DPipeline",),
         "flaxdiff.pipelines.guided": (
             "SemanticStableDiffusionPipeline",
             "StableDiffusionAttendAndExcitePipeline",

@@ -132,7 +132,7 @@ def text_encoder(projected: bool = False, seed: int = 0, width: int = 16, **opti
     return cls(config).eval()
 
 
-def vae(seed: int = 0):
+def vae(seed: int = 0, **options):
     torch.manual_seed(seed)
     stages = 2
     return diffusers.AutoencoderKL(
@@ -142,6 +142,7 @@ def vae(seed: int = 0):
         norm_num_groups=8,
         layers_per_block=1,
         sample_size=16,
+        **options,
     ).eval()
 
 
