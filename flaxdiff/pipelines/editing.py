@@ -211,7 +211,7 @@ class LEditsPP(DiffusionPipeline):
     still = 0  # last steps that are handed no noise
 
     @property
-    def sampler(self) -> Scheduler:
+    def solver(self) -> Scheduler:
         """The scheduler with leading times; DPM-Solver's in place of one that is neither that nor DDIM's."""
         kind, options = type(self.scheduler), {}
         if not issubclass(kind, (DDIMScheduler, DPMSolverMultistepScheduler)):
@@ -250,7 +250,7 @@ class LEditsPP(DiffusionPipeline):
         """
         total = int(num_inversion_steps * (1 + skip))
         schedule = {"num_inference_steps": total, "strength": min((num_inversion_steps + 0.5) / total, 1.0)}
-        if isinstance(self.sampler, DDIMScheduler):
+        if isinstance(self.solver, DDIMScheduler):
             schedule["eta"] = 1.0
         latents, size = inversion.latents_of(self, params, key, image, 0.0, height=height, width=width)
         seen = np.asarray(calling._decode(self.program, params, latents))

@@ -85,7 +85,7 @@ def prepare_inputs(
         asked = num_inference_steps is not None
         num_inference_steps = num_inference_steps if asked else defaults["num_inference_steps"]
     window = {"num_inference_steps": num_inference_steps, **window}
-    plan = pipe.sampler.plan(timesteps=timesteps, sigmas=sigmas, **window, **options)
+    plan = pipe.solver.plan(timesteps=timesteps, sigmas=sigmas, **window, **options)
     rows = max(ROWS, 1 << (int(plan.steps) - 1).bit_length())
     for name in inputs.keys() & {"path", "noises"}:
         inputs[name] = _rows(name, inputs[name], int(plan.steps), rows)

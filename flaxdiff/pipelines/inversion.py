@@ -154,10 +154,10 @@ def noise_maps(
 
     Reference: Huberman-Spiegelglas et al., An Edit Friendly DDPM Noise Space: Inversion and Manipulations, 2023.
     """
-    plan = pipe.sampler.plan(**schedule)
-    if pipe.sampler.order > 1 or not plan.noisy.any():
+    plan = pipe.solver.plan(**schedule)
+    if pipe.solver.order > 1 or not plan.noisy.any():
         raise ValueError(
-            f"{type(pipe.sampler).__name__} draws no noise of its own at each step; use DDIMScheduler with eta=1, or "
+            f"{type(pipe.solver).__name__} draws no noise of its own at each step; use DDIMScheduler with eta=1, or "
             'DPMSolverMultistepScheduler with algorithm_type="sde-dpmsolver++".'
         )
     levels = tuple(np.asarray(level)[:, None, None, None] for level in (plan.alpha, plan.sigma))

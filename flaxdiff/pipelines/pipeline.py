@@ -208,7 +208,7 @@ class DiffusionPipeline(
         return dict(self.specs)[denoiser(self.specs)]
 
     @property
-    def sampler(self) -> Scheduler:
+    def solver(self) -> Scheduler:
         """The scheduler as runs use it."""
         return self.scheduler
 
