@@ -99,6 +99,7 @@ class Model(nnx.Module):
     package: ClassVar[str | None] = None  # where an index says that the class is from, if not from the library
     renames: ClassVar[tuple[tuple[str, str], ...]] = ()  # (regex, replacement): names in older files -> today's
     ignored: ClassVar[str] = r"(?!)"  # regex of names in older files that carry no weight
+    model_type: ClassVar[str | None] = None  # how a configuration of transformers names the architecture
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Spec:
@@ -150,10 +151,12 @@ class Model(nnx.Module):
 
     @classmethod
     def to_config(cls, config: Config) -> dict[str, Any]:
-        """The `config.json` of this configuration: diffusers' keys, and who wrote it."""
+        """The `config.json` of this configuration: the keys, and what class it is for."""
         fields = [f.name for f in dataclasses.fields(config) if "setting" not in f.metadata]
         keys = {name: getattr(config, name) for name in fields}
-        return {"_class_name": cls.__name__, **keys}
+        if cls.model_type is None:
+            return {"_class_name": cls.__name__, **keys}
+        return {"architectures": [cls.__name__], "model_type": cls.model_type, **keys}
 
     def __init__(self, config: Any): ...
 

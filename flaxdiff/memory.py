@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 KINDS = {"int8": weights.Int8, "fp8": weights.Float8}
 PLACES = {"device": jax.memory.Space.Device, "host": jax.memory.Space.Host}
 
-LAST = ("vae", "safety_checker")  # what is run when the loop has ended
-
 _VECTORS = r"norm|^(?!.*\.weight$)"
 _OTHER = rf"{_VECTORS}|_embedding\.weight$"  # neither a linear layer's weight nor a convolution's
 _ENDS = r"embedding|conv_in|conv_out|quant_conv"  # first and last layers: small, and what errs there is seen
@@ -163,12 +161,13 @@ def residency(pipe: "DiffusionPipeline", params: Mapping[str, Params], budget: i
     [('text_encoder', 'host'), ('unet', 'device'), ('vae', 'host')]
     """
     names = [name for name, _ in pipe.specs]
+    last = [name for name, spec in pipe.specs if name == "safety_checker" or spec == pipe.autoencoder]  # after the loop
     size = {name: sum(map(_bytes, jax.tree.leaves(params[name]))) for name in names}
     total = lambda chosen: sum(size[name] for name in set(chosen))
     stages = [
-        [name for name in names if name not in LAST and not re.match(pipe.family.loop, name)],
+        [name for name in names if name not in last and not re.match(pipe.family.loop, name)],
         [name for name in names if re.match(pipe.family.loop, name)],
-        [name for name in names if name in LAST],
+        [name for name in names if name in last],
     ]
     least = max(map(total, stages))
     if least > budget:

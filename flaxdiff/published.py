@@ -78,6 +78,7 @@ COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
             projection_dim=1280,
         ),
     ),
+    "CompVis/ldm-text2im-large-256 text encoder": ("LDMBertModel", {}),
     "google/ddpm-celebahq-256 UNet": (
         "UNet2DModel",
         dict(

@@ -82,6 +82,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.dit_transformer_2d": ("DiTTransformer2DModel",),
         "flaxdiff.models.dpt": ("DPTForDepthEstimation",),
         "flaxdiff.models.ip_adapter": ("IPAdapter",),
+        "flaxdiff.models.ldm_bert": ("LDMBertModel",),
         "flaxdiff.models.paint_by_example": ("PaintByExampleImageEncoder",),
         "flaxdiff.models.controlnet": ("ControlNetModel",),
         "flaxdiff.models.controlnet_xs": ("ControlNetXSAdapter", "UNetControlNetXSModel"),
@@ -164,6 +165,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "flaxdiff.pipelines.image_variation": ("PaintByExamplePipeline", "StableDiffusionImageVariationPipeline"),
         "flaxdiff.pipelines.k_diffusion": ("StableDiffusionKDiffusionPipeline", "StableDiffusionXLKDiffusionPipeline"),
+        "flaxdiff.pipelines.latent_diffusion": ("LDMSuperResolutionPipeline", "LDMTextToImagePipeline"),
         "flaxdiff.pipelines.latent_upscale": ("StableDiffusionLatentUpscalePipeline",),
         "flaxdiff.pipelines.ldm3d": ("StableDiffusionLDM3DPipeline",),
         "flaxdiff.pipelines.guided": (
@@ -234,7 +236,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "tokenizer": {
-        "transformers": ("CLIPTokenizer", "CLIPTokenizerFast"),
+        "transformers": ("BertTokenizer", "BertTokenizerFast", "CLIPTokenizer", "CLIPTokenizerFast"),
     },
 }
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
 import flaxdiff
 from flaxdiff.published import COMPONENTS
@@ -312,6 +313,8 @@ def test_full_size(name, scan):
     with torch.device("meta"):
         if hasattr(diffusers, class_name):
             peer = getattr(diffusers, class_name)(**config)
+        elif class_name == "LDMBertModel":
+            peer = LDMBertModel(LDMBertConfig(**config))
         else:
             peer = getattr(transformers, class_name)(transformers.CLIPTextConfig(**config))
     theirs = {name: tuple(value.shape) for name, value in peer.state_dict().items()}
@@ -369,6 +372,8 @@ def call(spec):
         case "PriorTransformer":
             d = c.embedding_dim
             return (f32(2, d), f32(), f32(2, d), f32(2, 77, d), jax.ShapeDtypeStruct((2, 77), bool)), (2, d)
+        case "LDMBertModel":
+            return (jax.ShapeDtypeStruct((2, 77), jnp.int32),), (2, 77, c.d_model)
         case "AutoencoderKL":
             return (f32(1, 512, 512, 3),), (1, 512, 512, 3)
     return (jax.ShapeDtypeStruct((2, 77), jnp.int32),), (2, 77, c.hidden_size)

@@ -8,7 +8,7 @@ Reference: Radford et al., Learning Transferable Visual Models From Natural Lang
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,18 +49,19 @@ class CLIPTextOutput(NamedTuple):
 
 
 class CLIPAttention(nnx.Module):
-    """Multi-head self-attention, causal in texts."""
+    """Multi-head self-attention; `bias`: of queries, keys and values, `causal` in texts."""
 
-    def __init__(self, c: Config, causal: bool):
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(c.hidden_size, c.hidden_size) for _ in range(4))
-        self.heads, self.causal = c.num_attention_heads, causal
+    def __init__(self, width: int, heads: int, head_dim: int, bias: bool = True, causal: bool = False):
+        self.q_proj, self.k_proj, self.v_proj = (Linear(width, heads * head_dim, bias) for _ in range(3))
+        self.out_proj = Linear(heads * head_dim, width)
+        self.heads, self.causal = heads, causal
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """[B, N, D], of which the positions in a mask [B, N] may be seen."""
         split = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
         h = attention(q, k, v, mask=None if mask is None else mask[:, None, None], causal=self.causal)
-        return self.out_proj(h.reshape(x.shape))
+        return self.out_proj(h.reshape(*x.shape[:2], -1))
 
 
 class CLIPMLP(nnx.Module):
@@ -78,7 +79,9 @@ class CLIPEncoderLayer(nnx.Module):
     """Attention and feed-forward, each added to what it reads normalised."""
 
     def __init__(self, c: Config, causal: bool):
-        self.layer_norm1, self.self_attn = LayerNorm(c.hidden_size, c.layer_norm_eps), CLIPAttention(c, causal)
+        width, heads = c.hidden_size, c.num_attention_heads
+        self.layer_norm1 = LayerNorm(width, c.layer_norm_eps)
+        self.self_attn = CLIPAttention(width, heads, width // heads, causal=causal)
         self.layer_norm2, self.mlp = LayerNorm(c.hidden_size, c.layer_norm_eps), CLIPMLP(c)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -136,7 +139,7 @@ class CLIPTextModel(Model):
     """
 
     config_class = CLIPTextConfig
-    library = "transformers"
+    library, model_type = "transformers", "clip_text_model"
     renames = ((r"^(?=embeddings\.|encoder\.|final_layer_norm\.)", "text_model."),)
     ignored = r"text_model\.embeddings\.position_ids"
 
@@ -150,13 +153,6 @@ class CLIPTextModel(Model):
         """The hidden states some layers before the last, normalised like the last: [B, N] -> [B, N, D]."""
         hidden = self.text_model(input_ids).hidden_states
         return self.text_model.final_layer_norm(hidden[len(hidden) - 1 - jnp.asarray(layers)])
-
-    @classmethod
-    def to_config(cls, config: Any) -> dict[str, Any]:
-        """transformers' form: it names the architecture and its type."""
-        keys = super().to_config(config)
-        del keys["_class_name"]
-        return {"architectures": [cls.__name__], "model_type": "clip_text_model", **keys}
 
 
 class CLIPTextModelWithProjection(CLIPTextModel):

@@ -7,7 +7,7 @@ Reference: Radford et al., Learning Transferable Visual Models From Natural Lang
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ class CLIPVisionModelWithProjection(Model):
     """
 
     config_class = CLIPVisionConfig
-    library = "transformers"
+    library, model_type = "transformers", "clip_vision_model"
     ignored = r"vision_model\.embeddings\.position_ids"
 
     def __init__(self, config: CLIPVisionConfig):
@@ -100,10 +100,3 @@ class CLIPVisionModelWithProjection(Model):
         """Normalised pictures [B, S, S, 3], see `images.clip_pixels`."""
         hidden, whole = self.vision_model(pixel_values)
         return CLIPVisionOutput(self.visual_projection(whole), hidden[-1], hidden)
-
-    @classmethod
-    def to_config(cls, config: Any) -> dict[str, Any]:
-        """transformers' form: it names the architecture and its type."""
-        keys = super().to_config(config)
-        del keys["_class_name"]
-        return {"architectures": [cls.__name__], "model_type": "clip_vision_model", **keys}

@@ -343,7 +343,7 @@ class DPTForDepthEstimation(Model):
     """
 
     config_class = DPTConfig
-    library = "transformers"
+    library, model_type = "transformers", "dpt"
 
     def __init__(self, config: DPTConfig):
         self.dpt, self.neck = DPT(config), DPTNeck(config)
@@ -368,9 +368,8 @@ class DPTForDepthEstimation(Model):
 
     @classmethod
     def to_config(cls, config: Any) -> dict[str, Any]:
-        """transformers' form: it names the architecture and its type."""
+        """transformers' form, in which the residual network is an object, or absent."""
         keys = super().to_config(config)
-        del keys["_class_name"]
         if (backbone := keys.pop("backbone_config")) is not None:
             keys["backbone_config"] = dict(backbone)
-        return {"architectures": [cls.__name__], "model_type": "dpt", **keys}
+        return keys

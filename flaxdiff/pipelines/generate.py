@@ -56,11 +56,21 @@ class Size:
 # the names that the network in the loop may have; of several, the first is that of the last loop
 DENOISERS = ("unet", "transformer", "super_res_first", "prior")
 LOOPS = 2  # folded into an image's key for the loops before its own; to split it takes 0 and 1
+AUTOENCODERS = ("vae", "vqvae")  # and those of the one between pictures and latents
 
 
 def denoiser(components: Iterable[tuple[str, core.Spec]]) -> str:
     """The name of the network that the loop asks."""
     return next(name for name in DENOISERS if name in dict(components))
+
+
+def autoencoder(names: Iterable[str]) -> str | None:
+    """The name of the network between pictures and latents, if there is one.
+
+    >>> autoencoder(["unet", "vqvae"])
+    'vqvae'
+    """
+    return next((name for name in names if name in AUTOENCODERS), None)
 
 
 def for_decoder(inputs: Inputs) -> dict[str, Any]:

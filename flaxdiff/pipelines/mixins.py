@@ -106,7 +106,7 @@ class StableDiffusionMixin:
 
     def enable_vae_slicing(self) -> Self:
         """The same pipeline with pictures encoded and decoded one at a time: the memory of one, whatever the batch."""
-        return self.replace(vae=self.vae.replace(slicing=True))
+        return self._with_autoencoder(slicing=True)
 
     def enable_vae_tiling(self, side: int | None = None) -> Self:
         """The same pipeline with large pictures encoded and decoded in tiles that overlap, see `nn/tiling.py`.
@@ -118,5 +118,10 @@ class StableDiffusionMixin:
         >>> flaxdiff.load()[0].enable_vae_tiling().vae.config.tiling
         64
         """
-        size = self.vae.config.sample_size
-        return self.replace(vae=self.vae.replace(tiling=side or (size[0] if isinstance(size, tuple) else size)))
+        size = self.autoencoder.config.sample_size
+        return self._with_autoencoder(tiling=side or (size[0] if isinstance(size, tuple) else size))
+
+    def _with_autoencoder(self, **settings: Any) -> Self:
+        """The same pipeline with some settings of its autoencoder changed."""
+        changed = {name: spec.replace(**settings) for name, spec in self.specs if spec == self.autoencoder}
+        return self.replace(**changed)

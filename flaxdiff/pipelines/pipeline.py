@@ -21,7 +21,7 @@ from flaxdiff.caching import Cache
 from flaxdiff.core import Params, Spec, frozen
 from flaxdiff.guidance import Guidance, standard
 from flaxdiff.pipelines import ahead, calling, inputs, mixins
-from flaxdiff.pipelines.generate import Earlier, Family, Program, denoiser
+from flaxdiff.pipelines.generate import Earlier, Family, Program, autoencoder, denoiser
 from flaxdiff.pipelines.tasks import blank_inputs, text_to_image
 from flaxdiff.schedulers import Scheduler
 
@@ -211,6 +211,11 @@ class DiffusionPipeline(
     def solver(self) -> Scheduler:
         """The scheduler as runs use it."""
         return self.scheduler
+
+    @property
+    def autoencoder(self) -> Spec | None:
+        """The network between pictures and latents, if there is one."""
+        return dict(self.specs).get(autoencoder(dict(self.specs)))
 
     @property
     def rule(self) -> Callable[..., Guidance]:

@@ -13,7 +13,7 @@ import numpy as np
 from flaxdiff import core
 from flaxdiff.adapters import control, ip_adapter
 from flaxdiff.nn.embeddings import sinusoids
-from flaxdiff.pipelines.generate import Cond, Family, Inputs, Networks, Size
+from flaxdiff.pipelines.generate import Cond, Family, Inputs, Networks, Size, autoencoder
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
 from flaxdiff.pipelines.tasks import distilled_image_to_image, image_to_image
 from flaxdiff.pipelines.tasks.depth import depth_to_image
@@ -100,21 +100,21 @@ def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
 
 def latent_shape(specs: Mapping[str, core.Spec], size: Size) -> tuple[int, int, int]:
     """(h, w, channels) of the latent of a picture."""
-    vae = specs["vae"].config
+    vae = specs[autoencoder(specs)].config
     factor = 2 ** (len(vae.block_out_channels) - 1)
     return size.height // factor, size.width // factor, vae.latent_channels
 
 
 def decode(networks: Networks, latents: jax.Array, **told: jax.Array) -> jax.Array:
     """Latents as the denoiser knows them -> images in [-1, 1]; some autoencoders are told of the known part."""
-    vae = networks.config("vae")
-    return networks("vae", latents / vae.scaling_factor + (vae.shift_factor or 0), **told, method="decode")
+    vae = networks.config(name := autoencoder(networks.specs))
+    return networks(name, latents / vae.scaling_factor + (vae.shift_factor or 0), **told, method="decode")
 
 
 def encode_image(networks: Networks, images: jax.Array, keys: jax.Array, spread: jax.Array | float = 1.0) -> jax.Array:
     """Images in [-1, 1] -> latents as the denoiser knows them, drawn from the posterior, one key for each image."""
-    vae = networks.config("vae")
-    posterior = networks("vae", images, method="encode")
+    vae = networks.config(name := autoencoder(networks.specs))
+    posterior = networks(name, images, method="encode")
     noise = jax.vmap(lambda key: jax.random.normal(key, posterior.mean.shape[1:]))(keys)
     z = posterior.mean + spread * jnp.exp(0.5 * posterior.logvar) * noise
     return (z - (vae.shift_factor or 0)) * vae.scaling_factor

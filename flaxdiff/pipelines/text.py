@@ -42,8 +42,10 @@ class Tokenizer:
         """transformers' own object."""
         return _load(self.folder, self.class_name)
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        plain = _clip(self.folder) if self.class_name.removesuffix("Fast") == "CLIPTokenizer" else None
+    def __call__(self, texts: Sequence[str], length: int | None = None) -> np.ndarray:
+        """The ids of texts; `length`: of a text encoder that reads other than the tokenizer's own."""
+        own = self.class_name.removesuffix("Fast") == "CLIPTokenizer" and length is None
+        plain = _clip(self.folder) if own else None
         if plain is not None:
             read = plain.encode_batch(list(texts))
             length, ids, cut = (
@@ -52,7 +54,7 @@ class Tokenizer:
                 [bool(r.overflowing) for r in read],
             )
         else:
-            length = self.loaded.model_max_length
+            length = length or self.loaded.model_max_length
             ids = self.loaded(list(texts), padding="max_length", max_length=length, truncation=True)["input_ids"]
             long = [len(text) > 2 * length for text in texts]  # two letters a token at least
             cut = [more and len(self.loaded(text)["input_ids"]) > length for text, more in zip(texts, long)]

@@ -93,7 +93,7 @@ def need(pipe: "DiffusionPipeline", image: Any) -> None:
 
 def check_channels(pipe: "DiffusionPipeline", beside: int) -> None:
     """Raise ValueError unless the denoiser takes so many channels beside the sample."""
-    channels, latent = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    channels, latent = pipe.unet.config.in_channels, pipe.autoencoder.config.latent_channels
     if channels != latent + beside:
         raise ValueError(
             f"{type(pipe).__name__} gives the U-Net {latent} channels of the sample and {beside} beside it, but it "
@@ -103,7 +103,7 @@ def check_channels(pipe: "DiffusionPipeline", beside: int) -> None:
 
 def is_latents(pipe: "DiffusionPipeline", image: Any) -> bool:
     """Whether an array [B, h, w, C] is not a picture but what `output_type="latent"` returns."""
-    return getattr(image, "ndim", 0) == 4 and image.shape[-1] == pipe.vae.config.latent_channels != 3
+    return getattr(image, "ndim", 0) == 4 and image.shape[-1] == pipe.autoencoder.config.latent_channels != 3
 
 
 def noise(pipe: "DiffusionPipeline", size: Size, latents: Any) -> dict[str, Any]:
@@ -118,8 +118,7 @@ def noise(pipe: "DiffusionPipeline", size: Size, latents: Any) -> dict[str, Any]
 
 def vae_factor(pipe: "DiffusionPipeline") -> int:
     """Pixels to a latent along each side; 1 without an autoencoder."""
-    specs = dict(pipe.specs)
-    return 2 ** (len(specs["vae"].config.block_out_channels) - 1) if "vae" in specs else 1
+    return 1 if pipe.autoencoder is None else 2 ** (len(pipe.autoencoder.config.block_out_channels) - 1)
 
 
 def native_size(pipe: "DiffusionPipeline") -> Size:

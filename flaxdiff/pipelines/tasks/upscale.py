@@ -1,5 +1,6 @@
 """A larger picture: the network sees the small one, pixel for latent, beside the sample."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,6 +12,28 @@ from flaxdiff.pipelines.tasks import Prepared, check_channels, check_size, is_la
 
 if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
+
+SIDE = 32  # pixels of a picture that the stages of a U-Net halve without a rest
+
+
+def super_resolution(pipe: "DiffusionPipeline", image: Any = None, latents: jax.Array | None = None) -> Prepared:
+    """Start from noise, with a small picture beside it.
+
+    Args:
+      image: Pillow pictures or arrays [B, H, W, 3] in [0, 1]; the result is as many times larger as the autoencoder
+        makes it. Pillow's are resampled where their sides are no multiples of `SIDE`.
+      latents: the noise to start from [B, H, W, Z], of unit variance, in place of what the key gives.
+
+    Raises:
+      ValueError: no picture, or a network that takes none.
+    """
+    need(pipe, image)
+    first = image[0] if isinstance(image, Sequence) else image
+    sides = {k: getattr(first, k) // SIDE * SIDE for k in ("height", "width") if hasattr(first, k)}
+    small = pictures.to_array(image, **sides)
+    check_channels(pipe, small.shape[-1])
+    size = Size(*(side * vae_factor(pipe) for side in small.shape[1:3]))
+    return size, {"beside": small} | noise(pipe, size, latents), {}
 
 
 def upscale(

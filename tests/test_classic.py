@@ -1,0 +1,122 @@
+"""The pipelines from before Stable Diffusion, and those that took another way, against PyTorch's."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import diffusers
+import jax
+import numpy as np
+import peers
+import pytest
+import torch
+import transformers
+from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+from PIL import Image
+
+import flaxdiff
+from flaxdiff.pipelines.tasks import blank_inputs
+
+rng = np.random.default_rng(0)
+normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+KEY = jax.random.key(0)
+
+
+def load(build):
+    peer = build()
+    peer.set_progress_bar_config(disable=True)
+    pipe, params = flaxdiff.DiffusionPipeline.from_pretrained(peers.saved(build))
+    assert type(pipe).__name__ == type(peer).__name__
+    return pipe.replace(progress=False), params, peer
+
+
+# --- latent diffusion ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def bert_tokenizer() -> transformers.BertTokenizer:
+    """BERT's tokenizer with a few words."""
+    path = Path(tempfile.mkdtemp()) / "vocab.txt"
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "apple", "blue", "book"]))
+    return transformers.BertTokenizer(str(path))
+
+
+def text_to_image():
+    """As published, in small: the autoencoder's picture is eight times as wide as its latent."""
+    torch.manual_seed(0)
+    sizes = dict(d_model=16, head_dim=4, encoder_attention_heads=2, encoder_layers=3, encoder_ffn_dim=24)
+    bert = peers.lively(LDMBertModel(LDMBertConfig(vocab_size=9, **sizes)))
+    kinds = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8, 8, 16), norm_num_groups=8, **kinds).eval()
+    scheduler = diffusers.DDIMScheduler(**peers.SD_BETAS, clip_sample=False, set_alpha_to_one=False)
+    return diffusers.LDMTextToImagePipeline(vae, bert, bert_tokenizer(), peers.unet(sample_size=4), scheduler)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_ldm_bert(scan):
+    peer = text_to_image().bert
+    spec, params = flaxdiff.LDMBertModel.from_pretrained(f"{peers.saved(text_to_image)}/bert", scan_layers=scan)
+    ids = rng.integers(0, 9, (2, 12), np.int32)
+    with torch.no_grad():
+        theirs = peer(torch.tensor(ids)).last_hidden_state
+    assert peers.relative(flaxdiff.apply(spec, params, ids), theirs, of="LDMBertModel") < 1e-5
+    with pytest.raises(ValueError, match="78 tokens; this encoder has 77 positions"):
+        flaxdiff.apply(spec, params, np.zeros((1, 78), np.int32))
+
+
+@pytest.mark.parametrize("options", [dict(guidance_scale=6.0, eta=0.0), dict(num_inference_steps=3), dict(height=64)])
+def test_ldm_text_to_image(options):
+    pipe, params, peer = load(text_to_image)
+    options = dict(prompt=["red apple", "blue book"], num_inference_steps=4) | options
+    latents = normal(2, options.get("height", 32) // 8, 4, 4)
+    with torch.no_grad():
+        theirs = peer(**options, latents=peers.nchw(latents), output_type="np").images
+    made = pipe(params, KEY, **options, latents=latents, output_type="np").images
+    assert peers.relative(made, theirs, of="LDMTextToImagePipeline") < 1e-3
+
+
+def test_ldm_is_saved_as_it_was(tmp_path):
+    pipe, params, _ = load(text_to_image)
+    flaxdiff.save(tmp_path, pipe, params)
+    again = diffusers.LDMTextToImagePipeline.from_pretrained(tmp_path)
+    assert again.bert.config.to_dict() == again.bert.config.to_dict() | dict(d_model=16, model_type="ldmbert")
+    ids = rng.integers(0, 9, (2, 12), np.int32)
+    with torch.no_grad():
+        theirs = again.bert(torch.tensor(ids)).last_hidden_state
+    assert peers.relative(flaxdiff.apply(pipe.bert, params["bert"], ids), theirs) < 1e-5
+
+
+def super_resolution():
+    torch.manual_seed(0)
+    kinds = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    vqvae = diffusers.VQModel(block_out_channels=(8, 16), norm_num_groups=8, num_vq_embeddings=24, **kinds).eval()
+    kinds = dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+    sizes = dict(block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1, attention_head_dim=8)
+    net = diffusers.UNet2DModel(sample_size=8, in_channels=6, **kinds, **sizes).eval()
+    return diffusers.LDMSuperResolutionPipeline(vqvae, net, diffusers.DDIMScheduler(**peers.SD_BETAS))
+
+
+@pytest.mark.parametrize("picture", ["array", "pillow"])
+def test_ldm_super_resolution(picture, monkeypatch):
+    """Pillow's pictures are brought to multiples of 32 pixels, arrays are taken as they are."""
+    pipe, params, peer = load(super_resolution)
+    if picture == "array":
+        image, latents = rng.uniform(size=(2, 8, 12, 3)).astype(np.float32), normal(2, 8, 12, 3)
+        theirs = peers.nchw(2 * image - 1)
+    else:
+        theirs = image = Image.fromarray(rng.integers(0, 255, (50, 39, 3), np.uint8))
+        latents = normal(1, 32, 32, 3)
+    module = diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion_superresolution
+    monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: peers.nchw(latents))
+    with torch.no_grad():
+        theirs = peer(theirs, num_inference_steps=3, output_type="np").images
+    made = pipe(params, KEY, image=image, latents=latents, num_inference_steps=3, output_type="np").images
+    assert peers.relative(made, theirs, of="LDMSuperResolutionPipeline") < 1e-3
+
+
+@pytest.mark.parametrize("build", [text_to_image, super_resolution])
+def test_compiled_ahead(build):
+    pipe, params, _ = load(build)
+    options = dict(batch=2, num_inference_steps=2)
+    made = pipe.enable_vae_slicing().compile(params, **options).generate(params, KEY, blank_inputs(pipe, **options))
+    assert made.shape[0] == 2
