@@ -116,6 +116,8 @@ COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
             up_block_types=["AttnUpBlock2D"] * 3 + ["ResnetUpsampleBlock2D"] * 3,
         ),
     ),
+    "amused/amused-256 transformer": ("UVit2DModel", dict(sample_size=16)),
+    "amused/amused-512 transformer": ("UVit2DModel", dict(sample_size=32, downsample=True, upsample=True)),
     "facebook/DiT-XL-2-256 transformer": ("DiTTransformer2DModel", dict(out_channels=8)),
     "facebook/DiT-XL-2-512 transformer": ("DiTTransformer2DModel", dict(out_channels=8, sample_size=64)),
     "kakaobrain/karlo-v1-alpha prior": ("PriorTransformer", {}),

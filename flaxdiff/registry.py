@@ -92,6 +92,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.unclip": ("StableUnCLIPImageNormalizer", "UnCLIPTextProjModel"),
         "flaxdiff.models.unet_2d": ("UNet2DModel",),
         "flaxdiff.models.unet_2d_condition": ("UNet2DConditionModel",),
+        "flaxdiff.models.uvit_2d": ("UVit2DModel",),
         "flaxdiff.models.vq_model": ("VQModel",),
     },
     "scheduler": {

@@ -175,7 +175,7 @@ def conv(
 
     Args:
       x: [B, H, W, in].
-      weight: [kh, kw, in, out].
+      weight: [kh, kw, in, out], where `in` is a share of the channels for as many groups of outputs.
       strides, padding: of the window, rows and columns.
       doubled: whether x counts as twice as high and wide, each pixel repeated; for a 3 x 3 window that keeps the size.
     """
@@ -214,7 +214,12 @@ def _convolve(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding
     A TPU first cuts so small a batch into pieces; a CPU reads the whole window again for every few pixels.
     """
     dims = ("NHWC", "HWIO", "NHWC")
-    plain = lambda x, weight: jax.lax.conv_general_dilated(x, weight, strides, padding, dimension_numbers=dims)
+    groups = x.shape[-1] // weight.shape[2]
+    plain = lambda x, weight: jax.lax.conv_general_dilated(
+        x, weight, strides, padding, dimension_numbers=dims, feature_group_count=groups
+    )
+    if groups > 1:
+        return plain(x, weight)
     products = lambda gather: lambda x, weight: _products(x, weight, strides, padding, gather)
     kh, kw, channels, features = weight.shape
     pixels, better = math.prod(x.shape[:3]) // math.prod(strides), {}

@@ -120,3 +120,51 @@ def test_compiled_ahead(build):
     options = dict(batch=2, num_inference_steps=2)
     made = pipe.enable_vae_slicing().compile(params, **options).generate(params, KEY, blank_inputs(pipe, **options))
     assert made.shape[0] == 2
+
+
+# --- aMUSEd ----------------------------------------------------------------------------------------------------------
+
+CODES, SIDE = 24, 8  # entries of the codebook, and codes along each side of the picture
+
+
+def uvit(**options):
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=16,
+        cond_embed_dim=24,
+        micro_cond_encode_dim=4,
+        micro_cond_embed_dim=20,
+        encoder_hidden_size=16,
+        vocab_size=32,
+        codebook_size=CODES,
+        in_channels=12,
+        block_out_channels=8,
+        num_res_blocks=2,
+        block_num_heads=2,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=20,
+        sample_size=SIDE,
+    )
+    return peers.lively(diffusers.UVit2DModel(**sizes | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "scan"),
+    [
+        ({}, True),
+        ({}, False),
+        (dict(downsample=True, upsample=True), True),
+        (dict(use_bias=True, block_out_channels=16, ln_elementwise_affine=False), True),
+    ],
+)
+def test_uvit_2d(options, scan, tmp_path):
+    peer = uvit(**options)
+    peer.save_pretrained(tmp_path)
+    spec, params = flaxdiff.UVit2DModel.from_pretrained(tmp_path, scan_layers=scan)
+    ids, text, pooled = rng.integers(0, 32, (2, 6, 8), np.int32), normal(2, 5, 16), normal(2, 24)
+    told = np.float32([[512, 256, 0, 3, 6], [64, 64, 1, 0, 5]])
+    with torch.no_grad():
+        theirs = peer(*map(torch.tensor, (ids, text, pooled, told)))
+    ours = flaxdiff.apply(spec, params, ids, text, pooled, told)
+    assert peers.relative(ours, peers.nhwc(theirs), of="UVit2DModel") < 1e-5

@@ -372,6 +372,9 @@ def call(spec):
         case "PriorTransformer":
             d = c.embedding_dim
             return (f32(2, d), f32(), f32(2, d), f32(2, 77, d), jax.ShapeDtypeStruct((2, 77), bool)), (2, d)
+        case "UVit2DModel":
+            codes = jax.ShapeDtypeStruct((2, c.sample_size, c.sample_size), jnp.int32)
+            return (codes, f32(2, 77, 768), f32(2, 768), f32(2, 5)), (*codes.shape, 8192)
         case "LDMBertModel":
             return (jax.ShapeDtypeStruct((2, 77), jnp.int32),), (2, 77, c.d_model)
         case "AutoencoderKL":

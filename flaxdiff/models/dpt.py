@@ -17,7 +17,7 @@ from flax import nnx
 from flaxdiff.core import Config, Model, only, param
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.attention import attention
-from flaxdiff.nn.layers import Conv, GroupNorm, LayerNorm, Linear, normal, uniform, value
+from flaxdiff.nn.layers import Conv, Enlarge, GroupNorm, LayerNorm, Linear, normal, value
 from flaxdiff.nn.stack import stack, states
 
 # of the residual network, where the configuration leaves it out
@@ -231,19 +231,6 @@ def resized(x: jax.Array, height: int, width: int, corners: bool) -> jax.Array:
     """x [B, H, W, C] at another size, linearly."""
     rows, columns = (jnp.asarray(linear(*ends, corners), x.dtype) for ends in zip(x.shape[1:3], (height, width)))
     return jnp.einsum("ih,bhwc,jw->bijc", rows, x, columns)
-
-
-class Enlarge(nnx.Module):
-    """Each position becomes a square of its own: a transposed convolution whose stride is its size."""
-
-    def __init__(self, channels: int, factor: int):
-        self.weight = param((factor, factor, channels, channels), "conv", uniform(channels * factor**2))
-        self.bias = param((channels,), "raw", uniform(channels * factor**2))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        b, h, w, _ = x.shape
-        squares = jnp.einsum("bhwi,kloi->bhkwlo", x, value(self.weight))
-        return squares.reshape(b, h * self.weight.get_value().shape[0], -1, x.shape[-1]) + value(self.bias)
 
 
 class Reassemble(nnx.Module):

@@ -129,8 +129,8 @@ class UNet2DConditionConfig(EncoderConfig):
 class GEGLU(nnx.Module):
     """x ⊙ gelu(gate), the two halves of one projection."""
 
-    def __init__(self, fan_in: int, fan_out: int):
-        self.proj = Linear(fan_in, 2 * fan_out)
+    def __init__(self, fan_in: int, fan_out: int, bias: bool = True):
+        self.proj = Linear(fan_in, 2 * fan_out, bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x, gate = jnp.split(self.proj(x), 2, -1)
@@ -138,10 +138,13 @@ class GEGLU(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Gated expansion to four times the width and back; `chunking` as in the configuration."""
+    """Gated expansion, to four times the width unless `inner` says otherwise, and back; `chunking` as configured."""
 
-    def __init__(self, width: int, chunking: tuple[int, int] | None = None):
-        self.net = nnx.List([GEGLU(width, 4 * width), None, Linear(4 * width, width)])  # dropout keeps its number
+    def __init__(
+        self, width: int, chunking: tuple[int, int] | None = None, inner: int | None = None, bias: bool = True
+    ):
+        inner = inner or 4 * width
+        self.net = nnx.List([GEGLU(width, inner, bias), None, Linear(inner, width, bias)])  # dropout keeps its number
         self.chunking = chunking
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -180,7 +180,7 @@ class Attention(nnx.Module):
       width: channels of the tokens.
       heads, head_dim: their number and size.
       context: channels of the context; None for self-attention.
-      bias: whether queries, keys and values have one.
+      bias: whether queries, keys and values have one; `out_bias`: the result.
       groups, eps: normalise the tokens in groups first, and add the result to the input (autoencoders, UNet2DModel).
       split: see `attention`.
     """
@@ -195,13 +195,14 @@ class Attention(nnx.Module):
         groups: int | None = None,
         eps: float = 1e-6,
         split: str = "context",
+        out_bias: bool = True,
     ):
         inner = heads * head_dim
         self.group_norm = None if groups is None else GroupNorm(width, groups, eps)
         self.to_q = Linear(width, inner, bias)
         self.to_k = Linear(context or width, inner, bias)
         self.to_v = Linear(context or width, inner, bias)
-        self.to_out = nnx.List([Linear(inner, width)])
+        self.to_out = nnx.List([Linear(inner, width, out_bias)])
         self.heads, self.split = heads, split
 
     def keys_values(self, context: jax.Array) -> KeysValues:

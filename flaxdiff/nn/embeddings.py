@@ -51,8 +51,9 @@ class TimestepEmbedding(nnx.Module):
         condition: int | None = None,
         post_act_fn: str | None = None,
         fan_out: int | None = None,
+        bias: bool = True,
     ):
-        self.linear_1, self.linear_2 = Linear(fan_in, width), Linear(width, fan_out or width)
+        self.linear_1, self.linear_2 = Linear(fan_in, width, bias), Linear(width, fan_out or width, bias)
         self.act_fn, self.post_act_fn = act_fn, post_act_fn
         self.cond_proj = None if condition is None else Linear(condition, fan_in, bias=False)
 

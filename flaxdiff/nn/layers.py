@@ -61,7 +61,10 @@ class Linear(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """A two-dimensional convolution of [B, H, W, C] with W [kh, kw, in, out]; `padding` as PyTorch counts it."""
+    """A two-dimensional convolution of [B, H, W, C] with W [kh, kw, in, out]; `padding` as PyTorch counts it.
+
+    With `groups`, each reads its own share of the channels, and W has as many less.
+    """
 
     def __init__(
         self,
@@ -71,7 +74,9 @@ class Conv(nnx.Module):
         stride: int = 1,
         padding: int | tuple[tuple[int, int], ...] = 1,
         bias: bool = True,
+        groups: int = 1,
     ):
+        fan_in //= groups
         self.weight = param((kernel, kernel, fan_in, fan_out), "conv", uniform(fan_in * kernel**2))
         self.bias = param((fan_out,), "raw", uniform(fan_in * kernel**2)) if bias else None
         self.stride, self.padding = stride, ((padding, padding),) * 2 if isinstance(padding, int) else padding
@@ -81,6 +86,20 @@ class Conv(nnx.Module):
         strides = (self.stride, self.stride)
         y = weights.conv(x, value(self.weight), strides=strides, padding=self.padding, doubled=doubled)
         y = checkpoint_name(y, PRODUCTS)
+        return y if self.bias is None else y + value(self.bias)
+
+
+class Enlarge(nnx.Module):
+    """Each position becomes a square of its own: a transposed convolution whose stride is its size."""
+
+    def __init__(self, channels: int, factor: int, bias: bool = True):
+        self.weight = param((factor, factor, channels, channels), "conv", uniform(channels * factor**2))
+        self.bias = param((channels,), "raw", uniform(channels * factor**2)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, factor · H, factor · W, C]."""
+        (b, h, w, c), weight = x.shape, weights.dense(value(self.weight))
+        y = jnp.einsum("bhwi,kloi->bhkwlo", x, weight).reshape(b, h * weight.shape[0], w * weight.shape[1], c)
         return y if self.bias is None else y + value(self.bias)
 
 
@@ -116,24 +135,39 @@ def _moments(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]
 
 def _scaled(norm: nnx.Module, h: jax.Array, mean: jax.Array, variance: jax.Array, x: jax.Array) -> jax.Array:
     """(h - mean) / √(variance + eps), scaled and shifted where the norm does, in float32; then as x was."""
-    plain = norm.weight is None
-    weight, bias = (1.0, 0.0) if plain else (value(v).astype(jnp.float32) for v in (norm.weight, norm.bias))
+    given = lambda variable, other: other if variable is None else value(variable).astype(jnp.float32)
+    weight, bias = given(norm.weight, 1.0), given(norm.bias, 0.0)
     a = weight * jax.lax.rsqrt(variance + norm.eps)
     return (h * a + (bias - mean * a)).reshape(x.shape).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
-    """Normalise the last axis; `affine`: then scale and shift it."""
+    """Normalise the last axis; `affine`: then scale it, and with `bias` shift it."""
 
-    def __init__(self, channels: int, eps: float = 1e-5, affine: bool = True):
+    def __init__(self, channels: int, eps: float = 1e-5, affine: bool = True, bias: bool = True):
         self.weight = param((channels,), "norm", ones) if affine else None
-        self.bias = param((channels,), "norm", zeros) if affine else None
+        self.bias = param((channels,), "norm", zeros) if affine and bias else None
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = x.astype(jnp.float32)
         mean, variance = _moments(h.mean(-1, keepdims=True), jnp.square(h).mean(-1, keepdims=True))
         return _scaled(self, h, mean, variance, x)
+
+
+class RMSNorm(nnx.Module):
+    """x / √(mean of x² over the last axis + eps); `affine`: then scaled.
+
+    Reference: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-6, affine: bool = True):
+        self.weight = param((channels,), "norm", ones) if affine else None
+        self.bias, self.eps = None, eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = x.astype(jnp.float32)
+        return _scaled(self, h, jnp.zeros(()), jnp.square(h).mean(-1, keepdims=True), x)
 
 
 class Embedding(nnx.Module):
