@@ -26,7 +26,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flaxdiff.core import Params
-from flaxdiff.schedulers import Plan
 
 Choice = Callable[[tuple[int, ...], Mesh], PartitionSpec]
 Rules = Sequence[tuple[str, Any]]
@@ -298,7 +297,7 @@ _laid = jax.jit(jax.lax.with_sharding_constraint, static_argnums=1, inline=True)
 
 def by_kind(shared: Callable, batched: Callable, tree: Any) -> Any:
     """Map numbers and a scheduler's tables, the same for all images, by one function, and all else by another."""
-    is_plan = lambda node: isinstance(node, Plan)
+    is_plan = lambda node: hasattr(node, "advance")
     leaf = lambda a: (batched if np.ndim(a) else shared)(a)
     return jax.tree.map(lambda node: jax.tree.map(shared, node) if is_plan(node) else leaf(node), tree, is_leaf=is_plan)
 

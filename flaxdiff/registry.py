@@ -144,6 +144,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "pipeline": {
+        "flaxdiff.pipelines.amused": ("AmusedImg2ImgPipeline", "AmusedInpaintPipeline", "AmusedPipeline"),
         "flaxdiff.pipelines.controlled": (
             "StableDiffusionAdapterPipeline",
             "StableDiffusionControlNetImg2ImgPipeline",
@@ -256,7 +257,7 @@ def _named(family: str) -> dict[str, str]:
 
 # the classes that do the same with other beginnings: what each of them is for -> its name, also with ControlNets or PAG
 COUNTERPARTS: tuple[dict[str, str], ...] = tuple(
-    _named(family) for family in ("StableDiffusion", "StableDiffusionXL")
+    _named(family) for family in ("Amused", "StableDiffusion", "StableDiffusionXL")
 ) + ({"text2image": "LatentConsistencyModelPipeline", "image2image": "LatentConsistencyModelImg2ImgPipeline"},)
 PUBLIC = {
     name: module

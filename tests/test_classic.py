@@ -114,14 +114,6 @@ def test_ldm_super_resolution(picture, monkeypatch):
     assert peers.relative(made, theirs, of="LDMSuperResolutionPipeline") < 1e-3
 
 
-@pytest.mark.parametrize("build", [text_to_image, super_resolution])
-def test_compiled_ahead(build):
-    pipe, params, _ = load(build)
-    options = dict(batch=2, num_inference_steps=2)
-    made = pipe.enable_vae_slicing().compile(params, **options).generate(params, KEY, blank_inputs(pipe, **options))
-    assert made.shape[0] == 2
-
-
 # --- aMUSEd ----------------------------------------------------------------------------------------------------------
 
 CODES, SIDE = 24, 8  # entries of the codebook, and codes along each side of the picture
@@ -168,3 +160,103 @@ def test_uvit_2d(options, scan, tmp_path):
         theirs = peer(*map(torch.tensor, (ids, text, pooled, told)))
     ours = flaxdiff.apply(spec, params, ids, text, pooled, told)
     assert peers.relative(ours, peers.nhwc(theirs), of="UVit2DModel") < 1e-5
+
+
+def amused(name="AmusedPipeline"):
+    torch.manual_seed(0)
+    kinds = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    sizes = dict(block_out_channels=(8, 16), norm_num_groups=8, latent_channels=6, num_vq_embeddings=CODES)
+    vqvae = diffusers.VQModel(lookup_from_codebook=True, mid_block_add_attention=False, **kinds, **sizes).eval()
+    encoder = peers.text_encoder(projected=True)
+    scheduler = diffusers.AmusedScheduler(mask_token_id=31)
+    return getattr(diffusers, name)(vqvae, peers.tokenizer(), encoder, uvit(), scheduler)
+
+
+def amused_image_to_image():
+    return amused("AmusedImg2ImgPipeline")
+
+
+def amused_inpaint():
+    return amused("AmusedInpaintPipeline")
+
+
+PICTURE = rng.uniform(size=(2, 2 * SIDE, 2 * SIDE, 3)).astype(np.float32)
+MASK = np.zeros((2, 2 * SIDE, 2 * SIDE, 1), np.float32)
+MASK[0, 3:13, 2:9], MASK[1, :7, 8:] = 1, 1
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (amused, dict(num_inference_steps=4)),
+        (amused, dict(num_inference_steps=5, guidance_scale=1.0, temperature=3.0, height=12)),
+        (amused, dict(negative_prompt=["b", ""], micro_conditioning_crop_coord=(3, 1), num_inference_steps=3)),
+        (amused_image_to_image, dict(image=PICTURE, num_inference_steps=7)),
+        (amused_image_to_image, dict(image=PICTURE, strength=0.8, num_inference_steps=5)),
+        (amused_inpaint, dict(image=PICTURE, mask_image=MASK, num_inference_steps=4)),
+        (amused_inpaint, dict(image=PICTURE, mask_image=MASK, strength=0.6, num_inference_steps=5)),
+    ],
+)
+def test_amused(build, options, monkeypatch):
+    """Both sides take the codes that one Gumbel noise picks, and the image's are masked by one uniform draw."""
+    pipe, params, peer = load(build)
+    options = dict(prompt=["red", "a red b"], **options)
+    inputs = pipe.prepare_inputs(**options)
+    side = (options.get("height", 2 * SIDE) // 2, SIDE)
+    codes = side[0] * side[1]
+    draws = [tuple(rng.gumbel(size=(2, codes, *k)).astype(np.float32) for k in ((CODES,), ())) for _ in range(7)]
+    choices, chances = iter([g for g, _ in draws]), iter([g for _, g in draws])
+    pick = lambda p, n, **kw: (torch.log(p) + torch.tensor(next(choices)).reshape(-1, CODES)).argmax(-1)[:, None]
+    scheduling = diffusers.schedulers.scheduling_amused
+    monkeypatch.setattr(torch, "multinomial", pick)
+    monkeypatch.setattr(scheduling, "gumbel_noise", lambda *a, **k: torch.tensor(next(chances)))
+    keys = jax.vmap(jax.random.split)(flaxdiff.schedulers.image_keys(KEY, 2))[:, 0]
+    hidden = jax.vmap(lambda key: jax.random.uniform(key, side))(keys)
+    monkeypatch.setattr(torch, "rand", lambda *a, **k: torch.tensor(np.asarray(hidden)))
+    there = {k: peers.nchw(v) if k in ("image", "mask_image") else v for k, v in options.items()}
+    with torch.no_grad():
+        theirs = peer(**there, output_type="np")[0]
+    made = peers.with_noise(pipe, params, inputs, draws)
+    assert peers.relative(made, theirs, of=type(pipe).__name__) < 1e-3
+
+
+def test_amused_starts_from_codes_and_takes_them_from_a_callback():
+    """Tokens are latents as numbers elsewhere are: to begin with, to change between steps, and as a result."""
+    pipe, params, _ = load(amused)
+    codes = rng.integers(0, CODES, (1, SIDE, SIDE), np.int32)
+    given = lambda pipe, i, t, state: {"latents": codes} if i == 1 else None
+    options = dict(prompt="red", num_inference_steps=2, output_type="latent")
+    assert (pipe(params, KEY, **options, callback_on_step_end=given).images == codes).all()
+    assert (pipe(params, KEY, **options, latents=codes).images == codes).all()
+    made = pipe(params, KEY, **options | {"num_inference_steps": 5}).images
+    assert made.dtype == np.int32 and made.min() >= 0 and made.max() < CODES
+    pictures = pipe(params, KEY, prompt="red", num_inference_steps=5, output_type="np").images
+    inputs = pipe.prepare_inputs(prompt="red", num_inference_steps=5)
+    np.testing.assert_allclose(jax.jit(pipe.generate)(params, KEY, inputs), pictures, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (amused, dict(prompt="red", timesteps=[3, 1]), "does not take timesteps"),
+        (amused, dict(prompt="red", latents=np.zeros((1, 4, 4))), r"expected \[B, \*\(8, 8\)\]"),
+        (amused, dict(prompt_embeds=np.zeros((1, 24))), "prompt_embeds and encoder_hidden_states go together"),
+        (amused_image_to_image, dict(prompt="red"), "starts from a picture; give image="),
+        (amused_image_to_image, dict(prompt="red", image=PICTURE, strength=0.01), "leaves none of 12 steps"),
+        (amused_inpaint, dict(prompt="red", image=PICTURE), "give mask_image="),
+    ],
+)
+def test_what_amused_refuses(build, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(build)[0].prepare_inputs(**options)
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [text_to_image, super_resolution, amused, amused_inpaint])
+def test_compiled_ahead(build):
+    pipe, params, _ = load(build)
+    options = dict(batch=2, num_inference_steps=2)
+    made = pipe.enable_vae_slicing().compile(params, **options).generate(params, KEY, blank_inputs(pipe, **options))
+    assert made.shape[0] == 2

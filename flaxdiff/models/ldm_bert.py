@@ -69,7 +69,7 @@ class LDMBertModel(Model):
     """
 
     config_class = LDMBertConfig
-    library, origin, model_type = "transformers", "latent_diffusion", "ldmbert"
+    library, package, model_type = "transformers", "latent_diffusion", "ldmbert"
 
     def __init__(self, config: LDMBertConfig):
         self.model = LDMBertEncoder(config)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import export
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Sharding
 
 from flaxdiff import memory, weights
 from flaxdiff.core import Params
@@ -137,14 +137,11 @@ def _built(program: Program, arguments: Any, folder: Path | None = None) -> dict
 
         jobs = {"begin": start("begin", program.begin, *arguments)}
         conditions, state = begun = jax.eval_shape(program.begin, *arguments)
-        latents, places = jax.eval_shape(lambda slots: slots[0], state.sampler.slots), {}
+        latents, places = jax.eval_shape(lambda state: state.sampler.sample, state), {}
         if len(devices_of(arguments)) > 1:  # the next parts take their arguments from where this one leaves them
             conditions, state = begun = _laid(begun, jobs["begin"].result().output_shardings)
-            places, slots = (
-                {"out_shardings": [s.sharding for s in jax.tree.leaves(state)]},
-                state.sampler.slots.sharding,
-            )
-            latents = _laid(latents, [NamedSharding(slots.mesh, PartitionSpec(*slots.spec[1:]))])
+            places = {"out_shardings": [s.sharding for s in jax.tree.leaves(state)]}
+            latents = _laid(latents, [state.sampler.place])
         looped = memory.fetched(arguments[0], program.family.loop)  # as a call does
         jobs["step"] = start("step", program.step, looped, conditions, state, **places)
         jobs["decode"] = start("decode", program.decode, arguments[0], latents, for_decoder(arguments[2]))

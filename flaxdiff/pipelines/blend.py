@@ -46,4 +46,4 @@ def blend(state: SchedulerState, known: Known | Passed) -> SchedulerState:
         alpha, sigma = jnp.where(done, 1, plan.alpha[i]), jnp.where(done, 0, plan.sigma[i])
         there = alpha * known.latents + sigma * known.noise
     x = known.mask * state.sample + (1 - known.mask) * there
-    return state._replace(slots=state.slots.at[0].set(x))
+    return state.moved(x)

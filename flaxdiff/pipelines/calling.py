@@ -91,8 +91,7 @@ def call(
                 if tell is not None:
                     told = tell(pipe, i, float(timesteps[i]), {"latents": state.sampler.sample}) or {}
                     if "latents" in told:
-                        slots = state.sampler.slots.at[0].set(told["latents"])
-                        state = state._replace(sampler=state.sampler._replace(slots=slots))
+                        state = state._replace(sampler=state.sampler.moved(told["latents"]))
                     weights = {k: jnp.asarray(told[k], jnp.float32) for k in conditions.strengths if k in told}
                     conditions = conditions._replace(strengths={**conditions.strengths, **weights})
                 jax.block_until_ready(before)  # one step behind, so that the bar is true and the device never waits

@@ -117,6 +117,8 @@ class Family(NamedTuple):
       distilled: (networks' specs, guidance_scale) -> what to tell a network that was distilled with guidance, arrays
         for the inputs, in place of a second branch; none for others. None where no network is.
       loop: regex of the names of the networks that `predict` calls.
+      start: (networks, keys [B], inputs) -> the sample that the run starts from, of the kind that the scheduler is for,
+        and None; None where it is of real numbers, see `Program.start`.
     """
 
     prepare: Callable[..., dict[str, Any]]
@@ -128,6 +130,7 @@ class Family(NamedTuple):
     times: Callable[[Networks, jax.Array, Cond], Any] | None = None
     distilled: Callable[[Mapping[str, core.Spec], Any], dict[str, Any]] | None = None
     loop: str = r"unet|controlnet"
+    start: Callable[..., tuple[jax.Array, None]] | None = None
 
 
 class Conditions(NamedTuple):
@@ -167,7 +170,7 @@ def _join(*arrays: jax.Array) -> jax.Array:
 class State(NamedTuple):
     """Where a run stands between two evaluations of the network."""
 
-    sampler: tables.SchedulerState
+    sampler: tables.SchedulerState | tables.Run
     guidance: Any
     kept: Any = ()  # by the cache
 
@@ -246,7 +249,7 @@ class Program:
         """What the network is told throughout, and the state before the first evaluation."""
         keys = jax.vmap(jax.random.split)(tables.image_keys(key, len(inputs["index"]), inputs["index"]))
         networks, rule = self.networks(params), self.guidance(**inputs["guidance"])
-        x, known = self.start(networks, keys[:, 0], inputs)
+        x, known = (self.family.start or self.start)(networks, keys[:, 0], inputs)
         told = self.family.encode(networks, {**inputs, "keys": keys[:, 0]})
         branches = levelled(rule.branches(tell(self.family, networks, keys[:, 0], inputs, told)))
         noises = inputs.get("noises")
@@ -305,7 +308,7 @@ class Program:
         at = At(sampler, conditions.branches, network.another, lambda z: self.family.decode(network.networks, z))
         x = rule.adjust(sampler.sample, at)
         if x is not sampler.sample:
-            sampler = sampler._replace(slots=sampler.slots.at[0].set(x))
+            sampler = sampler.moved(x)
             network, at = network._replace(sampler=sampler), at._replace(sampler=sampler)
         if self.cache is None:
             answer, _ = network()
@@ -339,7 +342,7 @@ class Evaluation(NamedTuple):
     program: Program
     params: Mapping[str, core.Params]
     conditions: Conditions
-    sampler: tables.SchedulerState
+    sampler: tables.SchedulerState | tables.Run
 
     @property
     def networks(self) -> Networks:
@@ -390,7 +393,7 @@ class Evaluation(NamedTuple):
         """What the network says of a sample [B, h, w, C], by branch, in float32."""
         sampler, conditions, family = self.sampler, self.conditions, self.program.family
         cond = conditions.joined(branches) | told
-        x = _join(*[sampler.plan.scale[sampler.index] * x] * len(branches))
+        x = _join(*[sampler.scaled(x)] * len(branches))
         if "beside" in cond:
             x = jnp.concatenate([x, cond["beside"]], -1)
         t = sampler.timestep if conditions.times is None else conditions.at(sampler.index, branches)

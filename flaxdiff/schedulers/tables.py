@@ -2,18 +2,21 @@
 
 On the host `tabulate` runs a solver once on the vectors of a basis and keeps its coefficients: a `Plan`. On the device
 `init` makes a `SchedulerState` and `step` advances it by one network evaluation. Whatever tells schedulers and step
-counts apart is a value in the plan, so a program compiled for one of them serves them all.
+counts apart is a value in the plan, so a program compiled for one of them serves them all. Plans of other kinds, such
+as those for tokens, start and advance a `Run`; `init` and `step` ask the plan.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .path import Grid, Prediction
 
@@ -53,19 +56,45 @@ class Plan(NamedTuple):
         >>> plan.timesteps.shape, int(plan.steps)
         ((10,), 4)
         """
-        extra = rows - len(self.timesteps)
-        if extra < 0:
-            raise ValueError(f"A plan of {len(self.timesteps)} evaluations does not fit a bound of {rows}: raise it.")
-        idle = np.zeros((extra, SLOTS, SLOTS + 3), np.float32) + np.eye(SLOTS, SLOTS + 3, dtype=np.float32)
-        fill = {"scale": 1, "alpha": 1, "clip": np.inf, "mix": idle}
+        idle = np.eye(SLOTS, SLOTS + 3, dtype=np.float32)
+        return padded(self, rows, {"scale": 1, "alpha": 1, "clip": np.inf, "mix": idle})
 
-        def grow(name: str, a: Array) -> Array:
-            if a.ndim == 0:
-                return a
-            tail = np.broadcast_to(np.asarray(fill.get(name, 0), a.dtype), (extra, *a.shape[1:]))
-            return np.concatenate([np.asarray(a), tail])
+    def start(self, latents: jax.Array, keys: jax.Array) -> SchedulerState:
+        """The state before the first evaluation; `latents` as of `init`, one key for each image."""
+        x = jnp.asarray(latents, jnp.float32)
+        slots = jnp.concatenate([x[None], jnp.zeros((SLOTS - 1, *x.shape), x.dtype)])
+        return SchedulerState(self, slots, jnp.zeros((), jnp.int32), keys)
 
-        return Plan(*map(grow, self._fields, self))
+    def advance(self, state: SchedulerState, model_output: jax.Array, noise: jax.Array | None) -> SchedulerState:
+        """The state after this evaluation: slots <- mix @ (slots, x_0, output, noise).
+
+        Args:
+          model_output: [B, ...] in the prediction type of the scheduler's config; twice the channels if it predicts a
+            variance too.
+          noise: [B, ...] unit noise to use; by default image b at evaluation i gets normal(fold_in(key[b], i)).
+        """
+        i, x = state.index, state.sample
+        x0, out, spread = _predictions(state, model_output)
+        if noise is None:
+            noise = jax.lax.cond(self.noisy[i], draw(state.key, i), jnp.zeros_like, x)
+        terms = jnp.concatenate([state.slots, jnp.stack([x0, out, spread * jnp.asarray(noise, x.dtype)])])
+        slots = jnp.tensordot(self.mix[i], terms, 1, precision=jax.lax.Precision.HIGHEST)
+        return SchedulerState(self, slots, i + 1, state.key)
+
+
+def padded(plan: Any, rows: int, fill: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """A plan in tables of `rows` rows, those from `plan.steps` on filled with a column's entry of `fill`, or with 0."""
+    extra = rows - len(plan.timesteps)
+    if extra < 0:
+        raise ValueError(f"A plan of {len(plan.timesteps)} evaluations does not fit a bound of {rows}: raise it.")
+
+    def grow(name: str, a: Array) -> Array:
+        if a.ndim == 0:
+            return a
+        tail = np.broadcast_to(np.asarray(fill.get(name, 0), a.dtype), (extra, *a.shape[1:]))
+        return np.concatenate([np.asarray(a), tail])
+
+    return plan._replace(**{name: grow(name, a) for name, a in plan._asdict().items()})
 
 
 class SchedulerState(NamedTuple):
@@ -84,12 +113,26 @@ class SchedulerState(NamedTuple):
     @property
     def model_input(self) -> jax.Array:
         """What the network is to see at this evaluation, [B, ...] float32; cast it to the network's dtype."""
-        return self.plan.scale[self.index] * self.slots[0]
+        return self.scaled(self.sample)
 
     @property
     def timestep(self) -> jax.Array:
         """What the network is to be told at this evaluation, [] float32."""
         return self.plan.timesteps[self.index]
+
+    @property
+    def place(self) -> NamedSharding:
+        """Where the sample lies, in a state of shapes that say where they lie."""
+        slots = self.slots.sharding
+        return NamedSharding(slots.mesh, PartitionSpec(*slots.spec[1:]))
+
+    def scaled(self, x: jax.Array) -> jax.Array:
+        """A sample as the network is to see it at this evaluation."""
+        return self.plan.scale[self.index] * x
+
+    def moved(self, x: jax.Array) -> SchedulerState:
+        """The same state with another sample."""
+        return self._replace(slots=self.slots.at[0].set(x))
 
 
 # --- on the host -----------------------------------------------------------------------------------------------------
@@ -189,19 +232,16 @@ def draw(keys: jax.Array, i: jax.Array) -> Callable[[jax.Array], jax.Array]:
     return like
 
 
-def init(plan: Plan, latents: jax.Array, key: jax.Array) -> SchedulerState:
-    """The state before the first evaluation.
+def init(plan: Any, latents: jax.Array, key: jax.Array) -> Any:
+    """The state before the first evaluation, of the kind that the plan is for.
 
     Args:
       plan: from a scheduler's `plan`.
       latents: [B, ...] the sample to start from: unit noise times `plan.init_noise_sigma`, or
-        `plan.alpha[0] * image + plan.sigma[0] * noise` for a run from an image.
+        `plan.alpha[0] * image + plan.sigma[0] * noise` for a run from an image; or tokens.
       key: one PRNG key, or [B] of them, for the noise that the solver draws.
     """
-    plan = jax.tree.map(jnp.asarray, plan)
-    x = jnp.asarray(latents, jnp.float32)
-    slots = jnp.concatenate([x[None], jnp.zeros((SLOTS - 1, *x.shape), x.dtype)])
-    return SchedulerState(plan, slots, jnp.zeros((), jnp.int32), image_keys(key, x.shape[0]))
+    return jax.tree.map(jnp.asarray, plan).start(latents, image_keys(key, len(latents)))
 
 
 def _predictions(state: SchedulerState, model_output: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | float]:
@@ -237,30 +277,22 @@ def denoised(state: SchedulerState, model_output: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, inline=True)
-def step(state: SchedulerState, model_output: jax.Array, noise: jax.Array | None = None) -> SchedulerState:
-    """Advance by one network evaluation: slots <- mix @ (slots, x_0, output, noise). Pure; jit, vmap and grad apply.
+def step(state: Any, model_output: jax.Array, noise: Any = None) -> Any:
+    """Advance by one network evaluation, as the plan of the run says. Pure; jit, vmap and grad apply.
 
     Args:
       state: from `init` or an earlier step.
-      model_output: [B, ...] what the network returned for `state.model_input` and `state.timestep`, in the
-        prediction type of the scheduler's config; twice the channels if it predicts a variance too.
-      noise: [B, ...] unit noise to use; by default image b at evaluation i gets normal(fold_in(key[b], i)).
+      model_output: [B, ...] what the network returned for `state.model_input` and `state.timestep`.
+      noise: to use in place of what the keys give; it and the output are as the plan's `advance` wants them.
     """
-    plan, i, x = state.plan, state.index, state.slots[0]
-    x0, out, spread = _predictions(state, model_output)
-
-    if noise is None:
-        noise = jax.lax.cond(plan.noisy[i], draw(state.key, i), jnp.zeros_like, x)
-    terms = jnp.concatenate([state.slots, jnp.stack([x0, out, spread * jnp.asarray(noise, x.dtype)])])
-    slots = jnp.tensordot(plan.mix[i], terms, 1, precision=jax.lax.Precision.HIGHEST)
-    return SchedulerState(plan, slots, i + 1, state.key)
+    return state.plan.advance(state, model_output, noise)
 
 
 # --- for what is no table --------------------------------------------------------------------------------------------
 
 
 class Run(NamedTuple):
-    """Where a run stands whose plan is no table: a pytree that the scheduler's own `step` maps to the next one."""
+    """Where a run stands whose plan is no table: a pytree that `step`, or the scheduler's own, maps to the next one."""
 
     plan: Any
     sample: jax.Array  # [B, ...] float32, or tokens [B, N] int32
@@ -271,7 +303,20 @@ class Run(NamedTuple):
     @property
     def model_input(self) -> jax.Array:
         """What the network is to see at this evaluation."""
-        return self.sample
+        return self.scaled(self.sample)
+
+    @property
+    def place(self) -> NamedSharding:
+        """Where the sample lies, in a state of shapes that say where they lie."""
+        return self.sample.sharding
+
+    def scaled(self, x: jax.Array) -> jax.Array:
+        """A sample as the network is to see it: as it is."""
+        return x
+
+    def moved(self, x: jax.Array) -> Run:
+        """The same run with another sample."""
+        return self._replace(sample=jnp.asarray(x, self.sample.dtype))
 
     @property
     def timestep(self) -> jax.Array:
