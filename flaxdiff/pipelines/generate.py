@@ -304,7 +304,6 @@ class Program:
         """What the network says, all branches in one batch, as the rule of guidance joins it; and the state then."""
         sampler, rule = state.sampler, self.guidance(**conditions.strengths)
         network, kept = Evaluation(self, params, conditions, sampler), state.kept
-        channels = sampler.sample.shape[-1]
         at = At(sampler, conditions.branches, network.another, lambda z: self.family.decode(network.networks, z))
         x = rule.adjust(sampler.sample, at)
         if x is not sampler.sample:
@@ -315,9 +314,9 @@ class Program:
         else:
             answer, _ = kept = evaluate(self.cache(**conditions.saving), kept, network, sampler.index)
         at = at._replace(seen=answer.seen)
-        predictions = of_sample(answer.predictions, channels)
+        predictions = of_sample(answer.predictions, sampler.sample)
         guess, memory = rule.combine(state.guidance, predictions["positive"], predictions, at)
-        variance = answer.predictions["positive"][..., channels:]  # where one is learned, it is not guided
+        variance = answer.predictions["positive"][..., guess.shape[-1] :]  # where one is learned, it is not guided
         return jnp.concatenate([guess, variance], -1), State(sampler, memory, kept)
 
     def decode(
@@ -331,8 +330,9 @@ class Program:
         return jnp.clip(decoded / 2 + 0.5, 0, 1) if self.final else decoded
 
 
-def of_sample(predictions: Mapping[str, jax.Array], channels: int) -> dict[str, jax.Array]:
-    """Predictions without what a network says beside: the variance, in channels after those of the sample."""
+def of_sample(predictions: Mapping[str, jax.Array], x: jax.Array) -> dict[str, jax.Array]:
+    """Predictions without what a network says beside of real numbers: the variance, in channels after the sample's."""
+    channels = x.shape[-1] if jnp.issubdtype(x.dtype, jnp.floating) else None
     return {branch: output[..., :channels] for branch, output in predictions.items()}
 
 
@@ -370,7 +370,7 @@ class Evaluation(NamedTuple):
     def another(self, x: jax.Array, branches: Iterable[str]) -> Answer:
         """What the network says of another sample."""
         answer, _ = self._ask(x, tuple(sorted(branches)), (), {})
-        return answer._replace(predictions=of_sample(answer.predictions, x.shape[-1]))
+        return answer._replace(predictions=of_sample(answer.predictions, x))
 
     def _ask(
         self, x: jax.Array, branches: tuple[str, ...], notes: Iterable[str], told: Mapping[str, Any]
