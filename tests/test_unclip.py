@@ -375,7 +375,13 @@ def karlo_variation():
     return diffusers.UnCLIPImageVariationPipeline(**karlo_parts(), **parts)
 
 
-def draws(monkeypatch, *loops):
+def drawing(seed):
+    """Numbers of a test's own: its first step multiplies what float32 leaves by thousands, where nothing clips."""
+    own = np.random.default_rng(seed)
+    return lambda *shape: own.standard_normal(shape).astype(np.float32)
+
+
+def draws(monkeypatch, normal, *loops):
     """Noise for the steps of loops, each (steps, shape), the same for PyTorch's scheduler; it draws none at the end."""
     steps = [[normal(*shape) for _ in range(n)] for n, shape in loops]
     queue = iter([noise for loop in steps for noise in loop[:-1]])
@@ -396,19 +402,18 @@ def exact(peer):
 @pytest.mark.parametrize("scales", [(3.0, 4.0), (1.0, 1.0)])
 def test_karlo(scales, monkeypatch, tmp_path):
     """Three loops that draw noise, the second with a variance that is learned and not guided."""
-    pipe, params, peer = load(karlo)
-    b = 4
+    pipe, params, peer, normal, b = *load(karlo), drawing(0), 4
     options = dict(prompt=["cat", "red dog"], num_images_per_prompt=2, prior_num_inference_steps=3)
-    options |= dict(decoder_num_inference_steps=4, super_res_num_inference_steps=3)
+    options |= dict(decoder_num_inference_steps=4, super_res_num_inference_steps=4)
     options |= dict(prior_guidance_scale=scales[0], decoder_guidance_scale=scales[1])
     start = dict(
         prior_latents=normal(b, 24), decoder_latents=normal(b, 8, 8, 3), super_res_latents=normal(b, 20, 20, 3)
     )
-    steps = draws(monkeypatch, (3, (b, 24)), (4, (b, 8, 8, 3)), (3, (b, 20, 20, 3)))
+    steps = draws(monkeypatch, normal, (3, (b, 24)), (4, (b, 8, 8, 3)), (4, (b, 20, 20, 3)))
     there = {k: peers.nchw(v) if v.ndim == 4 else torch.tensor(v) for k, v in start.items()}
     with torch.no_grad():
         theirs = exact(peer)(**options, **there, output_type="np").images
-    assert theirs.std() > 0.1
+    assert ((theirs > 0.01) & (theirs < 0.99)).mean() > 0.15
     made = peers.with_noise(pipe, params, pipe.prepare_inputs(**options, **start), steps)
     assert peers.relative(made, theirs, of="UnCLIPPipeline") < 1e-3
     flaxdiff.save(tmp_path, pipe, params)
@@ -420,10 +425,10 @@ def test_karlo(scales, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("embedded", [False, True])
 def test_karlo_variation(embedded, monkeypatch):
-    pipe, params, peer = load(karlo_variation)
-    options = dict(decoder_num_inference_steps=3, super_res_num_inference_steps=2)
+    pipe, params, peer, normal = *load(karlo_variation), drawing(1)
+    options = dict(decoder_num_inference_steps=4, super_res_num_inference_steps=4)
     start = dict(decoder_latents=normal(2, 8, 8, 3), super_res_latents=normal(2, 20, 20, 3))
-    steps = draws(monkeypatch, (3, (2, 8, 8, 3)), (2, (2, 20, 20, 3)))
+    steps = draws(monkeypatch, normal, (4, (2, 8, 8, 3)), (4, (2, 20, 20, 3)))
     embeds = normal(2, 24)
     seen = dict(image=[Image.fromarray(np.uint8(255 * picture)) for picture in PICTURES])
     there = dict(image_embeddings=torch.tensor(embeds)) if embedded else seen
@@ -431,6 +436,7 @@ def test_karlo_variation(embedded, monkeypatch):
         given = {k: peers.nchw(v) for k, v in start.items()}
         theirs = exact(peer)(**there, **options, **given, output_type="np").images
     here = dict(image_embeddings=embeds) if embedded else seen
+    assert ((theirs > 0.01) & (theirs < 0.99)).mean() > 0.15
     made = peers.with_noise(pipe, params, pipe.prepare_inputs(**here, **options, **start), steps)
     assert peers.relative(made, theirs, of="UnCLIPImageVariationPipeline") < 1e-3
 
