@@ -142,7 +142,8 @@ def residency(pipe: "DiffusionPipeline", params: Mapping[str, Params], budget: i
     """Which components stay on the device between calls, and which lie on the host and come for their stage.
 
     A call has three stages: the prompts are encoded, the denoiser loops, the latents are decoded and what they show is
-    checked. What a stage needs must fit beside what stays. Of the choices that do, the one that moves the fewest bytes.
+    checked; where other loops come first, so have they. What a stage needs must fit beside what stays. Of the choices
+    that do, the one that moves the fewest bytes.
 
     Args:
       pipe: the pipeline.
@@ -161,14 +162,14 @@ def residency(pipe: "DiffusionPipeline", params: Mapping[str, Params], budget: i
     [('text_encoder', 'host'), ('unet', 'device'), ('vae', 'host')]
     """
     names = [name for name, _ in pipe.specs]
-    last = [name for name, spec in pipe.specs if name == "safety_checker" or spec == pipe.autoencoder]  # after the loop
+    last = [name for name, spec in pipe.specs if name == "safety_checker" or spec == pipe.autoencoder]  # after a loop
     size = {name: sum(map(_bytes, jax.tree.leaves(params[name]))) for name in names}
     total = lambda chosen: sum(size[name] for name in set(chosen))
-    stages = [
-        [name for name in names if name not in last and not re.match(pipe.family.loop, name)],
-        [name for name in names if re.match(pipe.family.loop, name)],
-        [name for name in names if name in last],
-    ]
+    loops = [(loop.program.family.loop, loop.components) for loop in pipe.program.before]
+    elsewhere = {name for _, components in loops for _, name in components}
+    loops.append((pipe.family.loop, tuple((name, name) for name in names if name not in elsewhere)))
+    stage = lambda own, loop: 2 if own in last else int(re.match(loop, own) is not None)
+    stages = [[name for own, name in part if stage(own, loop) == i] for loop, part in loops for i in range(3)]
     least = max(map(total, stages))
     if least > budget:
         raise ValueError(

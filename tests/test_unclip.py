@@ -14,7 +14,9 @@ from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import 
 from PIL import Image
 
 import flaxdiff
+from flaxdiff.memory import residency
 from flaxdiff.pipelines.tasks import blank_inputs
+from flaxdiff.planning.plan import pipeline as planned
 
 rng = np.random.default_rng(0)
 normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
@@ -460,3 +462,17 @@ def test_karlo_of_a_text_encoded_before():
     assert type(swapped.scheduler).__name__ == "DDPMScheduler" and swapped.super_res_scheduler is swapped.scheduler
     assert len(blank_inputs(pipe, batch=3)["index"]) == 3
     assert len(blank_inputs(load(karlo_variation)[0], batch=3)["decoder"]["image_pixels"]) == 3
+
+
+def test_what_stays_of_several_loops():
+    """Each loop has its stages; what two of them use counts in both."""
+    pipe, params, _ = load(karlo)
+    sizes = {name: sum(a.nbytes for a in params[name].values()) for name in params}
+    stages = [["prior"], ["decoder"], ["text_encoder", "text_proj"], ["super_res_first", "super_res_last"]]
+    needed = max(sum(sizes[name] for name in stage) for stage in stages)
+    assert set(residency(pipe, params, sum(sizes.values())).values()) == {"device"}
+    assert "host" in residency(pipe, params, needed).values()
+    with pytest.raises(ValueError, match=f"One stage's weights take {needed:,} bytes"):
+        residency(pipe, params, needed - 1)
+    with pytest.raises(ValueError, match="UnCLIPPipeline runs several loops one after the other, and a plan is of one"):
+        planned(peers.saved(karlo))

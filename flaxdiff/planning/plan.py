@@ -147,6 +147,8 @@ def pipeline(model: str | os.PathLike[str]) -> DiffusionPipeline:
             raise ValueError(f"{folder} names {files.listed(lacking)} but has no {lacking[0]}/{files.CONFIG}; add it.")
         configs = {name: (kind, files.read_json(folder / name / files.CONFIG)) for name, kind in networks.items()}
 
+    if registry.find(class_name, "pipeline").before:
+        raise ValueError(f"{class_name} runs several loops one after the other, and a plan is of one; plan its parts.")
     specs = tuple((name, registry.find(kind, "model").from_config(config)) for name, (kind, config) in configs.items())
     blank = lambda length: lambda texts: np.zeros((len(texts), length), np.int32)
     return registry.find(class_name, "pipeline")(
