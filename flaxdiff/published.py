@@ -27,6 +27,14 @@ COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
         "UNet2DConditionModel",
         dict(cross_attention_dim=768, attention_head_dim=8, in_channels=9),
     ),
+    "GLIGEN UNet": (
+        "UNet2DConditionModel",
+        dict(cross_attention_dim=768, attention_head_dim=8, sample_size=64, attention_type="gated"),
+    ),
+    "GLIGEN inpainting UNet for phrases and pictures": (
+        "UNet2DConditionModel",
+        dict(cross_attention_dim=768, attention_head_dim=8, in_channels=9, attention_type="gated-text-image"),
+    ),
     "SD 2.1 UNet": (
         "UNet2DConditionModel",
         dict(cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True, sample_size=96),

@@ -150,13 +150,13 @@ def read(name: str, place: Place, dtype: np.dtype, index: tuple[slice, ...] | No
         _fill(out, place.names[0], place.tensors[0], leaf, parts, checked)
     else:
         for row, layer in enumerate(index[0]):
-            _fill(out[row], place.names[layer], place.tensors[layer], leaf, parts[1:], checked)
+            _fill(out[row, ...], place.names[layer], place.tensors[layer], leaf, parts[1:], checked)
     return out
 
 
 def _fill(out: np.ndarray, name: str, tensor: Tensor, leaf: Leaf, parts: list[slice], checked: bool) -> None:
     with tensor.view(checked) as numbers:
-        ours = numbers.reshape(shape_in_file(leaf)).transpose(axes(leaf.kind, len(parts)))[tuple(parts)]
+        ours = numbers.reshape(shape_in_file(leaf)).transpose(axes(leaf.kind, len(parts)))[(*parts, ...)]
         copy(out, ours)
         if finite(out):
             return

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 EMOJI = Path(__file__).parent.parent / "assets" / "emoji"
 # passed over, but by a pipeline whose `reads` names them
-SKIPPED = ("feature_extractor", "image_encoder", "depth_estimator")
+SKIPPED = ("feature_extractor", "image_encoder", "depth_estimator", "processor")
 CHECKER = "safety_checker"
 SEVERAL = {"MultiControlNetModel": "ControlNetModel", "MultiAdapter": "T2IAdapter"}  # in folders name, name_1, …
 SCHEDULER, PROCESSOR = "scheduler_config.json", "preprocessor_config.json"

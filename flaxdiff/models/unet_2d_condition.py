@@ -23,6 +23,7 @@ from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.attention import AddedAttention, Attention, KeysValues
 from flaxdiff.nn.embeddings import GaussianFourierProjection, TimestepEmbedding, sinusoids
 from flaxdiff.nn.freeu import reweighed
+from flaxdiff.nn.grounding import GatedSelfAttentionDense, GLIGENTextBoundingboxProjection
 from flaxdiff.nn.k_unet import k_down, k_up
 from flaxdiff.nn.layers import Conv, Embedding, GroupNorm, LayerNorm, Linear, value
 from flaxdiff.nn.merging import merging
@@ -120,7 +121,7 @@ class UNet2DConditionConfig(EncoderConfig):
     timestep_post_act: str | None = None
     conv_in_kernel: int = only(3, 1)
     conv_out_kernel: int = only(3, 1)
-    attention_type: str = only("default")
+    attention_type: str = only("default", "gated", "gated-text-image")
     class_embeddings_concat: bool = only(False)
     mid_block_only_cross_attention: bool | None = only(None)
     cross_attention_norm: str | None = only(None)
@@ -159,15 +160,24 @@ class BasicTransformerBlock(nnx.Module):
     """Self-attention, attention to the context, feed-forward; each added to what it reads normalised.
 
     With `only_cross` the first attends to the context as well. `merge` is the share of tokens that it passes over.
+    With `gated` there is something between the two that attends to objects, see nn/grounding.py.
     """
 
     def __init__(
-        self, width: int, heads: int, context: int, chunking: tuple[int, int] | None, only_cross: bool, merge: float
+        self,
+        width: int,
+        heads: int,
+        context: int,
+        chunking: tuple[int, int] | None,
+        only_cross: bool,
+        merge: float,
+        gated: bool,
     ):
         self.norm1 = LayerNorm(width)
         self.attn1 = Attention(width, heads, width // heads, context if only_cross else None)
         self.norm2, self.attn2 = LayerNorm(width), Attention(width, heads, width // heads, context)
         self.norm3, self.ff = LayerNorm(width), FeedForward(width, chunking)
+        self.fuser = GatedSelfAttentionDense(width, heads, context, FeedForward(width)) if gated else None
         self.only_cross, self.merge = only_cross, merge
 
     def keys_values(self, context: jax.Array) -> Any:
@@ -190,6 +200,7 @@ class BasicTransformerBlock(nnx.Module):
                 pairs[-1] = tuple(map(whole, pairs[-1]))
         else:
             x = x + self.attn1(self.norm1(x), first, perturb, sides)
+        x = self.fuser(x, *perturb["objects"]) if "objects" in perturb else x
         h = context.output if isinstance(context, Given) else self.attn2(self.norm2(x), context)
         note("cross", h)
         x = x + h
@@ -204,7 +215,8 @@ class Transformer2DModel(nnx.Module):
         self, width: int, heads: int, depth: int, c: EncoderConfig, only_cross: bool = False, merge: float = 0.0
     ):
         project = Linear if c.use_linear_projection else functools.partial(Conv, kernel=1, padding=0)
-        shared = width, heads, c.cross_attention_dim, c.forward_chunking, only_cross, merge
+        gated = getattr(c, "attention_type", "default") != "default"
+        shared = width, heads, c.cross_attention_dim, c.forward_chunking, only_cross, merge, gated
         block = functools.partial(BasicTransformerBlock, *shared)
         self.norm = GroupNorm(width, c.norm_num_groups, 1e-6)
         self.proj_in = project(width, width)
@@ -214,6 +226,11 @@ class Transformer2DModel(nnx.Module):
     def keys_values(self, context: jax.Array) -> KeysValues:
         """What the blocks make of a context [B, M, D]: [B, depth, M, C] each."""
         pairs = over(self.transformer_blocks, lambda block: block.keys_values(context))
+        return jax.tree.map(lambda a: a.swapaxes(0, 1), pairs)
+
+    def grounded(self, objects: jax.Array) -> KeysValues:
+        """What the blocks make of objects [B, N, D]: [B, depth, N, C] each."""
+        pairs = over(self.transformer_blocks, lambda block: block.fuser.keys_values(objects))
         return jax.tree.map(lambda a: a.swapaxes(0, 1), pairs)
 
     def __call__(self, x: jax.Array, context: KeysValues) -> jax.Array:
@@ -438,6 +455,8 @@ class UNet2DConditionModel(UNetEncoder):
         groups = c.norm_num_groups
         self.conv_norm_out = None if groups is None else GroupNorm(width[0], groups, c.norm_eps)
         self.conv_out = Conv(width[0], c.out_channels, c.conv_out_kernel, padding=c.conv_out_kernel // 2)
+        kinds = {"gated": ("",), "gated-text-image": ("text", "image")}.get(c.attention_type)
+        self.position_net = kinds and GLIGENTextBoundingboxProjection(c.cross_attention_dim, kinds)
 
     def __call__(
         self,
@@ -453,6 +472,7 @@ class UNet2DConditionModel(UNetEncoder):
         perturb: Mapping[str, tuple[jax.Array, ...]] | None = None,
         freeu: jax.Array | None = None,
         deep: jax.Array | None = None,
+        objects: tuple[tuple[jax.Array, ...], ...] | None = None,
         attention_mask: jax.Array | None = None,
     ) -> jax.Array:
         """Run the network.
@@ -472,6 +492,8 @@ class UNet2DConditionModel(UNetEncoder):
           timestep_cond: [B, D], the strength of guidance for networks that were distilled with it.
           perturb: what hinders which block, as of nn/perturb.py: for each of `blocks`, [B, depth].
           freeu: [B, 4], the factors s1, s2, b1, b2 of nn/freeu.py for the lowest two up stages.
+          objects: what `grounded` made of objects in boxes, and how much they count [B, depth], behind the keys and
+            values of each transformer.
           deep: the input of the last block [B, H, W, C], noted at another time; nothing before is run, see caching.py.
           attention_mask: [B, M], which tokens of the text may be seen, for single attentions.
 
@@ -482,6 +504,7 @@ class UNet2DConditionModel(UNetEncoder):
           ValueError: SDXL's conditions are missing, or the class is; a mask for a network that heeds none.
         """
         told = dict(class_labels=class_labels, timestep_cond=timestep_cond)
+        perturb = perturb if objects is None else {**(perturb or {}), "objects": objects}
         x, projected, contexts = self.entered(
             sample, timestep, encoder_hidden_states, added_cond_kwargs, perturb, attention_mask, **told
         )
@@ -506,6 +529,19 @@ class UNet2DConditionModel(UNetEncoder):
             size = below[-1].shape[1:3] if i < len(self.up_blocks) - 1 else None
             x = block.up(x, skips, projected, contexts, size, *(() if factors[i] is None else (factors[i],)))
         return self.ended(x)
+
+    def grounded(self, boxes: jax.Array, masks: jax.Array, *features: tuple[jax.Array, jax.Array]) -> tuple:
+        """What the transformers make of objects in boxes, in the order of their use; see nn/grounding.py.
+
+        Raises:
+          ValueError: a network that knows no boxes.
+        """
+        if self.position_net is None:
+            raise ValueError(
+                "This U-Net knows no objects in boxes: its attention_type is 'default'; use a checkpoint of GLIGEN."
+            )
+        tokens = self.position_net(boxes, masks, *features)
+        return tuple(attention.grounded(tokens) for stage in self.stages for attention in stage.attentions or ())
 
     def last(self, deep: jax.Array, skip: jax.Array, time: jax.Array, context: Any, weighed: Any) -> jax.Array:
         """The last block of the last stage, of what comes from below and the first skip."""

@@ -4,7 +4,7 @@
   blur        deviation of a Gaussian over the positions of the queries; infinite for their mean, 0 for none
   skip        1: the block is left out
 
-See `guidance.perturbed`.
+See `guidance.perturbed`. In the same way blocks are told of objects, see nn/grounding.py.
 """
 
 from collections.abc import Mapping

@@ -7,7 +7,8 @@ The keys of the inputs that say so, each absent where task and network have no u
   beside_image                  [B, H, W, 3] in [-1, 1]: a picture whose latent follows those channels
   depth                         [B, h, w, 1] how near things are, in any unit; or
   depth_pixels                  [B, S, S, 3] in [-1, 1]: a picture for the depth model to say so
-  beside_gain, beside_spread    [] factors of that latent, and of the posterior's deviation in it: 1 a draw, 0 the mean
+  beside_gain, beside_spread    factors of that latent, [] or [B, h, w, 1], and [] of the posterior's deviation in it:
+                                1 a draw, 0 the mean
   behind                        [B, h, w, C] channels that follow all of these
   class_labels, class_count     [B] int32, and [] where `ANY` may be among them: one of so many, drawn
   timestep_cond                 [B, D] the strength of guidance, as a network reads it that was distilled with it
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
 
 # folded into an image's key; 1 is the draw of the latent that the run starts from
-LATENT, NOISE, CLASS, EMBEDS = 2, 3, 4, 5
+LATENT, NOISE, CLASS, EMBEDS, KNOWN = 2, 3, 4, 5, 6
 ANY = -1  # in the place of a class
 
 

@@ -16,7 +16,8 @@ class Known(NamedTuple):
 
     mask: jax.Array  # [B, h, w, 1]: 1 where to paint, 0 where the latents are known
     latents: jax.Array  # [B, h, w, C]
-    noise: jax.Array  # [B, h, w, C], the run's own
+    noise: jax.Array  # [B, h, w, C], the run's own; or in its place
+    keys: jax.Array | None = None  # [B] of which each step draws its own
 
 
 class Passed(NamedTuple):
@@ -29,7 +30,8 @@ class Passed(NamedTuple):
 def blend(state: SchedulerState, known: Known | Passed) -> SchedulerState:
     """mask x + (1 - mask) (alpha known + sigma noise), at the level that the step has led to; after the last, no noise.
 
-    Of a path it is the sample at the level that the step came from, as DiffEdit has it.
+    Where each step draws noise of its own, nothing is put back after the last. Of a path it is the sample at the
+    level that the step came from, as DiffEdit has it.
 
     >>> from flaxdiff.schedulers import DDIMScheduler, tables
     >>> state = tables.init(DDIMScheduler().plan(1), jnp.zeros((1, 2, 2, 3)), jax.random.key(0))
@@ -40,10 +42,13 @@ def blend(state: SchedulerState, known: Known | Passed) -> SchedulerState:
     """
     plan, i = state.plan, state.index
     if isinstance(known, Passed):
-        there = known.path[:, i - 1]
+        there, mask = known.path[:, i - 1], known.mask
     else:
         done = i >= plan.steps
         alpha, sigma = jnp.where(done, 1, plan.alpha[i]), jnp.where(done, 0, plan.sigma[i])
-        there = alpha * known.latents + sigma * known.noise
-    x = known.mask * state.sample + (1 - known.mask) * there
-    return state.moved(x)
+        noise, mask = known.noise, known.mask
+        if known.keys is not None:
+            keys, mask = jax.vmap(jax.random.fold_in, (0, None))(known.keys, i), jnp.where(done, 1, mask)
+            noise = jax.vmap(lambda key: jax.random.normal(key, noise.shape[1:]))(keys)
+        there = alpha * known.latents + sigma * noise
+    return state.moved(mask * state.sample + (1 - mask) * there)

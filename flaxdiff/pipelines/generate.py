@@ -14,6 +14,7 @@ it in one program. `begin`, `step` and `decode` are its parts, for a host that w
   path [B, n, h, w, C]    or where another run passed, from its noise on, one sample before each evaluation
   noises [B, n, h, w, C]    the solver's unit noise at each evaluation, in place of what the keys give
   mask [B, h, w, 1]    1 where to paint over what the run starts from, which elsewhere is kept: see `blend.py`
+  mask_noise           there, whatever it is, where each step draws the noise of what is kept
 what another loop finds first, see `Earlier`, and before it has, that one's own inputs;
 decoder_… [B, …]    what the family's `decode` is told beside the latents, by the name that follows
 what `beside.py` reads, and what the family's `encode` reads, e.g. prompt_ids; it finds there `keys` [B] as well, to
@@ -36,7 +37,7 @@ from flaxdiff.guidance import At, Guidance, standard
 from flaxdiff.guidance.perturbed import levelled
 from flaxdiff.guidance.rules import blocks
 from flaxdiff.parallel import constrain
-from flaxdiff.pipelines.beside import tell
+from flaxdiff.pipelines.beside import KNOWN, tell
 from flaxdiff.pipelines.blend import Known, Passed, blend
 from flaxdiff.schedulers import tables
 
@@ -258,7 +259,9 @@ class Program:
             every = conditions.joined(sorted(conditions.branches))
             times = self.family.times(networks, jnp.asarray(inputs["plan"].timesteps), every)
             conditions = conditions._replace(times=times)
-        state = State(tables.init(inputs["plan"], x, keys[:, 1]), rule.init(x))
+        sampler = tables.init(inputs["plan"], x, keys[:, 1])
+        sampler = sampler if known is None or known.keys is None else blend(sampler, known)
+        state = State(sampler, rule.init(x))
         if self.cache is not None:
             network = Evaluation(self, params, conditions, state.sampler)
             state = state._replace(kept=blank(self.cache(**inputs["cache"]), network))
@@ -291,7 +294,8 @@ class Program:
         x = picture if "noisy_latents" in inputs else plan.alpha[0] * picture + plan.sigma[0] * noise
         if "from_noise" in inputs:
             x = jnp.where(inputs["from_noise"], plan.init_noise_sigma * noise, x)
-        return x, None if mask is None else Known(mask, picture, noise)
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, KNOWN) if "mask_noise" in inputs else None
+        return x, None if mask is None else Known(mask, picture, noise, own)
 
     def step(self, params: Mapping[str, core.Params], conditions: Conditions, state: State) -> State:
         """One evaluation of the network, and one row of the scheduler's table."""

@@ -79,8 +79,8 @@ def told(cond: Cond) -> dict[str, jax.Array]:
 
 
 def weighed(cond: Cond) -> dict[str, Any]:
-    """What changes how the U-Net computes: blocks that are hindered, FreeU, what it need not compute again."""
-    return {k: cond[k] for k in ("perturb", "freeu", "deep") if k in cond}
+    """What changes how the U-Net computes: blocks that are hindered, FreeU, what it need not compute again, objects."""
+    return {k: cond[k] for k in ("perturb", "freeu", "deep", "objects") if k in cond}
 
 
 def distilled(specs: Mapping[str, core.Spec], scale: Any) -> dict[str, Any]:
