@@ -208,7 +208,12 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "flaxdiff.pipelines.stable_unclip": ("StableUnCLIPImg2ImgPipeline", "StableUnCLIPPipeline"),
         "flaxdiff.pipelines.unclip": ("UnCLIPImageVariationPipeline", "UnCLIPPipeline"),
-        "flaxdiff.pipelines.unconditional": ("ConsistencyModelPipeline", "DDIMPipeline", "DDPMPipeline"),
+        "flaxdiff.pipelines.unconditional": (
+            "ConsistencyModelPipeline",
+            "DDIMPipeline",
+            "DDPMPipeline",
+            "RePaintPipeline",
+        ),
     },
     "flax": {
         "flaxdiff.flax_api": (

@@ -62,7 +62,7 @@ def with_noise(pipe, params, inputs, noise, key=None):
             """The loop's step: it asks the scheduler's own, which takes noise as an argument."""
             with pytest.MonkeyPatch.context() as patch:
                 draw = tables.step
-                patch.setattr(tables, "step", lambda sampler, guess: draw(sampler, guess, noise))
+                patch.setattr(tables, "step", lambda sampler, guess, none: draw(sampler, guess, noise))
                 return program.step(params, conditions, state)
 
         step = jax.jit(noisy)

@@ -109,6 +109,58 @@ def test_no_classes():
         load(plain_consistency)[0].prepare_inputs(class_labels=3)
 
 
+# --- RePaint ---------------------------------------------------------------------------------------------------------
+
+
+def repaint():
+    return diffusers.RePaintPipeline(peers.ddpm().unet, diffusers.RePaintScheduler(clip_sample=False))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_repaint(eta, monkeypatch):
+    pipe, params, peer = load(repaint)
+    latents, image = normal(1, 8, 8, 3), rng.random((1, 8, 8, 3)).astype(np.float32)
+    known = np.tri(8, dtype=np.float32)[None, ..., None]
+    options = dict(num_inference_steps=6, jump_length=2, jump_n_sample=2, eta=eta)
+    inputs = pipe.prepare_inputs(image=image, mask_image=known, latents=latents, **options)
+    plan, draws = inputs["plan"], normal(int(inputs["plan"].steps), 2, 1, 8, 8, 3)
+    assert (plan.keep[: len(draws)] < 1).sum() == 2
+    queue, at, there = [latents], {"step": -1, "kept": 1.0}, peer.scheduler
+    for module in (there.__module__, type(peer).__module__):
+        patched = __import__(module, fromlist=["randn_tensor"])
+        monkeypatch.setattr(patched, "randn_tensor", lambda *a, **k: peers.nchw(queue.pop(0)))
+    step, undo = there.step, there.undo_step
+
+    def down(*args):
+        at.update(step=at["step"] + 1, kept=1.0)
+        queue[:] = [draws[at["step"], 0]]
+        return step(*args)
+
+    def up(x, *args):
+        """PyTorch's adds many small noises on the way back up; here one stands for all of them."""
+        queue[:] = [np.zeros_like(latents)] * 2000
+        at["kept"] *= float(undo(torch.ones_like(x), *args).flatten()[0])
+        x, kept = undo(x, *args), at["kept"]
+        all_of_it = np.isclose(kept, plan.keep[at["step"]], rtol=1e-5)
+        return x + (1 - kept**2) ** 0.5 * peers.nchw(draws[at["step"], 1]) if all_of_it else x
+
+    monkeypatch.setattr(there, "step", down)
+    monkeypatch.setattr(there, "undo_step", up)
+    with torch.no_grad():
+        theirs = peer(peers.nchw(2 * image - 1), peers.nchw(known), **options, output_type="np").images
+    made = peers.with_noise(pipe, params, inputs, draws)
+    assert peers.relative(made, theirs, of="RePaintPipeline") < 1e-3
+    np.testing.assert_allclose(made[0][np.tri(8) > 0], image[0][np.tri(8) > 0], atol=1e-5)
+
+
+def test_bad_input_of_repaint():
+    pipe, _, _ = load(repaint)
+    with pytest.raises(ValueError, match="give mask_image= as well"):
+        pipe.prepare_inputs(image=np.ones((16, 16, 3)))
+    with pytest.raises(ValueError, match=r"mask_image is \(8, 8\), and image \(16, 16\)"):
+        pipe.prepare_inputs(image=np.ones((16, 16, 3)), mask_image=np.ones((8, 8)))
+
+
 # --- DiT -------------------------------------------------------------------------------------------------------------
 
 WORDS = {"0": "tench, Tinca tinca", "2": "white shark"}

@@ -260,7 +260,10 @@ class Program:
             times = self.family.times(networks, jnp.asarray(inputs["plan"].timesteps), every)
             conditions = conditions._replace(times=times)
         sampler = tables.init(inputs["plan"], x, keys[:, 1])
-        sampler = sampler if known is None or known.keys is None else blend(sampler, known)
+        if known is not None and isinstance(sampler, tables.Run):  # it sees to what is known itself
+            sampler, conditions = sampler.knowing(known.latents, 1 - known.mask), conditions._replace(known=None)
+        elif isinstance(known, Known) and known.keys is not None:
+            sampler = blend(sampler, known)
         state = State(sampler, rule.init(x))
         if self.cache is not None:
             network = Evaluation(self, params, conditions, state.sampler)

@@ -11,9 +11,11 @@ import jax
 import numpy as np
 
 from flaxdiff import core
+from flaxdiff import images as pictures
 from flaxdiff.pipelines.beside import ANY
 from flaxdiff.pipelines.generate import Cond, Family, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
+from flaxdiff.pipelines.tasks import Prepared, noise
 
 
 def prepare(pipe: DiffusionPipeline, size: Size, guided: bool, batch_size: int = 1) -> dict[str, Any]:
@@ -79,7 +81,12 @@ def decode(networks: Networks, images: jax.Array) -> jax.Array:
     return images
 
 
-UNCONDITIONAL = Family(prepare, encode, predict, latent_shape, decode)
+def encode_image(networks: Networks, images: jax.Array, keys: jax.Array, spread: jax.Array | float = 1.0) -> jax.Array:
+    """The picture is the sample."""
+    return images
+
+
+UNCONDITIONAL = Family(prepare, encode, predict, latent_shape, decode, encode_image)
 
 
 class DDPMPipeline(DiffusionPipeline):
@@ -94,6 +101,51 @@ class DDIMPipeline(DiffusionPipeline):
 
     family = UNCONDITIONAL
     defaults = {"num_inference_steps": 50, "guidance_scale": 1.0}
+
+
+def complete(
+    pipe: DiffusionPipeline, image: Any = None, mask_image: Any = None, latents: jax.Array | None = None
+) -> Prepared:
+    """Start from noise, and keep to what is known of a picture.
+
+    Args:
+      image: Pillow pictures, or arrays [B, H, W, 3] in [0, 1].
+      mask_image: Pillow pictures, or arrays [B, H, W, 1] in [0, 1]: what is at least half white is known; the rest is
+        painted.
+      latents: the noise to start from, of unit variance, in place of what the key gives.
+
+    Raises:
+      ValueError: no picture or no mask, or sizes that do not agree.
+    """
+    if image is None or mask_image is None:
+        absent = "image" if image is None else "mask_image"
+        raise ValueError(f"{type(pipe).__name__} completes a picture; give {absent}= as well.")
+    pixels, known = pictures.to_array(image), pictures.to_mask(mask_image)
+    size = Size(*pixels.shape[1:3])
+    if known.shape[1:3] != pixels.shape[1:3]:
+        raise ValueError(f"mask_image is {known.shape[1:3]}, and image {pixels.shape[1:3]}; they must agree.")
+    arrays = {"image": pixels, "mask": 1 - known, "from_noise": np.float32(1)}
+    return size, arrays | noise(pipe, size, latents), {}
+
+
+class RePaintPipeline(DiffusionPipeline):
+    """Paint what is not known of a picture with an unconditional network; `RePaintScheduler` goes back up now and then.
+
+    `jump_length`, `jump_n_sample` and `eta` are options of a call.
+
+    >>> import flaxdiff
+    >>> spec = flaxdiff.UNet2DModel.from_config({"sample_size": 16})
+    >>> pipe = RePaintPipeline((("unet", spec),), flaxdiff.RePaintScheduler())
+    >>> inputs = pipe.prepare_inputs(image=np.ones((16, 16, 3)), mask_image=np.eye(16), num_inference_steps=20)
+    >>> int(inputs["plan"].steps)
+    110
+
+    Reference: Lugmayr et al., RePaint: Inpainting using Denoising Diffusion Probabilistic Models, 2022.
+    """
+
+    family = UNCONDITIONAL._replace(prepare=lambda pipe, size, guided: {})
+    task = staticmethod(complete)
+    defaults = {"num_inference_steps": 250, "guidance_scale": 1.0}
 
 
 class ConsistencyModelPipeline(DiffusionPipeline):

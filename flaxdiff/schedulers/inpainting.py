@@ -1,7 +1,7 @@
 """RePaint: inpainting with any unconditional network, by going back up to a noisier level now and then.
 
 Not a table: each step mixes in the known part of an image by a mask. Everything else is as in `tables`: a plan of
-numbers made on the host, and a pure `step`.
+numbers made on the host, which starts and advances a `Run`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import tables
 from .discrete import _Discrete
-from .tables import Run, begin, draw
+from .tables import Run, begin, draw, padded
 
 
 class RePaintPlan(NamedTuple):
@@ -30,6 +31,33 @@ class RePaintPlan(NamedTuple):
     clip: Any  # [] bound on |x_0|
     init_noise_sigma: Any
     steps: Any
+
+    def pad(self, rows: int) -> RePaintPlan:
+        """The same plan in tables of `rows` rows."""
+        return padded(self, rows)
+
+    def start(self, latents: jax.Array, keys: jax.Array) -> Run:
+        """The state before the first evaluation, of which nothing is known."""
+        x = jnp.asarray(latents, jnp.float32)
+        return begin(self, x, keys).knowing(x, jnp.zeros_like(x))
+
+    def advance(self, state: Run, model_output: jax.Array, noise: tuple[jax.Array, jax.Array] | None) -> Run:
+        """The state after this evaluation and, where the plan says so, back up.
+
+        Args:
+          model_output: [B, ...] the noise that the network sees.
+          noise: the two unit noises to use.
+        """
+        i, x, (image, mask) = state.index, state.sample, state.given
+        z, z_up = (draw(state.key, 2 * i)(x), draw(state.key, 2 * i + 1)(x)) if noise is None else noise
+        eps = jnp.asarray(model_output, jnp.float32)
+        x0 = jnp.clip((x - self.sigma[i] * eps) / self.alpha[i], -self.clip, self.clip)
+        direction = jnp.sqrt(jnp.maximum(self.sigma_to[i] ** 2 - self.std[i] ** 2, 0))
+        unknown = self.alpha_to[i] * x0 + direction * eps + self.std[i] * z
+        known = self.alpha_to[i] * image + self.sigma_to[i] * z
+        x = mask * known + (1 - mask) * unknown
+        x = self.keep[i] * x + jnp.sqrt(1 - self.keep[i] ** 2) * z_up
+        return state._replace(sample=x, index=i + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +84,13 @@ class RePaintScheduler(_Discrete):
     lacks: ClassVar[frozenset[str]] = frozenset({"prediction_type", "timestep_spacing", "steps_offset"})
 
     def plan(
-        self, num_inference_steps: int | None = None, *, jump_length: int = 10, jump_n_sample: int = 10
+        self,
+        num_inference_steps: int | None = None,
+        *,
+        jump_length: int = 10,
+        jump_n_sample: int = 10,
+        eta: float | None = None,
+        **custom: Any,
     ) -> RePaintPlan:
         """The rows of one run.
 
@@ -64,10 +98,12 @@ class RePaintScheduler(_Discrete):
           num_inference_steps: levels to visit, at most num_train_timesteps.
           jump_length: how many of them a jump goes back up.
           jump_n_sample: how often each stretch between jumps is gone through.
+          eta: how noisy, between 0 (DDIM) and 1 (DDPM); by default the scheduler's own.
         """
         if jump_length < 1 or jump_n_sample < 1:
             raise ValueError(f"jump_length={jump_length} and jump_n_sample={jump_n_sample} must be positive.")
-        n = self._bounded(self._steps(num_inference_steps, {}))
+        custom = {k: v for k, v in custom.items() if v is not None}
+        n = self._bounded(self._steps(num_inference_steps, custom))
         ratio, power = self.num_train_timesteps // n, self.alphas_cumprod()
         t = np.array(visits(n, jump_length, jump_n_sample))
         down = np.flatnonzero(np.append(True, np.diff(t) < 0))  # evaluations; other entries only add noise
@@ -75,28 +111,14 @@ class RePaintScheduler(_Discrete):
         # an evaluation at t leads to t - ratio, noise from there on starts with the beta of t
         before = lambda t: np.where(t > 0, power[np.maximum(t - 1, 0)], 1.0)
         at, to = power[t], np.where(t < ratio, 1.0, power[np.maximum(t - ratio, 0)])
-        std = self.eta * np.sqrt((1 - to) / (1 - at) * (1 - at / to))
+        std = (self.eta if eta is None else eta) * np.sqrt((1 - to) / (1 - at) * (1 - at / to))
         clip = 1.0 if self.clip_sample else np.inf
         columns = (t, np.sqrt(at), np.sqrt(1 - at), np.sqrt(to), np.sqrt(1 - to), std, np.sqrt(before(up) / before(t)))
         return RePaintPlan(*(np.asarray(c, np.float32) for c in (*columns, clip, 1.0)), np.int32(len(t)))
 
     def init(self, plan: RePaintPlan, latents: jax.Array, key: jax.Array, image: jax.Array, mask: jax.Array) -> Run:
         """The state before the first evaluation: unit noise, the image to complete and where (1) it is known."""
-        latents, image, mask = (jnp.asarray(a, jnp.float32) for a in (latents, image, mask))
-        return begin(plan, latents, key, (image, mask))
-
-    def step(self, state: Run, model_output: jax.Array, noise: tuple[jax.Array, jax.Array] | None = None) -> Run:
-        """Advance by one evaluation and, where the plan says so, back up. `noise` injects the two unit noises used."""
-        p, i, x, (image, mask) = state.plan, state.index, state.sample, state.given
-        z, z_up = (draw(state.key, 2 * i)(x), draw(state.key, 2 * i + 1)(x)) if noise is None else noise
-        eps = jnp.asarray(model_output, jnp.float32)
-        x0 = jnp.clip((x - p.sigma[i] * eps) / p.alpha[i], -p.clip, p.clip)
-        direction = jnp.sqrt(jnp.maximum(p.sigma_to[i] ** 2 - p.std[i] ** 2, 0))
-        unknown = p.alpha_to[i] * x0 + direction * eps + p.std[i] * z
-        known = p.alpha_to[i] * image + p.sigma_to[i] * z
-        x = mask * known + (1 - mask) * unknown
-        x = p.keep[i] * x + jnp.sqrt(1 - p.keep[i] ** 2) * z_up
-        return state._replace(sample=x, index=i + 1)
+        return tables.init(plan, latents, key).knowing(image, mask)
 
 
 def visits(n: int, length: int, samples: int) -> list[int]:

@@ -318,6 +318,10 @@ class Run(NamedTuple):
         """The same run with another sample."""
         return self._replace(sample=jnp.asarray(x, self.sample.dtype))
 
+    def knowing(self, image: jax.Array, mask: jax.Array) -> Run:
+        """The same run with the image to complete and where (1) it is known."""
+        return self._replace(given=(jnp.asarray(image, jnp.float32), jnp.asarray(mask, jnp.float32)))
+
     @property
     def timestep(self) -> jax.Array:
         """What the network is to be told at this evaluation, []."""
