@@ -1,5 +1,6 @@
 """Guidance: every rule against diffusers' own formula, per image, and in chains; then inside whole pipelines."""
 
+import dataclasses
 import functools
 
 import diffusers
@@ -16,7 +17,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 import flaxdiff
 from flaxdiff import guidance
-from flaxdiff.guidance import Guidance, cfg, chain, interval, rescale, standard
+from flaxdiff.guidance import Guidance, autoguidance, cfg, chain, interval, rescale, standard
 from flaxdiff.guidance.rules import At, chosen, strengths
 from flaxdiff.nn import perturb
 from flaxdiff.schedulers import tables
@@ -291,6 +292,38 @@ def test_auto_pipelines_with_pag():
     assert type(flaxdiff.AutoPipelineForInpainting.from_pipe(pipe)) is flaxdiff.StableDiffusionPAGInpaintPipeline
     plain = flaxdiff.AutoPipelineForImage2Image.from_pipe(pipe, enable_pag=False)
     assert type(plain) is flaxdiff.StableDiffusionImg2ImgPipeline
+
+
+# --- another network --------------------------------------------------------------------------------------------------
+
+
+def auto(guidance_scale, autoguidance_scale=1.0):
+    return chain(cfg(guidance_scale), autoguidance(autoguidance_scale))
+
+
+@pytest.mark.parametrize("build", [peers.stable_diffusion_1, peers.stable_diffusion_xl])
+def test_autoguidance(build):
+    """A smaller network, with keys, values and times of its own."""
+    pipe, params = flaxdiff.DiffusionPipeline.from_pretrained(peers.saved(build))
+    small = dataclasses.replace(pipe.unet.config, block_out_channels=(8, 16))
+    spec = pipe.unet._replace(config=small)
+    params = params | {"unet_weaker": flaxdiff.init(spec, jax.random.key(1))}
+    guided = type(pipe).from_pipe(pipe, unet_weaker=spec).replace(guidance=auto, progress=False)
+    ask = lambda pipe, params, **options: guess_of(pipe, params, pipe.prepare_inputs(**TEXT, **options))
+    plain = ask(pipe, params, guidance_scale=3.0)
+    np.testing.assert_allclose(ask(guided, params, guidance_scale=3.0), plain, atol=1e-5)
+    strong = ask(guided, params, guidance_scale=3.0, autoguidance_scale=2.5)
+    positive = ask(pipe, params, guidance_scale=1.0)
+    weaker = ask(pipe.replace(unet=spec), params | {"unet": params["unet_weaker"]}, guidance_scale=1.0)
+    assert np.abs(positive - weaker).max() > 0.1
+    np.testing.assert_allclose(strong, plain + 1.5 * (positive - weaker), atol=1e-4)
+    with pytest.raises(ValueError, match="autoguidance needs a weaker network"):
+        ask(pipe.replace(guidance=auto), params, guidance_scale=3.0)
+
+
+def guess_of(pipe, params, inputs):
+    program = pipe.program
+    return np.asarray(jax.jit(lambda params: program.guess(params, *program.begin(params, KEY, inputs))[0])(params))
 
 
 # --- what is attended to, further prompts -----------------------------------------------------------------------------

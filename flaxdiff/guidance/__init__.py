@@ -20,7 +20,7 @@ from flaxdiff.guidance.free import (
     zero_star,
 )
 from flaxdiff.guidance.gradient import by_loss
-from flaxdiff.guidance.perturbed import pag, seg, slg
+from flaxdiff.guidance.perturbed import autoguidance, pag, seg, slg
 from flaxdiff.guidance.presets import attended, away_from_harm, edited, perturbed, self_attention, semantic, standard
 from flaxdiff.guidance.rules import At, Each, Guidance, Layers, chain, interval, stateless
 
@@ -31,6 +31,7 @@ __all__ = [
     "Layers",
     "apg",
     "attended",
+    "autoguidance",
     "away_from_harm",
     "by_loss",
     "cfg",

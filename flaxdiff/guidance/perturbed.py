@@ -1,4 +1,4 @@
-"""Rules that compare the network with a worse one: itself, with some of its blocks hindered.
+"""Rules that compare the network with a worse one: itself, with some of its blocks hindered, or another.
 
 What hinders a block is a value for each image and block, so the layers may change without compiling again: a branch
 that asks for it tells the network beside its text {kind: for each stack of blocks, [B, depth]}, see
@@ -56,6 +56,29 @@ def slg(scale: jax.Array | float, layers: Flags) -> Guidance:
     Reference: Hyung et al., Spatiotemporal Skip Guidance for Enhanced Video Diffusion Sampling, 2024.
     """
     return _away("slg", "skip", layers, lambda at: scale)
+
+
+def autoguidance(scale: jax.Array | float) -> Guidance:
+    """Away from what a weaker network says: guess + (scale - 1) (positive - weaker).
+
+    It is one that was trained less, or is smaller, and lies beside the one in the loop with "_weaker" behind its name:
+
+        pipe = type(pipe).from_pipe(pipe, unet_weaker=spec).replace(guidance=mine)
+        pipe(params | {"unet_weaker": others}, key, prompt="…")
+
+    Raises:
+      ValueError: the pipeline has none.
+
+    Reference: Karras et al., Guiding a Diffusion Model with a Bad Version of Itself, 2024.
+    """
+
+    def combine(state, guess, predictions: Predictions, at: At):
+        if at.weaker is None:
+            raise ValueError("autoguidance needs a weaker network; give it to from_pipe by its name, as unet_weaker=.")
+        positive = predictions["positive"]
+        return guess + (per_image(scale, guess) - 1) * (positive - at.weaker(at.sampler.sample)), state
+
+    return Guidance(combine)
 
 
 def _away(name: str, kind: str, layers: Flags, strength: Callable[[At], jax.Array | float]) -> Guidance:

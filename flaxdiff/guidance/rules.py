@@ -45,6 +45,7 @@ class At(NamedTuple):
       decode: latents -> pictures [B, H, W, C] in [-1, 1].
       seen: for a rule that `watches`, what the network attended to: branch -> block -> the scaled queries
         [B, N, H, D] and the keys [B, M, H, D] of its attention to itself, and of that to the context.
+      weaker: sample -> what a weaker network says of it in the positive branch, where the pipeline has one.
     """
 
     sampler: SchedulerState
@@ -52,6 +53,7 @@ class At(NamedTuple):
     ask: Callable[[jax.Array, Iterable[str]], Any]
     decode: Callable[[jax.Array], jax.Array]
     seen: Mapping[str, Mapping[str, tuple[Pair, Pair]]] | None = None
+    weaker: Callable[[jax.Array], jax.Array] | None = None
 
 
 class Guidance(NamedTuple):

@@ -143,6 +143,7 @@ class Conditions(NamedTuple):
     times: Any  # [rows of the plan, …], as the family's `predict` takes one; or None
     known: Known | Passed | None = None  # what a step is not to change
     noises: jax.Array | None = None  # [B, rows of the plan, …] that the solver is handed
+    weaker: Any = None  # Conditions of a weaker network, where there is one
 
     def joined(self, names: Iterable[str]) -> Cond:
         """Some branches in one batch."""
@@ -259,6 +260,9 @@ class Program:
             every = conditions.joined(sorted(conditions.branches))
             times = self.family.times(networks, jnp.asarray(inputs["plan"].timesteps), every)
             conditions = conditions._replace(times=times)
+        if self.weaker in dict(self.specs):
+            program, others = self.rival(params)
+            conditions = conditions._replace(weaker=program.begin(others, key, inputs)[0])
         sampler = tables.init(inputs["plan"], x, keys[:, 1])
         if known is not None and isinstance(sampler, tables.Run):  # it sees to what is known itself
             sampler, conditions = sampler.knowing(known.latents, 1 - known.mask), conditions._replace(known=None)
@@ -269,6 +273,17 @@ class Program:
             network = Evaluation(self, params, conditions, state.sampler)
             state = state._replace(kept=blank(self.cache(**inputs["cache"]), network))
         return conditions, state
+
+    @property
+    def weaker(self) -> str:
+        """The name of the network that guidance may compare with the one in the loop."""
+        return f"{denoiser(self.specs)}_weaker"
+
+    def rival(self, params: Mapping[str, core.Params]) -> tuple["Program", Mapping[str, core.Params]]:
+        """The same with the weaker network in the loop, and its parameters."""
+        specs, own = dict(self.specs), denoiser(self.specs)
+        specs[own] = specs.pop(self.weaker)
+        return dataclasses.replace(self, specs=tuple(specs.items())), {**params, own: params[self.weaker]}
 
     def start(self, networks: Networks, keys: jax.Array, inputs: Inputs) -> tuple[jax.Array, Known | Passed | None]:
         """The sample [B, h, w, C] that the run starts from, and what of it is to stay where there is a `mask`.
@@ -312,6 +327,9 @@ class Program:
         sampler, rule = state.sampler, self.guidance(**conditions.strengths)
         network, kept = Evaluation(self, params, conditions, sampler), state.kept
         at = At(sampler, conditions.branches, network.another, lambda z: self.family.decode(network.networks, z))
+        if conditions.weaker is not None:
+            rival = Evaluation(*self.rival(params), conditions.weaker, sampler)
+            at = at._replace(weaker=lambda x: rival.another(x, ["positive"]).predictions["positive"])
         x = rule.adjust(sampler.sample, at)
         if x is not sampler.sample:
             sampler = sampler.moved(x)
