@@ -93,6 +93,8 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.unclip": ("StableUnCLIPImageNormalizer", "UnCLIPTextProjModel"),
         "flaxdiff.models.unet_2d": ("UNet2DModel",),
         "flaxdiff.models.unet_2d_condition": ("UNet2DConditionModel",),
+        "flaxdiff.models.unidiffuser": ("UniDiffuserModel",),
+        "flaxdiff.models.unidiffuser_text_decoder": ("UniDiffuserTextDecoder",),
         "flaxdiff.models.uvit_2d": ("UVit2DModel",),
         "flaxdiff.models.vq_model": ("VQModel",),
     },

@@ -11,6 +11,7 @@ import peers
 import pytest
 import torch
 import transformers
+from diffusers.pipelines.deprecated import unidiffuser as deprecated
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from PIL import Image
 
@@ -249,6 +250,76 @@ def test_amused_starts_from_codes_and_takes_them_from_a_callback():
 def test_what_amused_refuses(build, options, message):
     with pytest.raises(ValueError, match=message):
         load(build)[0].prepare_inputs(**options)
+
+
+# --- UniDiffuser -----------------------------------------------------------------------------------------------------
+
+
+def unidiffuser_model(**options):
+    torch.manual_seed(0)
+    sizes = dict(text_dim=12, clip_img_dim=20, num_text_tokens=16, num_attention_heads=2, attention_head_dim=8)
+    shape = dict(in_channels=4, out_channels=4, sample_size=8, patch_size=2, num_layers=5, activation_fn="gelu")
+    net = deprecated.UniDiffuserModel(**sizes, **shape, num_embeds_ada_norm=1000, **options)
+    return peers.lively(net)
+
+
+@pytest.mark.parametrize(
+    ("options", "scan"), [({}, True), ({}, False), (dict(use_data_type_embedding=True, attention_bias=True), True)]
+)
+def test_unidiffuser_model(options, scan, tmp_path):
+    peer = unidiffuser_model(**options)
+    peer.save_pretrained(tmp_path)
+    spec, params = flaxdiff.UniDiffuserModel.from_pretrained(tmp_path, scan_layers=scan)
+    latent, image, text = normal(2, 8, 8, 4), normal(2, 1, 20), normal(2, 16, 12)
+    times, kind = (np.float32([3, 981]), np.float32([0, 1000])), np.int32([0, 1])
+    with torch.no_grad():
+        theirs = peer(peers.nchw(latent), *map(torch.tensor, (image, text, *times, kind)))
+    ours = flaxdiff.apply(spec, params, latent, image, text, *times, kind)
+    assert peers.relative(ours.latent, peers.nhwc(theirs[0]), of="UniDiffuserModel") < 1e-5
+    assert peers.relative(ours.image, theirs[1], of="UniDiffuserModel") < 1e-5
+    assert peers.relative(ours.text, theirs[2], of="UniDiffuserModel") < 1e-5
+    with pytest.raises(ValueError, match="Latents of 8 x 6; this network has places for 8 x 8 alone"):
+        flaxdiff.apply(spec, params, latent[:, :, :6], image, text, *times)
+
+
+def text_decoder(**options):
+    torch.manual_seed(0)
+    sizes = dict(prefix_length=16, prefix_inner_dim=16, prefix_hidden_dim=12, n_embd=16, n_layer=3, n_head=2)
+    peer = peers.lively(deprecated.UniDiffuserTextDecoder(**sizes | dict(vocab_size=40, n_positions=96) | options))
+    head = peer.transformer.lm_head  # as a file has it: PyTorch refuses to save one tensor by two names
+    head.weight = torch.nn.Parameter(head.weight.clone())
+    return peer
+
+
+@pytest.mark.parametrize(("options", "scan"), [({}, True), ({}, False), (dict(prefix_hidden_dim=None), True)])
+def test_unidiffuser_text_decoder(options, scan, tmp_path):
+    """The logits, and the words that the search finds, up to an end or to the last place."""
+    peer = text_decoder(**options)
+    peer.save_pretrained(tmp_path)
+    spec, params = flaxdiff.UniDiffuserTextDecoder.from_pretrained(tmp_path, scan_layers=scan)
+    draw = np.random.default_rng(0)  # whatever ran before: where texts end depends on it
+    ids, prefix = draw.integers(0, 40, (2, 6)), draw.standard_normal((2, 16, 16)).astype(np.float32)
+    with torch.no_grad():
+        theirs = peer(torch.tensor(ids), torch.tensor(prefix))
+        theirs = theirs if options else theirs[0]
+        encoded = peer.encode(torch.tensor(prefix))
+    of = "UniDiffuserTextDecoder"
+    assert peers.relative(flaxdiff.apply(spec, params, ids, prefix), theirs.logits, of) < 1e-5
+    ours = flaxdiff.apply(spec, params, prefix, method="encode")
+    assert peers.relative(ours, encoded, of) < 1e-5
+    if options:
+        return
+    seen, ends = set(), [41]  # at first no text has an end
+    for end in ends:
+        made = flaxdiff.apply(spec, params, ours, end, method="generate")
+        for words, length, row in zip(*made, encoded):  # one by one: PyTorch's stacks only what is equally long
+            with torch.no_grad():
+                tokens, lengths = peer.generate_captions(row[None], int(end), "cpu")
+            n = int(lengths[0])
+            assert length == n and (words[:n] == tokens[0, :n].numpy()).all()
+            seen.add(n)
+            ends += tokens[0, [2, 7, 20]].tolist() * (end == 41)
+    assert min(seen) < 67 == max(seen)
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------
