@@ -122,6 +122,17 @@ def test_perfect_prediction_has_no_loss(kind):
     assert float(value) < 1e-6 and set(metrics) == {"loss_low", "loss_high"}
 
 
+def test_offset_noise_is_the_same_at_all_places_of_a_channel():
+    """PyTorch's scripts: noise + offset · normal(B, C, 1, 1)."""
+    zeros = {"latents": np.zeros((512, 8, 8, 4), np.float32)}
+    seen = []
+    spy = lambda params, x, t, batch: seen.append(np.asarray(x)) or jnp.zeros_like(x)
+    plain, offset = (losses.denoising(spy, POWER, noise_offset=o)({}, zeros, jax.random.key(0))[0] for o in (0.0, 0.5))
+    np.testing.assert_allclose([plain, offset], [1, 1.25], rtol=0.03)
+    apart = seen[1] - seen[0]
+    assert np.ptp(apart, axis=(1, 2)).max() < 1e-5 < np.abs(apart).max()
+
+
 def test_unknown_prediction_and_empty_selection_are_named():
     with pytest.raises(ValueError, match="'speed' is not known"):
         losses.denoising(predict, POWER, "speed")
