@@ -110,6 +110,37 @@ def inpainting() -> Image.Image:
     return sheet(list(zip(*columns)))
 
 
+EDITS = (
+    ("red apple", "green apple"),
+    ("dog face", "cat face"),
+    ("smiling face", "face with sunglasses on green"),
+    ("unicorn face", "horse face"),
+    ("tomato", "owl"),
+)
+
+
+def editing() -> Image.Image:
+    """Pictures, where DiffEdit finds that two prompts disagree, what it paints, and LEDITS++ with scales of 0 to 3."""
+    pipe, params = flaxdiff.load()
+    diffedit = flaxdiff.StableDiffusionDiffEditPipeline.from_pipe(pipe)
+    ledits = flaxdiff.LEditsPPPipelineStableDiffusion.from_pipe(pipe)
+    page, key = [], jax.random.key(0)
+    for n, (source, target) in enumerate(EDITS):
+        image = pipe(params, jax.random.key(n), prompt=source, num_inference_steps=25).images[0]
+        prompts = dict(source_prompt=source, target_prompt=target, guidance_scale=3.0, mask_encode_strength=0.6)
+        mask = diffedit.generate_mask(params, key, image=image, **prompts)
+        options = dict(num_inference_steps=30, inpaint_strength=0.9)
+        path = diffedit.invert(params, key, image=image, prompt=source, guidance_scale=1.0, **options)
+        options |= dict(mask_image=mask, image_latents=path, guidance_scale=1.8)
+        painted = diffedit(params, key, prompt=target, **options).images[0]
+        found = ledits.invert(params, key, image=image, prompt=source, num_inversion_steps=40, skip=0.25).inversion
+        options = dict(prompt=source, editing_prompt=target, edit_threshold=0.6)
+        edit = lambda scale: ledits(params, key, inversion=found, edit_guidance_scale=scale, **options).images[0]
+        where = Image.fromarray(np.uint8(255 * mask[0])).resize(image.size, Image.Resampling.NEAREST)
+        page += [image, where, painted, *map(edit, range(4))]
+    return flaxdiff.make_image_grid(page, len(EDITS), 7, resize=96)
+
+
 def controlnet(folder: Path) -> Image.Image:
     """Edges, and emoji along them: without a prompt, with the one that they are of, and with others."""
     net = flaxdiff.ControlNetModel.from_pretrained(folder / "controlnet")
@@ -143,7 +174,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapters", type=Path, help="the folder with controlnet and lora")
     folder = parser.parse_args().adapters
-    for picture in (emoji, schedulers, seeds, image_to_image, inpainting):
+    for picture in (emoji, schedulers, seeds, image_to_image, inpainting, editing):
         picture().save(HERE / f"{picture.__name__}.png")
     for picture in (controlnet, style) if folder else ():
         picture(folder).save(HERE / f"{picture.__name__}.png")

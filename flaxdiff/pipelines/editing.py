@@ -243,7 +243,8 @@ class LEditsPP(DiffusionPipeline):
           skip: the share of the schedule, in addition, that is left out, where there is most noise.
           height, width: in pixels, by default the picture's.
           noise: as of `inversion.noise_maps`.
-          **options: further ones of the prompts.
+          **options: further ones of the prompts; a `prompt` in place of the source's does not guide, and is what a call
+            with the same starts from.
 
         Raises:
           ValueError: a size that does not divide, a scheduler without noise.
