@@ -134,10 +134,10 @@ def editing() -> Image.Image:
         options |= dict(mask_image=mask, image_latents=path, guidance_scale=1.8)
         painted = diffedit(params, key, prompt=target, **options).images[0]
         found = ledits.invert(params, key, image=image, prompt=source, num_inversion_steps=40, skip=0.25).inversion
-        options = dict(prompt=source, editing_prompt=target, edit_threshold=0.6)
-        edit = lambda scale: ledits(params, key, inversion=found, edit_guidance_scale=scale, **options).images[0]
+        options = dict(prompt=source, inversion=found, editing_prompt=target, edit_threshold=0.6)
+        edited = [ledits(params, key, edit_guidance_scale=scale, **options).images[0] for scale in range(4)]
         where = Image.fromarray(np.uint8(255 * mask[0])).resize(image.size, Image.Resampling.NEAREST)
-        page += [image, where, painted, *map(edit, range(4))]
+        page += [image, where, painted, *edited]
     return flaxdiff.make_image_grid(page, len(EDITS), 7, resize=96)
 
 
