@@ -15,7 +15,8 @@ it in one program. `begin`, `step` and `decode` are its parts, for a host that w
   noises [B, n, h, w, C]    the solver's unit noise at each evaluation, in place of what the keys give
   mask [B, h, w, 1]    1 where to paint over what the run starts from, which elsewhere is kept: see `blend.py`
   mask_noise           there, whatever it is, where each step draws the noise of what is kept
-what another loop finds first, see `Earlier`, and before it has, that one's own inputs;
+the name of a loop that is run before: its own inputs, a dictionary like this one, in whose place what it `gives` comes,
+see `Earlier`;
 decoder_… [B, …]    what the family's `decode` is told beside the latents, by the name that follows
 what `beside.py` reads, and what the family's `encode` reads, e.g. prompt_ids; it finds there `keys` [B] as well, to
 fold numbers in that nothing else does.
