@@ -125,9 +125,7 @@ def load_pipeline(
     specs, shapes = cls.separate(read, params)
     schedulers = {name: part for name, part in parts.items() if sorts[name] == "scheduler"}
     scheduler = schedulers.pop(cls.sampler)
-    settings |= (
-        schedulers  # a second one, such as the upscaler's for what it is given, does not sample in the last loop
-    )
+    settings |= schedulers  # a second one, such as the upscaler's for what it is given, is not for the last loop
     pipe = cls(
         specs=tuple(specs.items()),
         scheduler=scheduler,

@@ -32,13 +32,8 @@ ROOT = Path(flaxdiff.__file__).parent
 MANIFEST = "manifest.json"
 FORMAT = 1
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # environment that compilers read
-RUN = (
-    "pipeline",
-    "final",
-    "networks",
-    "pictures",
-    "arguments",
-)  # the conditions that are not of the place but of what is run
+# the conditions that are not of the place but of what is run
+RUN = ("pipeline", "final", "networks", "pictures", "arguments")
 SETTINGS = (  # of JAX that a trace depends on
     "jax_enable_x64",
     "jax_default_matmul_precision",

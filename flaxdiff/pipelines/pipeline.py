@@ -105,12 +105,10 @@ class DiffusionPipeline(
     guides: ClassVar[Callable[..., Guidance]] = staticmethod(standard)
     extras: ClassVar[tuple[Callable, ...]] = ()  # further (pipe, size, guided, …) -> arrays, beside the family's
     steers: ClassVar[Mapping[str, str]] = {}  # component -> class of those of which there may be one or a list
-    finish: ClassVar[Callable] = staticmethod(
-        lambda images, options: images
-    )  # Pillow's pictures -> what a call returns
-    present: ClassVar[Callable] = (
-        calling.presented
-    )  # (self, images, flags, output_type, options) -> what a call returns
+    # Pillow's pictures and the call's options -> the pictures that a call returns
+    finish: ClassVar[Callable] = staticmethod(lambda images, options: images)
+    # (self, images, flags, output_type, options) -> what a call returns
+    present: ClassVar[Callable] = calling.presented
     reads: ClassVar[tuple[str, ...]] = ()  # components of a checkpoint that most pipelines pass over
     formerly: ClassVar[Mapping[str, str]] = {}  # class that older checkpoints name -> the one that is meant
     before: ClassVar[tuple[Before, ...]] = ()  # whose loops are run first
