@@ -152,11 +152,11 @@ def test_feed_forward_in_chunks(chunking):
 
 
 def test_a_feed_forward_in_chunks_takes_less():
-    from flaxdiff.models.unet_2d_condition import FeedForward
+    from flaxdiff.nn.feed_forward import FeedForward
     from flaxdiff.nn.layers import nnx
 
     def run(x, chunking):
-        graph, state = nnx.split(FeedForward(32, chunking))
+        graph, state = nnx.split(FeedForward(32, chunking=chunking))
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), nnx.to_pure_dict(state))
         return nnx.merge(graph, zeros)(x)
 

@@ -21,11 +21,12 @@ from flax import nnx
 from flaxdiff import core, weights
 from flaxdiff.core import Config, Model, Params, Spec, only
 from flaxdiff.models.controlnet import ControlNetConditioningEmbedding, ZeroConv
-from flaxdiff.models.unet_2d_condition import Transformer2DModel, UNet2DConditionConfig, UNet2DConditionModel
+from flaxdiff.models.unet_2d_condition import UNet2DConditionConfig, UNet2DConditionModel
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.attention import KeysValues
 from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
 from flaxdiff.nn.layers import Conv, value
+from flaxdiff.nn.transformer_2d import Transformer2DModel
 from flaxdiff.nn.unet import Downsample2D, MidBlock, ResnetBlock2D, Stage, down_fans, times
 
 # what an adapter has of its U-Net's configuration

@@ -16,15 +16,14 @@ from flax import nnx
 
 from flaxdiff import weights
 from flaxdiff.core import Config, Model, only
-from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.attention import Attention
 from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
+from flaxdiff.nn.feed_forward import FeedForward
 from flaxdiff.nn.layers import Conv, Embedding, LayerNorm, Linear, value
 from flaxdiff.nn.stack import over, run, stack
 from flaxdiff.parallel import constrain
 
 WAVES = 256  # sinusoids of a time
-GELU = {"gelu": "gelu", "gelu-approximate": "gelu_pytorch_tanh"}  # activation_fn -> its name here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,26 +119,6 @@ class AdaLayerNormZero(nnx.Module):
         return jnp.split(self.linear(jax.nn.silu(condition))[:, None], 6, -1)
 
 
-class Projected(nnx.Module):
-    """A projection and an activation."""
-
-    def __init__(self, fan_in: int, fan_out: int, activation: str):
-        self.proj, self.activation = Linear(fan_in, fan_out), activation
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return ACTIVATIONS[self.activation](self.proj(x))
-
-
-class FeedForward(nnx.Module):
-    """Expand to four times the width, and back."""
-
-    def __init__(self, width: int, activation: str):
-        self.net = nnx.List([Projected(width, 4 * width, activation), None, Linear(4 * width, width)])
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.net[2](self.net[0](x))
-
-
 class DiTBlock(nnx.Module):
     """x + gate · attention(modulated x), then so with the feed-forward."""
 
@@ -147,7 +126,7 @@ class DiTBlock(nnx.Module):
         self.norm1 = AdaLayerNormZero(c)
         self.attn1 = Attention(c.width, c.num_attention_heads, c.attention_head_dim, bias=c.attention_bias)
         self.norm3 = LayerNorm(c.width, c.norm_eps, affine=False)
-        self.ff = FeedForward(c.width, GELU[c.activation_fn])
+        self.ff = FeedForward(c.width, c.activation_fn)
 
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         """[B, N, D], and what this block's own embedding makes of time and class [B, D] -> [B, N, D]."""

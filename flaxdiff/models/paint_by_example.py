@@ -11,8 +11,8 @@ from flax import nnx
 
 from flaxdiff.core import param
 from flaxdiff.models.clip_vision import CLIPVisionConfig, CLIPVisionModelWithProjection, CLIPVisionTransformer
-from flaxdiff.models.dit_transformer_2d import FeedForward
 from flaxdiff.nn.attention import Attention
+from flaxdiff.nn.feed_forward import FeedForward
 from flaxdiff.nn.layers import LayerNorm, Linear, value
 from flaxdiff.nn.stack import stack, states
 

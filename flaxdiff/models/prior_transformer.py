@@ -15,9 +15,9 @@ from flax import nnx
 
 from flaxdiff import weights
 from flaxdiff.core import Config, Model, only, param
-from flaxdiff.models.dit_transformer_2d import FeedForward
 from flaxdiff.nn.attention import Attention
 from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
+from flaxdiff.nn.feed_forward import FeedForward
 from flaxdiff.nn.layers import LayerNorm, Linear, normal, ones, value, zeros
 from flaxdiff.nn.stack import run, stack
 

@@ -18,17 +18,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxdiff import weights
-from flaxdiff.core import Config, Model, note, only, setting, watched
+from flaxdiff.core import Config, Model, only, setting
 from flaxdiff.nn.activations import ACTIVATIONS
-from flaxdiff.nn.attention import AddedAttention, Attention, KeysValues
+from flaxdiff.nn.attention import AddedAttention, KeysValues
 from flaxdiff.nn.embeddings import GaussianFourierProjection, TimestepEmbedding, sinusoids
 from flaxdiff.nn.freeu import reweighed
-from flaxdiff.nn.grounding import GatedSelfAttentionDense, GLIGENTextBoundingboxProjection
+from flaxdiff.nn.grounding import GLIGENTextBoundingboxProjection
 from flaxdiff.nn.k_unet import k_down, k_up
-from flaxdiff.nn.layers import Conv, Embedding, GroupNorm, LayerNorm, Linear, value
-from flaxdiff.nn.merging import merging
-from flaxdiff.nn.perturb import Given, Perturbed, perturbed, rows
-from flaxdiff.nn.stack import depth, over, run, stack
+from flaxdiff.nn.layers import Conv, Embedding, GroupNorm, value
+from flaxdiff.nn.perturb import perturbed
+from flaxdiff.nn.stack import depth
+from flaxdiff.nn.transformer_2d import Transformer2DModel
 from flaxdiff.nn.unet import Each, MidBlock, ResnetBlock2D, Stage, check_stages, down_fans, times, up_fans
 from flaxdiff.parallel import constrain
 
@@ -125,120 +125,6 @@ class UNet2DConditionConfig(EncoderConfig):
     class_embeddings_concat: bool = only(False)
     mid_block_only_cross_attention: bool | None = only(None)
     cross_attention_norm: str | None = only(None)
-
-
-class GEGLU(nnx.Module):
-    """x ⊙ gelu(gate), the two halves of one projection."""
-
-    def __init__(self, fan_in: int, fan_out: int, bias: bool = True):
-        self.proj = Linear(fan_in, 2 * fan_out, bias)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x, gate = jnp.split(self.proj(x), 2, -1)
-        return x * ACTIVATIONS["gelu"](gate)
-
-
-class FeedForward(nnx.Module):
-    """Gated expansion, to four times the width unless `inner` says otherwise, and back; `chunking` as configured."""
-
-    def __init__(
-        self, width: int, chunking: tuple[int, int] | None = None, inner: int | None = None, bias: bool = True
-    ):
-        inner = inner or 4 * width
-        self.net = nnx.List([GEGLU(width, inner, bias), None, Linear(inner, width, bias)])  # dropout keeps its number
-        self.chunking = chunking
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        run = lambda x: self.net[2](self.net[0](x))
-        if self.chunking is None:
-            return run(x)
-        size, dim = self.chunking
-        return jnp.moveaxis(jax.lax.map(run, jnp.moveaxis(x, dim, 0), batch_size=size), 0, dim)
-
-
-class BasicTransformerBlock(nnx.Module):
-    """Self-attention, attention to the context, feed-forward; each added to what it reads normalised.
-
-    With `only_cross` the first attends to the context as well. `merge` is the share of tokens that it passes over.
-    With `gated` there is something between the two that attends to objects, see nn/grounding.py.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        context: int,
-        chunking: tuple[int, int] | None,
-        only_cross: bool,
-        merge: float,
-        gated: bool,
-    ):
-        self.norm1 = LayerNorm(width)
-        self.attn1 = Attention(width, heads, width // heads, context if only_cross else None)
-        self.norm2, self.attn2 = LayerNorm(width), Attention(width, heads, width // heads, context)
-        self.norm3, self.ff = LayerNorm(width), FeedForward(width, chunking)
-        self.fuser = GatedSelfAttentionDense(width, heads, context, FeedForward(width)) if gated else None
-        self.only_cross, self.merge = only_cross, merge
-
-    def keys_values(self, context: jax.Array) -> Any:
-        """What the attentions make of a context [B, M, D]."""
-        second = self.attn2.keys_values(context)
-        return (self.attn1.keys_values(context), second) if self.only_cross else second
-
-    def __call__(self, x: jax.Array, context: Any, sides: tuple[int, int]) -> jax.Array:
-        """Tokens [B, H W, C] of so many rows and columns, and `keys_values`, perhaps `Perturbed`."""
-        context, perturb = context if isinstance(context, Perturbed) else (context, {})
-        first, context = context if self.only_cross else (None, context)
-        before = x
-        if self.merge:
-            if "blur" in perturb:
-                raise ValueError("Blurred queries need all tokens, and token_merging leaves some out; use one of them.")
-            merge, spread = merging(x, sides, self.merge)
-            x = x + spread(self.attn1(merge(self.norm1(x)), first, perturb))
-            if (pairs := watched.get()) is not None:  # whoever watches sees all tokens
-                whole = lambda a: spread(a.reshape(*a.shape[:2], -1)).reshape(len(a), -1, *a.shape[2:])
-                pairs[-1] = tuple(map(whole, pairs[-1]))
-        else:
-            x = x + self.attn1(self.norm1(x), first, perturb, sides)
-        x = self.fuser(x, *perturb["objects"]) if "objects" in perturb else x
-        h = context.output if isinstance(context, Given) else self.attn2(self.norm2(x), context)
-        note("cross", h)
-        x = x + h
-        x = x + self.ff(self.norm3(x))
-        return jnp.where(rows(perturb["skip"], x) > 0, before, x) if "skip" in perturb else x
-
-
-class Transformer2DModel(nnx.Module):
-    """Transformer blocks over the positions of a feature map, with a projection before and after."""
-
-    def __init__(
-        self, width: int, heads: int, depth: int, c: EncoderConfig, only_cross: bool = False, merge: float = 0.0
-    ):
-        project = Linear if c.use_linear_projection else functools.partial(Conv, kernel=1, padding=0)
-        gated = getattr(c, "attention_type", "default") != "default"
-        shared = width, heads, c.cross_attention_dim, c.forward_chunking, only_cross, merge, gated
-        block = functools.partial(BasicTransformerBlock, *shared)
-        self.norm = GroupNorm(width, c.norm_num_groups, 1e-6)
-        self.proj_in = project(width, width)
-        self.transformer_blocks = stack(block, depth, c.scan_layers)
-        self.proj_out = project(width, width)
-
-    def keys_values(self, context: jax.Array) -> KeysValues:
-        """What the blocks make of a context [B, M, D]: [B, depth, M, C] each."""
-        pairs = over(self.transformer_blocks, lambda block: block.keys_values(context))
-        return jax.tree.map(lambda a: a.swapaxes(0, 1), pairs)
-
-    def grounded(self, objects: jax.Array) -> KeysValues:
-        """What the blocks make of objects [B, N, D]: [B, depth, N, C] each."""
-        pairs = over(self.transformer_blocks, lambda block: block.fuser.keys_values(objects))
-        return jax.tree.map(lambda a: a.swapaxes(0, 1), pairs)
-
-    def __call__(self, x: jax.Array, context: KeysValues) -> jax.Array:
-        """[B, H, W, C] and `keys_values` -> [B, H, W, C]."""
-        h = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
-        h = constrain(h, "batch", "context")
-        h = run(self.transformer_blocks, h, jax.tree.map(lambda a: a.swapaxes(0, 1), context), x.shape[1:3])
-        return x + self.proj_out(h.reshape(x.shape))
 
 
 class UNetEncoder(Model):

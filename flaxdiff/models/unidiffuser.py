@@ -17,9 +17,9 @@ from flax import nnx
 
 from flaxdiff import weights
 from flaxdiff.core import Config, Model, only, param
-from flaxdiff.models.dit_transformer_2d import GELU, FeedForward
 from flaxdiff.nn.attention import Attention
 from flaxdiff.nn.embeddings import sinusoids
+from flaxdiff.nn.feed_forward import FeedForward
 from flaxdiff.nn.layers import Conv, Embedding, LayerNorm, Linear, normal, value, zeros
 from flaxdiff.nn.stack import run, stack, states
 from flaxdiff.parallel import constrain
@@ -88,7 +88,7 @@ class UniDiffuserBlock(nnx.Module):
     def __init__(self, c: UniDiffuserConfig):
         self.attn1 = Attention(c.width, c.num_attention_heads, c.attention_head_dim, bias=c.attention_bias)
         self.norm1, self.norm3 = LayerNorm(c.width), LayerNorm(c.width)
-        self.ff = FeedForward(c.width, GELU[c.activation_fn])
+        self.ff = FeedForward(c.width, c.activation_fn)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""

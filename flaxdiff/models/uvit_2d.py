@@ -17,10 +17,10 @@ from flax import nnx
 
 from flaxdiff import weights
 from flaxdiff.core import Config, Model, only, param
-from flaxdiff.models.unet_2d_condition import FeedForward
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.attention import Attention
 from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
+from flaxdiff.nn.feed_forward import FeedForward
 from flaxdiff.nn.layers import Conv, Embedding, Enlarge, LayerNorm, Linear, RMSNorm, value, zeros
 from flaxdiff.nn.stack import run, stack
 from flaxdiff.parallel import constrain
