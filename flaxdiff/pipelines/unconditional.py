@@ -103,6 +103,11 @@ class DDIMPipeline(DiffusionPipeline):
     defaults = {"num_inference_steps": 50, "guidance_scale": 1.0}
 
 
+def prepare_nothing(pipe: DiffusionPipeline, size: Size, guided: bool) -> dict[str, Any]:
+    """The picture that is completed says how many there are."""
+    return {}
+
+
 def complete(
     pipe: DiffusionPipeline, image: Any = None, mask_image: Any = None, latents: jax.Array | None = None
 ) -> Prepared:
@@ -143,7 +148,7 @@ class RePaintPipeline(DiffusionPipeline):
     Reference: Lugmayr et al., RePaint: Inpainting using Denoising Diffusion Probabilistic Models, 2022.
     """
 
-    family = UNCONDITIONAL._replace(prepare=lambda pipe, size, guided: {})
+    family = UNCONDITIONAL._replace(prepare=prepare_nothing)
     task = staticmethod(complete)
     defaults = {"num_inference_steps": 250, "guidance_scale": 1.0}
 
