@@ -52,7 +52,7 @@ class LDMSuperResolutionPipeline(DiffusionPipeline):
     """A picture as many times larger as the autoencoder makes it: four times for the published network."""
 
     family = unconditional.UNCONDITIONAL._replace(
-        prepare=lambda pipe, size, guided: {}, latent_shape=sd.latent_shape, decode=decode
+        prepare=unconditional.prepare_nothing, latent_shape=sd.latent_shape, decode=decode
     )
     task = staticmethod(super_resolution)
     defaults = {"num_inference_steps": 100, "guidance_scale": 1.0}
