@@ -48,7 +48,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "AutoPipelineForInpainting",
             "AutoPipelineForText2Image",
         ),
-        "flaxdiff.pipelines.editing": ("LEditsPPDiffusionPipelineOutput", "LEditsPPInversionPipelineOutput"),
+        "flaxdiff.pipelines.ledits": ("LEditsPPDiffusionPipelineOutput", "LEditsPPInversionPipelineOutput"),
         "flaxdiff.pipelines.guided": ("SafetyConfig",),
         "flaxdiff.pipelines.calling": (
             "BaseOutput",
@@ -163,17 +163,14 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "StableDiffusionXLControlNetXSPipeline",
         ),
         "flaxdiff.pipelines.dit": ("DiTPipeline",),
-        "flaxdiff.pipelines.editing": (
-            "LEditsPPPipelineStableDiffusion",
-            "LEditsPPPipelineStableDiffusionXL",
-            "StableDiffusionDiffEditPipeline",
-        ),
+        "flaxdiff.pipelines.diffedit": ("StableDiffusionDiffEditPipeline",),
         "flaxdiff.pipelines.gligen": ("StableDiffusionGLIGENPipeline", "StableDiffusionGLIGENTextImagePipeline"),
         "flaxdiff.pipelines.image_variation": ("PaintByExamplePipeline", "StableDiffusionImageVariationPipeline"),
         "flaxdiff.pipelines.k_diffusion": ("StableDiffusionKDiffusionPipeline", "StableDiffusionXLKDiffusionPipeline"),
         "flaxdiff.pipelines.latent_diffusion": ("LDMSuperResolutionPipeline", "LDMTextToImagePipeline"),
         "flaxdiff.pipelines.latent_upscale": ("StableDiffusionLatentUpscalePipeline",),
         "flaxdiff.pipelines.ldm3d": ("StableDiffusionLDM3DPipeline",),
+        "flaxdiff.pipelines.ledits": ("LEditsPPPipelineStableDiffusion", "LEditsPPPipelineStableDiffusionXL"),
         "flaxdiff.pipelines.guided": (
             "SemanticStableDiffusionPipeline",
             "StableDiffusionAttendAndExcitePipeline",

@@ -19,7 +19,7 @@ from flaxdiff.pipelines.generate import Cond, Family, Inputs, Networks, Size
 from flaxdiff.pipelines.inputs import prepare_inputs
 from flaxdiff.pipelines.pipeline import Before, DiffusionPipeline
 from flaxdiff.pipelines.stable_unclip import embedded, shown
-from flaxdiff.pipelines.unconditional import latent_shape
+from flaxdiff.pipelines.unconditional import latent_shape, prepare_nothing
 
 # --- a small picture ------------------------------------------------------------------------------------------------
 
@@ -75,11 +75,6 @@ class VariationPipeline(DecoderPipeline):
 # --- a large picture ------------------------------------------------------------------------------------------------
 
 
-def nothing(pipe: DiffusionPipeline, size: Size, guided: bool) -> dict[str, Any]:
-    """What is enlarged comes from the loop before."""
-    return {}
-
-
 def enlarged(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
     """The small picture at the size of the large one, beside the sample; and the time of the last step."""
     small, size, plan = inputs["small"], inputs["size"], inputs["plan"]
@@ -110,7 +105,7 @@ class UnCLIPImageVariationPipeline(DiffusionPipeline):
     `super_res_num_inference_steps`.
     """
 
-    family = Family(nothing, enlarged, predict, sample_shape, decode, loop=r"super_res")
+    family = Family(prepare_nothing, enlarged, predict, sample_shape, decode, loop=r"super_res")
     before = (Before("decoder", "small", VariationPipeline, (*DECODED, ("image_encoder", "image_encoder"))),)
     sampler = "super_res_scheduler"
     reads = ("image_encoder",)

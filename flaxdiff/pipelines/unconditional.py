@@ -104,7 +104,7 @@ class DDIMPipeline(DiffusionPipeline):
 
 
 def prepare_nothing(pipe: DiffusionPipeline, size: Size, guided: bool) -> dict[str, Any]:
-    """The picture that is completed says how many there are."""
+    """Nothing: the pictures that a run starts from, or sees beside, say how many there are."""
     return {}
 
 
