@@ -1,7 +1,8 @@
 """The command: `flaxdiff sample "dog face on blue" -o dog.png`, `flaxdiff plan --model sdxl --topology v5e:2x4`.
 
 The first draws, with the shipped model by default, or any folder or Hub repository. The second says what a run would
-cost on TPUs that need not exist. Programs that draw are kept between runs.
+cost on TPUs that need not exist. Programs that draw are kept between runs. `flaxdiff evaluate pictures --prompts
+prompts.txt --clip openai/clip-vit-base-patch16` says what pictures are worth.
 """
 
 import argparse
@@ -43,6 +44,19 @@ def parser() -> argparse.ArgumentParser:
         help="what a training step computes again on the way back: none (default), dots, full",
     )
     add("--dtype", default="bfloat16", help="what networks compute in: bfloat16 (default) or float32")
+    add("--json", action="store_true", help="print JSON")
+
+    judge = commands.add_parser(
+        "evaluate", help="what pictures are worth: CLIP score, directional similarity, FID, KID"
+    )
+    add = judge.add_argument
+    add("pictures", help="folder with the pictures")
+    add("--prompts", type=Path, help="file with what they should show, a line for each in the order of their names")
+    add("--reference", help="folder with pictures that they should look like")
+    add("--before", help="folder with the pictures that they were made from")
+    add("--before-prompts", type=Path, help="file with what those show, a line for each")
+    add("--clip", help="folder or Hub repository of a CLIPModel, e.g. openai/clip-vit-base-patch16")
+    add("--inception", help="file with the weights that FID is defined by, pt_inception-2015-12-05-6726825d.pth")
     add("--json", action="store_true", help="print JSON")
     return top
 
@@ -98,11 +112,31 @@ def plan(args: argparse.Namespace) -> None:
     print(json.dumps(report.to_json(), indent=1) if args.json else report)
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    """Print what the pictures in a folder are worth."""
+    from flaxdiff import evaluation
+
+    folder = lambda path: path and evaluation.Folder(path)
+    lines = lambda path: path and path.read_text(encoding="utf-8").splitlines()
+    found = evaluation.evaluate(
+        folder(args.pictures),
+        prompts=lines(args.prompts),
+        before=folder(args.before),
+        before_prompts=lines(args.before_prompts),
+        reference=folder(args.reference),
+        clip=args.clip,
+        inception_weights=args.inception,
+    )
+    width = max(map(len, found))
+    table = "\n".join(f"{name:{width}}  {value:9.4f}" for name, value in found.items())
+    print(json.dumps(found, indent=1, ensure_ascii=False) if args.json else table)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The entry point: 0 if all went well, 1 after an error of the user's, which is printed in one line."""
     args = parser().parse_args(argv)
     try:
-        {"sample": sample, "plan": plan}[args.command](args)
+        {"sample": sample, "plan": plan, "evaluate": evaluate}[args.command](args)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"flaxdiff: {error}", file=sys.stderr)
         return 1

@@ -97,6 +97,7 @@ RULES: dict[str, Callable[[Any], Rules]] = {
     "AutoencoderKL": _autoencoder,
     "CLIPTextModel": lambda config: OPEN_CLIP,
     "CLIPTextModelWithProjection": lambda config: OPEN_CLIP,
+    "InceptionV3": lambda config: (),
 }
 
 

@@ -36,6 +36,7 @@ BARE = (  # (a name in a file of one network alone, component, class), the first
     (r"(input_hint_block\.0|controlnet_cond_embedding\.conv_in)\.weight", "controlnet", "ControlNetModel"),
     (r"(input_blocks\.0\.0|down_blocks\.0\.resnets\.0\.conv1)\.weight", "unet", "UNet2DConditionModel"),
     (r"encoder\.(down\.0\.block|down_blocks\.0\.resnets)\.0\.conv1\.weight", "vae", "AutoencoderKL"),
+    (r"Mixed_7c\.branch1x1\.conv\.weight", "inception", "InceptionV3"),
 )
 # What networks here leave out: numbers of places, the loss, OpenCLIP's own head and, in Stable Diffusion 2, last layer.
 IGNORED = r".*position_ids|logit_scale|text_projection|transformer\.resblocks\.\d+\..*|loss\..*|model_ema\..*"
@@ -196,6 +197,7 @@ CONFIGS: dict[str, Callable[[Shapes, Kind | None], dict[str, Any]]] = {
     "AutoencoderKL": _autoencoder,
     "CLIPTextModel": _text_encoder,
     "CLIPTextModelWithProjection": _text_encoder,
+    "InceptionV3": lambda shapes, kind: {},
 }
 
 

@@ -70,15 +70,16 @@ class Conv(nnx.Module):
         self,
         fan_in: int,
         fan_out: int,
-        kernel: int = 3,
+        kernel: int | tuple[int, int] = 3,
         stride: int = 1,
         padding: int | tuple[tuple[int, int], ...] = 1,
         bias: bool = True,
         groups: int = 1,
     ):
+        rows, columns = kernel if isinstance(kernel, tuple) else (kernel, kernel)
         fan_in //= groups
-        self.weight = param((kernel, kernel, fan_in, fan_out), "conv", uniform(fan_in * kernel**2))
-        self.bias = param((fan_out,), "raw", uniform(fan_in * kernel**2)) if bias else None
+        self.weight = param((rows, columns, fan_in, fan_out), "conv", uniform(fan_in * rows * columns))
+        self.bias = param((fan_out,), "raw", uniform(fan_in * rows * columns)) if bias else None
         self.stride, self.padding = stride, ((padding, padding),) * 2 if isinstance(padding, int) else padding
 
     def __call__(self, x: jax.Array, doubled: bool = False) -> jax.Array:
