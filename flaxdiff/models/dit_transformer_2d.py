@@ -20,10 +20,9 @@ from flaxdiff.nn.attention import Attention
 from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
 from flaxdiff.nn.feed_forward import FeedForward
 from flaxdiff.nn.layers import Conv, Embedding, LayerNorm, Linear, value
+from flaxdiff.nn.modulation import WAVES, AdaLayerNorm, vary
 from flaxdiff.nn.stack import over, run, stack
 from flaxdiff.parallel import constrain
-
-WAVES = 256  # sinusoids of a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,17 +105,12 @@ class CombinedTimestepLabelEmbeddings(nnx.Module):
         return self.timestep_embedder(sinusoids(t, WAVES, freq_shift=1).astype(classes.dtype)) + classes
 
 
-class AdaLayerNormZero(nnx.Module):
-    """Normalise, and say how to shift, scale and gate."""
+class AdaLayerNormZero(AdaLayerNorm):
+    """Normalise, and say how to shift, scale and gate, with an embedding of the block's own."""
 
     def __init__(self, c: DiTConfig):
+        super().__init__(c.width, 6)
         self.emb = CombinedTimestepLabelEmbeddings(c.num_embeds_ada_norm, c.width)
-        self.linear = Linear(c.width, 6 * c.width)
-        self.norm = LayerNorm(c.width, 1e-6, affine=False)
-
-    def modulation(self, condition: jax.Array) -> list[jax.Array]:
-        """Shift, scale and gate of the attention, then of the feed-forward: [B, D] -> [B, 1, D] each."""
-        return jnp.split(self.linear(jax.nn.silu(condition))[:, None], 6, -1)
 
 
 class DiTBlock(nnx.Module):
@@ -130,9 +124,9 @@ class DiTBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         """[B, N, D], and what this block's own embedding makes of time and class [B, D] -> [B, N, D]."""
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.norm1.modulation(condition)
-        x = x + gate * self.attn1(self.norm1.norm(x) * (1 + scale) + shift)
-        return x + gate_ff * self.ff(self.norm3(x) * (1 + scale_ff) + shift_ff)
+        h, gate, shift, scale, gate_ff = self.norm1(x, self.norm1.modulation(condition))
+        x = x + gate * self.attn1(h)
+        return x + gate_ff * self.ff(vary(self.norm3(x), shift, scale))
 
 
 class DiTTransformer2DModel(Model):
@@ -174,6 +168,6 @@ class DiTTransformer2DModel(Model):
         told = over(self.transformer_blocks, lambda block: block.norm1.emb(t, class_labels))  # [L, B, D]
         x = run(self.transformer_blocks, constrain(x, "batch", "context"), told)
         shift, scale = jnp.split(self.proj_out_1(jax.nn.silu(told[0]))[:, None], 2, -1)
-        x = self.proj_out_2(self.norm_out(x) * (1 + scale) + shift)
+        x = self.proj_out_2(vary(self.norm_out(x), shift, scale))
         x = x.reshape(b, height // p, width // p, p, p, c.channels).swapaxes(2, 3)
         return x.reshape(b, height, width, c.channels)

@@ -22,6 +22,7 @@ from flaxdiff.nn.attention import Attention
 from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
 from flaxdiff.nn.feed_forward import FeedForward
 from flaxdiff.nn.layers import Conv, Embedding, Enlarge, LayerNorm, Linear, RMSNorm, value, zeros
+from flaxdiff.nn.modulation import AdaLayerNorm
 from flaxdiff.nn.stack import run, stack
 from flaxdiff.parallel import constrain
 
@@ -89,10 +90,10 @@ class ConvNextBlock(nnx.Module):
         self.cond_embeds_mapper = Linear(c.hidden_size, 2 * width, bias)
 
     def __call__(self, x: jax.Array, cond: jax.Array) -> jax.Array:
-        """[B, H, W, C], and silu of the condition [B, D] -> [B, H, W, C]."""
+        """[B, H, W, C], and the condition [B, D] -> [B, H, W, C]."""
         h = ACTIVATIONS["gelu"](self.channelwise_linear_1(self.norm(self.depthwise(x))))
         x = x + self.channelwise_linear_2(self.channelwise_norm(h))
-        scale, shift = jnp.split(self.cond_embeds_mapper(cond)[:, None, None], 2, -1)
+        scale, shift = jnp.split(self.cond_embeds_mapper(jax.nn.silu(cond))[:, None, None], 2, -1)
         return x * (1 + scale) + shift
 
 
@@ -143,32 +144,22 @@ class UVitBlock(nnx.Module):
         return x if self.upsample is None else self.upsample(x)
 
 
-class AdaLayerNormContinuous(nnx.Module):
-    """Normalise, then scale and shift by the condition."""
-
-    def __init__(self, c: UVit2DConfig, norm: nnx.Module):
-        self.linear, self.norm = Linear(c.hidden_size, 2 * c.hidden_size, c.use_bias), norm
-
-    def __call__(self, x: jax.Array, cond: jax.Array) -> jax.Array:
-        """[B, N, D], and silu of the condition [B, D] -> [B, N, D]."""
-        scale, shift = jnp.split(self.linear(cond)[:, None], 2, -1)
-        return self.norm(x) * (1 + scale) + shift
-
-
 class TransformerBlock(nnx.Module):
     """Self-attention, attention to the text, feed-forward; each added to what it reads normalised."""
 
     def __init__(self, c: UVit2DConfig):
         width, heads, bias = c.hidden_size, c.num_attention_heads, c.use_bias
-        self.norm1, self.attn1 = AdaLayerNormContinuous(c, c.norm(width)), c.attends(width, heads, None)
-        self.norm2, self.attn2 = AdaLayerNormContinuous(c, c.norm(width)), c.attends(width, heads, width)
-        self.norm3 = AdaLayerNormContinuous(c, LayerNorm(width, c.layer_norm_eps, c.ln_elementwise_affine, bias))
+        told = lambda norm: AdaLayerNorm(width, 2, norm=norm, bias=bias)
+        self.norm1, self.attn1 = told(c.norm(width)), c.attends(width, heads, None)
+        self.norm2, self.attn2 = told(c.norm(width)), c.attends(width, heads, width)
+        self.norm3 = told(LayerNorm(width, c.layer_norm_eps, c.ln_elementwise_affine, bias))
         self.ff = FeedForward(width, inner=c.intermediate_size, bias=bias)
 
     def __call__(self, x: jax.Array, _: None, cond: jax.Array, text: jax.Array) -> jax.Array:
-        x = x + self.attn1(self.norm1(x, cond))
-        x = x + self.attn2(self.norm2(x, cond), self.attn2.keys_values(text))
-        return x + self.ff(self.norm3(x, cond))
+        told = lambda norm: norm(x, norm.modulation(cond))[0]
+        x = x + self.attn1(told(self.norm1))
+        x = x + self.attn2(told(self.norm2), self.attn2.keys_values(text))
+        return x + self.ff(told(self.norm3))
 
 
 class UVit2DConvEmbed(nnx.Module):
@@ -238,7 +229,7 @@ class UVit2DModel(Model):
         dtype = weights.dtype(value(self.encoder_proj.weight))
         waves = sinusoids(micro_conds, self.config.micro_cond_encode_dim).reshape(len(micro_conds), -1)
         cond = jnp.concatenate([pooled_text_emb.astype(dtype), waves.astype(dtype)], -1)
-        cond = jax.nn.silu(self.cond_embed(cond))  # as every layer reads it
+        cond = self.cond_embed(cond)
         text = self.encoder_proj_layer_norm(self.encoder_proj(encoder_hidden_states.astype(dtype)))
 
         x = self.down_block(self.embed(input_ids), cond, text)

@@ -1,0 +1,119 @@
+"""Text and image tokens that attend to each other at eye level, each with weights of its own.
+
+Stable Diffusion 3, Flux and those after them have no attention to a text: its tokens and those of the picture make one
+sequence, text first, that attends to itself. `JointTransformerBlock` is the block that they share.
+
+Reference: Esser et al., Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flaxdiff.nn.attention import attention
+from flaxdiff.nn.feed_forward import FeedForward
+from flaxdiff.nn.layers import LayerNorm, Linear, RMSNorm
+from flaxdiff.nn.modulation import AdaLayerNorm, vary
+from flaxdiff.nn.rope import Rope, rotate
+from flaxdiff.parallel import constrain
+
+Tokens = tuple[jax.Array, jax.Array]  # of the text [B, M, D] and of the picture [B, N, D]
+
+
+class JointAttention(nnx.Module):
+    """Multi-head attention of one sequence to itself, of a picture's tokens and perhaps of a text's before them.
+
+    Args:
+      width: channels of the tokens.
+      heads, head_dim: their number and size.
+      qk_norm: normalise queries and keys by their root mean square.
+      text: whether there are tokens of a text; `text_out`: whether they are wanted afterwards.
+      out: whether a linear layer follows.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int,
+        *,
+        qk_norm: bool = True,
+        text: bool = True,
+        text_out: bool = True,
+        out: bool = True,
+    ):
+        inner = heads * head_dim
+        norm = lambda there: RMSNorm(head_dim) if there and qk_norm else None
+        project = lambda there: Linear(width, inner) if there else None
+        self.to_q, self.to_k, self.to_v = (project(True) for _ in range(3))
+        self.norm_q, self.norm_k = norm(True), norm(True)
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (project(text) for _ in range(3))
+        self.norm_added_q, self.norm_added_k = norm(text), norm(text)
+        self.to_out = nnx.List([Linear(inner, width)]) if out else None
+        self.to_add_out = Linear(inner, width) if text and text_out else None
+        self.heads = heads
+
+    def _heads(self, project: Linear, norm: RMSNorm | None, x: jax.Array) -> jax.Array:
+        h = project(x).reshape(*x.shape[:2], self.heads, -1)
+        return h if norm is None else norm(h)
+
+    def __call__(self, image: jax.Array, text: jax.Array | None = None, turn: Rope | None = None) -> Tokens:
+        """[B, N, C], and the text's tokens [B, M, C] -> (text, image); `turn`: by place, of the text's tokens first."""
+        q, k = self._heads(self.to_q, self.norm_q, image), self._heads(self.to_k, self.norm_k, image)
+        v = self._heads(self.to_v, None, image)
+        if text is not None:
+            more = (
+                self._heads(self.add_q_proj, self.norm_added_q, text),
+                self._heads(self.add_k_proj, self.norm_added_k, text),
+                self._heads(self.add_v_proj, None, text),
+            )
+            q, k, v = (jnp.concatenate(parts, 1) for parts in zip(more, (q, k, v)))
+        h = attention(rotate(q, turn), rotate(k, turn), v)
+        h = h.reshape(*h.shape[:2], -1)
+        text, image = (None, h) if text is None else jnp.split(h, [text.shape[1]], 1)
+        image = image if self.to_out is None else self.to_out[0](image)
+        return text if self.to_add_out is None else self.to_add_out(text), image
+
+
+class JointTransformerBlock(nnx.Module):
+    """Attention of text and picture to each other, then a feed-forward for each, shifted, scaled and gated.
+
+    Args:
+      width, heads, head_dim: as of `JointAttention`.
+      qk_norm: as of it.
+      text_out: whether the tokens of the text are wanted afterwards; the last block of Stable Diffusion 3 drops them.
+      dual: whether the picture attends to itself alone as well.
+    """
+
+    def __init__(
+        self, width: int, heads: int, head_dim: int, *, qk_norm: bool = True, text_out: bool = True, dual: bool = False
+    ):
+        self.norm1 = AdaLayerNorm(width, 9 if dual else 6)
+        self.norm1_context = AdaLayerNorm(width, 6 if text_out else 2)
+        self.attn = JointAttention(width, heads, head_dim, qk_norm=qk_norm, text_out=text_out)
+        self.attn2 = JointAttention(width, heads, head_dim, qk_norm=qk_norm, text=False) if dual else None
+        self.norm2, self.ff = LayerNorm(width, 1e-6, affine=False), FeedForward(width, "gelu-approximate")
+        self.norm2_context = LayerNorm(width, 1e-6, affine=False) if text_out else None
+        self.ff_context = FeedForward(width, "gelu-approximate") if text_out else None
+
+    def modulation(self, condition: jax.Array) -> Tokens:
+        """What a condition [..., D] says to the text and to the picture: [..., parts, D] each."""
+        return self.norm1_context.modulation(condition), self.norm1.modulation(condition)
+
+    def __call__(self, x: Tokens, told: Tokens, turn: Rope | None = None) -> Tokens:
+        """Tokens of text and picture and what `modulation` says to them -> tokens; the text as it was if not wanted."""
+        text, image = x
+        h, gate, shift, scale, gate_ff, *second = self.norm1(image, told[1])
+        h_text, *rest = self.norm1_context(text, told[0])
+        of_text, of_image = self.attn(h, h_text, turn)
+        added = gate * of_image
+        if self.attn2 is not None:
+            *how, gate = second
+            added += gate * self.attn2(vary(self.norm1.norm(image), *how))[1]
+        image = image + added
+        image = constrain(image + gate_ff * self.ff(vary(self.norm2(image), shift, scale)), "batch", "context")
+        if not rest:
+            return text, image
+        gate, shift, scale, gate_ff = rest
+        text = text + gate * of_text
+        return text + gate_ff * self.ff_context(vary(self.norm2_context(text), shift, scale)), image
