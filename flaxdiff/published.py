@@ -18,6 +18,9 @@ _VAE = dict(
     up_block_types=["UpDecoderBlock2D"] * 4,
     layers_per_block=2,
 )
+_FLUX_VAE = dict(
+    latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
+)
 _CONSISTENCY = dict(attention_head_dim=64, attn_norm_num_groups=32, downsample_type="resnet", upsample_type="resnet")
 
 # name -> (class, the settings of its config.json that differ from the defaults)
@@ -128,6 +131,17 @@ COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "amused/amused-512 transformer": ("UVit2DModel", dict(sample_size=32, downsample=True, upsample=True)),
     "facebook/DiT-XL-2-256 transformer": ("DiTTransformer2DModel", dict(out_channels=8)),
     "facebook/DiT-XL-2-512 transformer": ("DiTTransformer2DModel", dict(out_channels=8, sample_size=64)),
+    "FLUX.1 dev transformer": ("FluxTransformer2DModel", dict(guidance_embeds=True)),
+    "FLUX.1 schnell transformer": ("FluxTransformer2DModel", {}),
+    "FLUX.1 Fill dev transformer": (
+        "FluxTransformer2DModel",
+        dict(guidance_embeds=True, in_channels=384, out_channels=64),
+    ),
+    "FLUX.1 Canny dev transformer": (
+        "FluxTransformer2DModel",
+        dict(guidance_embeds=True, in_channels=128, out_channels=64),
+    ),
+    "FLUX.1 VAE": ("AutoencoderKL", _VAE | _FLUX_VAE | dict(sample_size=1024)),
     "kakaobrain/karlo-v1-alpha prior": ("PriorTransformer", {}),
     "kakaobrain/karlo-v1-alpha decoder": (
         "UNet2DConditionModel",

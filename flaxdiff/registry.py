@@ -90,6 +90,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.clip_vision": ("CLIPVisionModelWithProjection",),
         "flaxdiff.models.dit_transformer_2d": ("DiTTransformer2DModel",),
         "flaxdiff.models.dpt": ("DPTForDepthEstimation",),
+        "flaxdiff.models.flux_transformer_2d": ("FluxTransformer2DModel",),
         "flaxdiff.models.ip_adapter": ("IPAdapter",),
         "flaxdiff.models.ldm_bert": ("LDMBertModel",),
         "flaxdiff.models.paint_by_example": ("PaintByExampleImageEncoder",),

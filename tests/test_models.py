@@ -369,6 +369,10 @@ def call(spec):
         case "DiTTransformer2DModel":
             n, labels = c.sample_size, jax.ShapeDtypeStruct((2,), jnp.int32)
             return (f32(2, n, n, 4), f32(), labels), (2, n, n, 8)
+        case "FluxTransformer2DModel":
+            x, text, ids = f32(2, 4096, c.in_channels), f32(2, 512, c.joint_attention_dim), f32(4096, 3)
+            args = x, text, f32(2, c.pooled_projection_dim), f32(), ids, None
+            return (*args, f32(2)) if c.guidance_embeds else args, (2, 4096, 64)
         case "PriorTransformer":
             d = c.embedding_dim
             return (f32(2, d), f32(), f32(2, d), f32(2, 77, d), jax.ShapeDtypeStruct((2, 77), bool)), (2, d)
