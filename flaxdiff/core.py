@@ -180,9 +180,17 @@ class Pairs(tuple):
 # --- parameters inside a module -------------------------------------------------------------------------------------
 
 
-def param(shape: tuple[int, ...], kind: str, init: Callable[[jax.Array, tuple[int, ...]], jax.Array]) -> nnx.Param:
-    """Declare a parameter: a shape and a way to draw it, no memory."""
-    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), kind=kind, init=init, block=0)
+def param(
+    shape: tuple[int, ...],
+    kind: str,
+    init: Callable[[jax.Array, tuple[int, ...]], jax.Array],
+    called: str | None = None,
+) -> nnx.Param:
+    """Declare a parameter: a shape and a way to draw it, no memory.
+
+    It is `called` after its place among the modules; another name is for what a checkpoint keeps elsewhere.
+    """
+    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), kind=kind, init=init, block=0, called=called)
 
 
 def stacked(block: nnx.Module, n: int) -> nnx.Module:
@@ -206,7 +214,8 @@ def _structure(spec: Spec) -> _Structure:
     for path, variable in nnx.to_flat_state(state):
         meta = variable.get_metadata()
         prefix = ".".join(map(str, path[: len(path) - meta["block"]])) if meta["block"] else None
-        leaves[".".join(map(str, path))] = Leaf(variable.get_value().shape, meta["kind"], meta["init"], prefix)
+        name = meta["called"] or ".".join(map(str, path))
+        leaves[name] = Leaf(variable.get_value().shape, meta["kind"], meta["init"], prefix)
     tree = jax.tree.structure(nnx.to_pure_dict(state))
     return _Structure(graph, tree, leaves)
 

@@ -22,6 +22,7 @@ _FLUX_VAE = dict(
     latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
 )
 _CONSISTENCY = dict(attention_head_dim=64, attn_norm_num_groups=32, downsample_type="resnet", upsample_type="resnet")
+_T5_XXL = dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
 
 # name -> (class, the settings of its config.json that differ from the defaults)
 COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -89,6 +90,8 @@ COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
             projection_dim=1280,
         ),
     ),
+    "T5 v1.1 XXL text encoder": ("T5EncoderModel", _T5_XXL),
+    "UMT5 XXL text encoder": ("UMT5EncoderModel", dict(_T5_XXL, vocab_size=256384)),
     "CompVis/ldm-text2im-large-256 text encoder": ("LDMBertModel", {}),
     "google/ddpm-celebahq-256 UNet": (
         "UNet2DModel",

@@ -99,6 +99,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.inception_v3": ("InceptionV3",),
         "flaxdiff.models.safety_checker": ("StableDiffusionSafetyChecker",),
         "flaxdiff.models.t2i_adapter": ("T2IAdapter",),
+        "flaxdiff.models.t5": ("T5EncoderModel", "UMT5EncoderModel"),
         "flaxdiff.models.prior_transformer": ("PriorTransformer",),
         "flaxdiff.models.unclip": ("StableUnCLIPImageNormalizer", "UnCLIPTextProjModel"),
         "flaxdiff.models.unet_2d": ("UNet2DModel",),
@@ -254,7 +255,14 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "tokenizer": {
-        "transformers": ("BertTokenizer", "BertTokenizerFast", "CLIPTokenizer", "CLIPTokenizerFast"),
+        "transformers": (
+            "BertTokenizer",
+            "BertTokenizerFast",
+            "CLIPTokenizer",
+            "CLIPTokenizerFast",
+            "T5Tokenizer",
+            "T5TokenizerFast",
+        ),
     },
 }
 

@@ -132,6 +132,32 @@ def text_encoder(projected: bool = False, seed: int = 0, width: int = 16, **opti
     return cls(config).eval()
 
 
+# T5's tokens, as many as it takes to tell words apart
+PIECES = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+PIECES += [(chr(c), -5.0) for c in range(97, 123)] + [("▁red", -3.0), ("▁a", -3.0), ("ed", -3.5)]
+
+
+@functools.cache
+def t5_tokenizer() -> transformers.T5Tokenizer:
+    """T5's tokenizer with letters for words."""
+    unused = [(f"<extra_id_{i}>", 0.0) for i in (3, 2, 1, 0)]
+    return transformers.T5Tokenizer(vocab=PIECES + unused, extra_ids=4)
+
+
+def t5_encoder(seed: int = 0, width: int = 16):
+    torch.manual_seed(seed)
+    config = transformers.T5Config(
+        vocab_size=40,
+        d_model=width,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return lively(transformers.T5EncoderModel(config))
+
+
 def vae(seed: int = 0, **options):
     torch.manual_seed(seed)
     stages = 2

@@ -1,6 +1,7 @@
 """Every model against PyTorch's class at a tiny configuration, and at full size by shapes alone."""
 
 import functools
+import re
 
 import diffusers
 import jax
@@ -316,8 +317,10 @@ def test_full_size(name, scan):
         elif class_name == "LDMBertModel":
             peer = LDMBertModel(LDMBertConfig(**config))
         else:
-            peer = getattr(transformers, class_name)(transformers.CLIPTextConfig(**config))
-    theirs = {name: tuple(value.shape) for name, value in peer.state_dict().items()}
+            peer = getattr(transformers, class_name)
+            peer = peer(peer.config_class(**config))
+    state = peer.state_dict().items()
+    theirs = {name: tuple(value.shape) for name, value in state if not re.fullmatch(spec.module.ignored, name)}
     if class_name == "CLIPTextModel":  # what the class calls it; the files say text_model.
         theirs = {f"text_model.{name}": shape for name, shape in theirs.items()}
     leaves = flaxdiff.layout(spec).items()
@@ -381,6 +384,9 @@ def call(spec):
             return (codes, f32(2, 77, 768), f32(2, 768), f32(2, 5)), (*codes.shape, 8192)
         case "LDMBertModel":
             return (jax.ShapeDtypeStruct((2, 77), jnp.int32),), (2, 77, c.d_model)
+        case "T5EncoderModel" | "UMT5EncoderModel":
+            ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+            return (ids, jax.ShapeDtypeStruct(ids.shape, bool)), (*ids.shape, c.d_model)
         case "AutoencoderKL":
             return (f32(1, 512, 512, 3),), (1, 512, 512, 3)
     return (jax.ShapeDtypeStruct((2, 77), jnp.int32),), (2, 77, c.hidden_size)

@@ -1,7 +1,7 @@
 """Prompts on the host: texts to token ids. Tokenizers are transformers', imported when a prompt first needs one.
 
 CLIP's plain files (a vocabulary and its merges) are read by the tokenizers library alone: transformers takes half a
-second to import.
+second to import. T5's are `tokenizer.json`, or where there is none SentencePiece's, see spiece.py.
 """
 
 import functools
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flaxdiff.checkpoint import files
+from flaxdiff.pipelines import spiece
 
 if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
@@ -56,8 +57,7 @@ class Tokenizer:
         else:
             length = length or self.loaded.model_max_length
             ids = self.loaded(list(texts), padding="max_length", max_length=length, truncation=True)["input_ids"]
-            long = [len(text) > 2 * length for text in texts]  # two letters a token at least
-            cut = [more and len(self.loaded(text)["input_ids"]) > length for text, more in zip(texts, long)]
+            cut = [len(whole) > length for whole in self.loaded(list(texts), verbose=False)["input_ids"]]
         for text in itertools.compress(texts, cut):
             warnings.warn(
                 f"The prompt is longer than {length} tokens; its end is not read: …{text[-40:]!r}", stacklevel=2
@@ -74,6 +74,8 @@ def _load(folder: str, class_name: str) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is as it should be
     import transformers
 
+    if class_name.removesuffix("Fast") == "T5Tokenizer" and not (Path(folder) / "tokenizer.json").is_file():
+        return spiece.t5_tokenizer(Path(folder))
     return getattr(transformers, class_name).from_pretrained(folder)
 
 
