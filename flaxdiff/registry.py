@@ -175,6 +175,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "flaxdiff.pipelines.dit": ("DiTPipeline",),
         "flaxdiff.pipelines.diffedit": ("StableDiffusionDiffEditPipeline",),
+        "flaxdiff.pipelines.flux": ("FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxPipeline"),
         "flaxdiff.pipelines.gligen": ("StableDiffusionGLIGENPipeline", "StableDiffusionGLIGENTextImagePipeline"),
         "flaxdiff.pipelines.image_variation": ("PaintByExamplePipeline", "StableDiffusionImageVariationPipeline"),
         "flaxdiff.pipelines.k_diffusion": ("StableDiffusionKDiffusionPipeline", "StableDiffusionXLKDiffusionPipeline"),
@@ -281,7 +282,7 @@ def _named(family: str) -> dict[str, str]:
 
 # the classes that do the same with other beginnings: what each of them is for -> its name, also with ControlNets or PAG
 COUNTERPARTS: tuple[dict[str, str], ...] = tuple(
-    _named(family) for family in ("Amused", "StableDiffusion", "StableDiffusionXL")
+    _named(family) for family in ("Amused", "Flux", "StableDiffusion", "StableDiffusionXL")
 ) + ({"text2image": "LatentConsistencyModelPipeline", "image2image": "LatentConsistencyModelImg2ImgPipeline"},)
 PUBLIC = {
     name: module

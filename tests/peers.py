@@ -94,8 +94,9 @@ def lively(model: torch.nn.Module) -> torch.nn.Module:
 
 def sure(vae):
     """An autoencoder whose posterior has no spread: PyTorch draws from its own generator, and here the key does."""
+    last = vae.encoder.conv_out if vae.quant_conv is None else vae.quant_conv
     with torch.no_grad():
-        vae.quant_conv.bias[vae.config.latent_channels :] -= 60
+        last.bias[vae.config.latent_channels :] -= 60
     return vae
 
 

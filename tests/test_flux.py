@@ -15,6 +15,7 @@ rng = np.random.default_rng(0)
 normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
 SIZES = dict(num_layers=2, num_single_layers=3, num_attention_heads=2, attention_head_dim=12, axes_dims_rope=(4, 4, 4))
 SIZES |= dict(in_channels=16, joint_attention_dim=24, pooled_projection_dim=16)
+KEY = jax.random.key(0)
 
 
 @functools.cache
@@ -66,3 +67,93 @@ def test_guidance_is_for_networks_that_were_distilled():
     arrays = flaxdiff.abstract(spec), normal(1, 6, 16), normal(1, 5, 24), normal(1, 16), 0.5, normal(6, 3)
     with pytest.raises(ValueError, match="was not distilled with guidance .guidance_embeds.; leave guidance out"):
         jax.eval_shape(lambda params, *args: flaxdiff.apply(spec, params, *args, None, np.ones(1)), *arrays)
+
+
+# --- the pipelines ---------------------------------------------------------------------------------------------------
+
+
+def parts(**options):
+    """The components of a Flux pipeline; options of its transformer."""
+    vae = peers.vae(shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False, use_post_quant_conv=False)
+    return dict(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=peers.sure(vae),
+        text_encoder=peers.lively(peers.text_encoder()),
+        tokenizer=peers.tokenizer(),
+        text_encoder_2=peers.t5_encoder(width=24),
+        tokenizer_2=peers.t5_tokenizer(),
+        transformer=transformer(**{"guidance_embeds": True} | options),
+    )
+
+
+def flux():
+    return diffusers.FluxPipeline(**parts())
+
+
+def load(name, **options):
+    """Our pipeline and PyTorch's, of the same components."""
+    pipe, params = getattr(flaxdiff, name).from_pretrained(peers.saved(flux), **options)
+    peer = getattr(diffusers, name)(**parts())
+    peer.set_progress_bar_config(disable=True)
+    return pipe.replace(progress=False), params, peer
+
+
+def packed(x):
+    """Latents [B, H, W, C] as PyTorch's tokens."""
+    return diffusers.FluxPipeline._pack_latents(peers.nchw(x), len(x), x.shape[-1], *x.shape[1:3])
+
+
+SMALL = dict(prompt="a red dog", max_sequence_length=12, num_inference_steps=2, height=16, width=24)
+NOISE = normal(1, 8, 12, 4)
+
+
+def agree(pipe, ours, theirs):
+    assert peers.relative(ours, theirs, of=type(pipe).__name__) < 1e-3
+
+
+@pytest.mark.parametrize("true", [False, True])
+def test_text_to_image(true):
+    """Also led away from a negative prompt; the strength of guidance, and that, are values of one program."""
+    pipe, params, peer = load("FluxPipeline")
+    options = SMALL | dict(guidance_scale=2.5)
+    options |= dict(true_cfg_scale=3.0, negative_prompt="ugly", negative_prompt_2="bad") if true else dict(prompt_2="a")
+    ours = pipe(params, KEY, **options, latents=NOISE, output_type="np").images
+    compiled = peers.programs()
+    with torch.no_grad():
+        theirs = peer(**options, latents=packed(NOISE), output_type="np").images
+    agree(pipe, ours, theirs)
+    other = options | dict(guidance_scale=5.0, num_inference_steps=3)
+    assert np.abs(pipe(params, KEY, **other, latents=NOISE, output_type="np").images - ours).max() > 1e-3
+    assert peers.programs() == compiled
+
+
+def noise_of(name, monkeypatch, noise=NOISE):
+    """PyTorch's pipeline of this name draws this noise."""
+    module = __import__("sys").modules[getattr(diffusers, name).__module__]
+    monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: peers.nchw(noise))
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_image_to_image(strength, monkeypatch):
+    """Three steps of which two are run: 0.6 of them rounded up."""
+    pipe, params, peer = load("FluxImg2ImgPipeline")
+    noise_of("FluxImg2ImgPipeline", monkeypatch)
+    image = rng.uniform(size=(1, 20, 20, 3)).astype(np.float32)
+    options = SMALL | dict(num_inference_steps=3, strength=strength)
+    ours = pipe(params, KEY, **options, image=image, latents=NOISE, output_type="np").images
+    with torch.no_grad():
+        theirs = peer(**options, image=peers.nchw(image), output_type="np").images
+    agree(pipe, ours, theirs)
+
+
+def test_inpaint(monkeypatch):
+    pipe, params, peer = load("FluxInpaintPipeline")
+    noise_of("FluxInpaintPipeline", monkeypatch)
+    image, mask = rng.uniform(size=(1, 16, 24, 3)).astype(np.float32), np.zeros((1, 16, 24, 1), np.float32)
+    mask[:, 4:12, 6:18] = 1
+    options = SMALL | dict(num_inference_steps=3, strength=0.7)
+    ours = pipe(params, KEY, **options, image=image, mask_image=mask, latents=NOISE, output_type="np").images
+    with torch.no_grad():
+        there = dict(image=peers.nchw(image), mask_image=peers.nchw(mask))
+        theirs = peer(**options, **there, output_type="np").images
+    agree(pipe, ours, theirs)

@@ -21,7 +21,16 @@ from flaxdiff.guidance.free import (
 )
 from flaxdiff.guidance.gradient import by_loss
 from flaxdiff.guidance.perturbed import autoguidance, pag, seg, slg
-from flaxdiff.guidance.presets import attended, away_from_harm, edited, perturbed, self_attention, semantic, standard
+from flaxdiff.guidance.presets import (
+    attended,
+    away_from_harm,
+    edited,
+    perturbed,
+    self_attention,
+    semantic,
+    standard,
+    true_cfg,
+)
 from flaxdiff.guidance.rules import At, Each, Guidance, Layers, chain, interval, stateless
 
 __all__ = [
@@ -55,5 +64,6 @@ __all__ = [
     "stateless",
     "tangential",
     "text_and_image",
+    "true_cfg",
     "zero_star",
 ]

@@ -19,6 +19,11 @@ def standard(
     return chain(rule, rescale(guidance_rescale))
 
 
+def true_cfg(true_cfg_scale: Strength = 1.0) -> Guidance:
+    """`cfg` by a name of its own, for networks that take a `guidance_scale` as they take the time."""
+    return cfg(true_cfg_scale)
+
+
 def perturbed(
     guidance_scale: Strength,
     guidance_rescale: Strength = 0.0,

@@ -44,6 +44,11 @@ class FluxConfig(Config):
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
 
     @property
+    def sample_size(self) -> int:
+        """Latents along each side of the pictures it was trained on; no checkpoint says so."""
+        return 128
+
+    @property
     def width(self) -> int:
         """Channels of a token."""
         return self.num_attention_heads * self.attention_head_dim

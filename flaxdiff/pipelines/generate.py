@@ -121,6 +121,9 @@ class Family(NamedTuple):
       loop: regex of the names of the networks that `predict` calls.
       start: (networks, keys [B], inputs) -> the sample that the run starts from, of the kind that the scheduler is for,
         and None; None where it is of real numbers, see `Program.start`.
+      schedule: (pipe, size, asked) -> what to ask of the scheduler's `plan`, on the host, from what was asked; None
+        where that is it.
+      pack: latents along each side that make one token, where the network's channels are those of tokens.
     """
 
     prepare: Callable[..., dict[str, Any]]
@@ -133,6 +136,8 @@ class Family(NamedTuple):
     distilled: Callable[[Mapping[str, core.Spec], Any], dict[str, Any]] | None = None
     loop: str = r"unet|controlnet"
     start: Callable[..., tuple[jax.Array, None]] | None = None
+    schedule: Callable[..., dict[str, Any]] | None = None
+    pack: int = 1
 
 
 class Conditions(NamedTuple):

@@ -51,8 +51,8 @@ def prepare_inputs(
     defaults = {**pipe.defaults, **dict(dict(pipe.settings).get("defaults", ()))}
     scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
     distilled = pipe.family.distilled(dict(pipe.specs), scale) if pipe.family.distilled else {}
-    guided = bool(np.max(scale) > 1) and not distilled
     options |= {"prompt": prompt, "guidance_scale": scale}
+    guided = bool(np.max({**defaults, **options}[pipe.asks]) > 1) and not distilled
     earlier, heard = before(pipe, {**options, "num_images_per_prompt": num_images_per_prompt})
     takes = lambda function, given=options: {
         k: v for k, v in given.items() if k in inspect.signature(function).parameters
@@ -84,8 +84,8 @@ def prepare_inputs(
     if timesteps is None and sigmas is None:
         asked = num_inference_steps is not None
         num_inference_steps = num_inference_steps if asked else defaults["num_inference_steps"]
-    window = {"num_inference_steps": num_inference_steps, **window}
-    plan = pipe.solver.plan(timesteps=timesteps, sigmas=sigmas, **window, **options)
+    asked = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, **window, **options}
+    plan = pipe.solver.plan(**(pipe.family.schedule(pipe, size, asked) if pipe.family.schedule else asked))
     rows = max(ROWS, 1 << (int(plan.steps) - 1).bit_length())
     for name in inputs.keys() & {"path", "noises"}:
         inputs[name] = _rows(name, inputs[name], int(plan.steps), rows)

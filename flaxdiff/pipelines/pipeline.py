@@ -103,6 +103,7 @@ class DiffusionPipeline(
     family: ClassVar[Family]
     task: ClassVar[Callable] = staticmethod(text_to_image)
     guides: ClassVar[Callable[..., Guidance]] = staticmethod(standard)
+    asks: ClassVar[str] = "guidance_scale"  # the strength that, beyond 1, asks for the negative branch
     extras: ClassVar[tuple[Callable, ...]] = ()  # further (pipe, size, guided, …) -> arrays, beside the family's
     steers: ClassVar[Mapping[str, str]] = {}  # component -> class of those of which there may be one or a list
     # Pillow's pictures and the call's options -> the pictures that a call returns

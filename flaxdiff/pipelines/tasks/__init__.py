@@ -47,6 +47,8 @@ def image_to_image(
     strength: float | None = None,
     denoising_start: float | None = None,
     latents: jax.Array | None = None,
+    height: int | None = None,
+    width: int | None = None,
 ) -> Prepared:
     """Start from a picture under noise.
 
@@ -56,6 +58,7 @@ def image_to_image(
       strength: how much of the schedule to run: near 0 keeps the picture, 1 forgets it.
       denoising_start: begin where this share of the denoising is done, on latents that are as noisy as that.
       latents: the noise to add, of unit variance, in place of what the key gives.
+      height, width: of the result in pixels, by default the picture's.
 
     Raises:
       ValueError: no picture, a size that the networks do not divide, a strength outside (0, 1].
@@ -69,12 +72,25 @@ def image_to_image(
         size = Size(*(side * vae_factor(pipe) for side in image.shape[1:3]))
         start = {"image_latents" if denoising_start is None else "noisy_latents": image}
     else:
-        start = {"image": pictures.to_array(image)}
+        start = {"image": pictures.to_array(image, height, width)}
         size = Size(*start["image"].shape[1:3])
     check_size(pipe, size)
     window = {"strength": strength or pipe.defaults["strength"]} if denoising_start is None else {}
     window |= {} if denoising_start is None else {"denoising_start": denoising_start}
     return size, start | noise(pipe, size, latents), window
+
+
+def native_image_to_image(
+    pipe: "DiffusionPipeline",
+    image: Any = None,
+    height: int | None = None,
+    width: int | None = None,
+    strength: float | None = None,
+    latents: jax.Array | None = None,
+) -> Prepared:
+    """As `image_to_image`, but the picture is resized, by default to what the network was trained on."""
+    native = native_size(pipe)
+    return image_to_image(pipe, image, strength, None, latents, height or native.height, width or native.width)
 
 
 def distilled_image_to_image(
@@ -93,12 +109,17 @@ def need(pipe: "DiffusionPipeline", image: Any) -> None:
 
 def check_channels(pipe: "DiffusionPipeline", beside: int) -> None:
     """Raise ValueError unless the denoiser takes so many channels beside the sample."""
-    channels, latent = pipe.unet.config.in_channels, pipe.autoencoder.config.latent_channels
-    if channels != latent + beside:
+    latent, room = pipe.autoencoder.config.latent_channels, room_beside(pipe)
+    if room != beside:
         raise ValueError(
-            f"{type(pipe).__name__} gives the U-Net {latent} channels of the sample and {beside} beside it, but it "
-            f"takes {channels}; use a checkpoint that was trained for this task."
+            f"{type(pipe).__name__} gives the network {latent} channels of the sample and {beside} beside it, but it "
+            f"takes {latent + room}; use a checkpoint that was trained for this task."
         )
+
+
+def room_beside(pipe: "DiffusionPipeline") -> int:
+    """Channels that the denoiser takes beside those of the sample, as large as the latents."""
+    return pipe.denoiser.config.in_channels // pipe.family.pack**2 - pipe.autoencoder.config.latent_channels
 
 
 def is_latents(pipe: "DiffusionPipeline", image: Any) -> bool:
@@ -119,6 +140,11 @@ def noise(pipe: "DiffusionPipeline", size: Size, latents: Any) -> dict[str, Any]
 def vae_factor(pipe: "DiffusionPipeline") -> int:
     """Pixels to a latent along each side; 1 without an autoencoder."""
     return 1 if pipe.autoencoder is None else 2 ** (len(pipe.autoencoder.config.block_out_channels) - 1)
+
+
+def stride(pipe: "DiffusionPipeline") -> int:
+    """Pixels to a token along each side; to a latent where there are no tokens."""
+    return vae_factor(pipe) * pipe.family.pack * getattr(pipe.denoiser.config, "patch_size", 1)
 
 
 def native_size(pipe: "DiffusionPipeline") -> Size:
@@ -156,7 +182,7 @@ def blank_inputs(pipe: "DiffusionPipeline", batch: int = 1, **options: Any) -> d
 
 def check_size(pipe: "DiffusionPipeline", size: Size) -> None:
     """Raise ValueError unless the networks divide this size."""
-    factor = vae_factor(pipe)
+    factor = stride(pipe)
     if size.height % factor or size.width % factor or min(size.height, size.width) <= 0:
         near = [max(round(n / factor), 1) * factor for n in (size.height, size.width)]
         raise ValueError(

@@ -15,7 +15,16 @@ from PIL import Image
 
 from flaxdiff import images as pictures
 from flaxdiff.pipelines.generate import Size
-from flaxdiff.pipelines.tasks import Prepared, check_channels, check_size, is_latents, native_size, noise, vae_factor
+from flaxdiff.pipelines.tasks import (
+    Prepared,
+    check_channels,
+    check_size,
+    is_latents,
+    native_size,
+    noise,
+    room_beside,
+    vae_factor,
+)
 
 if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
@@ -66,14 +75,14 @@ def inpaint(
     if "image" in start and "mask" in inspect.signature(pipe.vae.module.decode).parameters:
         start |= {"decoder_image": start["image"], "decoder_mask": np.float32(mask)}
 
-    match pipe.unet.config.in_channels - pipe.vae.config.latent_channels:
+    match room_beside(pipe):
         case 0:
             start["mask"] = small
         case channels if channels == 1 + pipe.vae.config.latent_channels:
             start |= _beside(small, mask, start.get("image"), masked_image_latents)
         case _:
             raise ValueError(
-                f"{name}: a U-Net with {pipe.unet.config.in_channels} input channels is not made for inpainting; it "
+                f"{name}: a network with {pipe.denoiser.config.in_channels} input channels is not made for this; it "
                 "needs those of the latents, or twice as many and one for the mask."
             )
     if denoising_start is not None:
