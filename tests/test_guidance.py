@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import sys
+from pathlib import Path
 
 import diffusers
 import jax
@@ -432,6 +434,23 @@ def test_any_loss_guides():
             for scale in (-40.0, 0.0, 40.0)
         ]
         assert bright[0] > bright[1] + 1e-3 and bright[1] > bright[2] + 1e-3
+
+
+def test_prompt_to_prompt():
+    """The example of the docs: where no word is looked for, all images are the first; where all are, each its own."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+    from prompt_to_prompt import prompt_to_prompt
+
+    pipe, params = load(peers.stable_diffusion_1, "StableDiffusionPipeline")
+    noise = np.repeat(rng.standard_normal((1, 8, 8, 4)).astype(np.float32), 2, 0)
+    options = dict(prompt=["a cat", "a dog"], latents=noise, num_inference_steps=2, height=16, width=16)
+    plain = guess_of(pipe, params, pipe.prepare_inputs(**options))
+    held = pipe.replace(guidance=prompt_to_prompt([2]))
+    guess = {t: guess_of(held, params, held.prepare_inputs(threshold=t, **options)) for t in (-1.0, 0.99, 2.0)}
+    np.testing.assert_allclose(guess[-1.0], plain, atol=1e-5)
+    np.testing.assert_array_equal(guess[2.0], np.repeat(plain[:1], 2, 0))
+    same = (np.asarray(guess[0.99][1]) == np.asarray(plain[0])).all(-1)
+    assert 0 < same.sum() < same.size
 
 
 def darker(guidance_scale, scale=0.0):
