@@ -113,6 +113,17 @@ def _pixels(image: Image.Image, size: tuple[int, int], box: Box | None, mode: st
     return np.asarray(image.convert(mode), np.float32) / 255
 
 
+def unfolded(array: np.ndarray, side: int) -> np.ndarray:
+    """Squares of pixels as channels, row by row: [B, H, W, C] -> [B, H / side, W / side, C side²].
+
+    >>> unfolded(np.arange(4.0).reshape(1, 2, 2, 1), 2).ravel().tolist()
+    [0.0, 1.0, 2.0, 3.0]
+    """
+    b, h, w, c = array.shape
+    array = array.reshape(b, h // side, side, w // side, side, c).transpose(0, 1, 3, 5, 2, 4)
+    return array.reshape(b, h // side, w // side, -1)
+
+
 def nearest(array: np.ndarray, height: int | None = None, width: int | None = None) -> np.ndarray:
     """Pictures [B, H, W, C] at another size: the source of pixel i of n is ⌊i · (old / n)⌋ in float32, as in PyTorch.
 

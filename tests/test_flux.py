@@ -1,6 +1,7 @@
 """Flux against PyTorch: its transformer, and every pipeline of it."""
 
 import functools
+import sys
 
 import diffusers
 import jax
@@ -86,14 +87,16 @@ def parts(**options):
     )
 
 
-def flux():
-    return diffusers.FluxPipeline(**parts())
+@functools.cache
+def folder(**options) -> str:
+    """Where a pipeline of these parts was saved."""
+    return peers.saved(functools.partial(diffusers.FluxPipeline, **parts(**options)))
 
 
 def load(name, **options):
-    """Our pipeline and PyTorch's, of the same components."""
-    pipe, params = getattr(flaxdiff, name).from_pretrained(peers.saved(flux), **options)
-    peer = getattr(diffusers, name)(**parts())
+    """Our pipeline and PyTorch's, of the same components; options of the transformer."""
+    pipe, params = getattr(flaxdiff, name).from_pretrained(folder(**options))
+    peer = getattr(diffusers, name)(**parts(**options))
     peer.set_progress_bar_config(disable=True)
     return pipe.replace(progress=False), params, peer
 
@@ -127,33 +130,46 @@ def test_text_to_image(true):
     assert peers.programs() == compiled
 
 
-def noise_of(name, monkeypatch, noise=NOISE):
-    """PyTorch's pipeline of this name draws this noise."""
-    module = __import__("sys").modules[getattr(diffusers, name).__module__]
-    monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: peers.nchw(noise))
+IMAGE = rng.uniform(size=(1, 16, 24, 3)).astype(np.float32)
+MASK = np.zeros((1, 16, 24, 1), np.float32)
+MASK[:, 4:12, 6:18] = 1
+OTHER = rng.uniform(size=(1, 20, 16, 3)).astype(np.float32)
+SEES = dict(in_channels=32, out_channels=16)  # a control image beside the sample
+START, PAINT, CONTROL = dict(image=IMAGE), dict(image=IMAGE, mask_image=MASK), dict(control_image=1 - IMAGE)
+TRUE = dict(true_cfg_scale=3.0, negative_prompt="ugly")
+ASKED = dict(_auto_resize=False, max_area=384)
+# pipeline, what its transformer has, what a call is given beside the text; three steps, of which strength runs some
+CASES = {
+    "two of three": ("FluxImg2ImgPipeline", {}, dict(image=OTHER, strength=0.6)),
+    "all": ("FluxImg2ImgPipeline", {}, START | dict(strength=1.0)),
+    "inpaint": ("FluxInpaintPipeline", {}, PAINT | dict(strength=0.7)),
+    "fill": ("FluxFillPipeline", dict(in_channels=48, out_channels=16), PAINT),
+    "control": ("FluxControlPipeline", SEES, CONTROL),
+    "control from a picture": ("FluxControlImg2ImgPipeline", SEES, START | CONTROL),
+    "control and inpaint": ("FluxControlInpaintPipeline", SEES, PAINT | CONTROL),
+    "kontext": ("FluxKontextPipeline", {}, dict(image=OTHER) | ASKED | TRUE),
+    "kontext without": ("FluxKontextPipeline", {}, ASKED),
+    "kontext and inpaint": ("FluxKontextInpaintPipeline", {}, PAINT | dict(_auto_resize=False, strength=0.7)),
+    "kontext of another": (
+        "FluxKontextInpaintPipeline",
+        {},
+        PAINT | dict(_auto_resize=False, image_reference=OTHER),
+    ),
+}
 
 
-@pytest.mark.parametrize("strength", [0.6, 1.0])
-def test_image_to_image(strength, monkeypatch):
-    """Three steps of which two are run: 0.6 of them rounded up."""
-    pipe, params, peer = load("FluxImg2ImgPipeline")
-    noise_of("FluxImg2ImgPipeline", monkeypatch)
-    image = rng.uniform(size=(1, 20, 20, 3)).astype(np.float32)
-    options = SMALL | dict(num_inference_steps=3, strength=strength)
-    ours = pipe(params, KEY, **options, image=image, latents=NOISE, output_type="np").images
+@pytest.mark.parametrize("case", CASES)
+def test_tasks(case, monkeypatch):
+    name, net, more = CASES[case]
+    pipe, params, peer = load(name, **net)
+    module = sys.modules[getattr(diffusers, name).__module__]
+    monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: peers.nchw(NOISE))
+    options = SMALL | dict(num_inference_steps=3) | more
+    if name == "FluxKontextInpaintPipeline":  # the picture says how large
+        del options["height"], options["width"]
+    ours = pipe(params, KEY, **options, latents=NOISE, output_type="np").images
+    tensors = [k for k, v in options.items() if isinstance(v, np.ndarray) and k != "control_image"]
+    there = options | {k: peers.nchw(options[k]) for k in tensors}
     with torch.no_grad():
-        theirs = peer(**options, image=peers.nchw(image), output_type="np").images
-    agree(pipe, ours, theirs)
-
-
-def test_inpaint(monkeypatch):
-    pipe, params, peer = load("FluxInpaintPipeline")
-    noise_of("FluxInpaintPipeline", monkeypatch)
-    image, mask = rng.uniform(size=(1, 16, 24, 3)).astype(np.float32), np.zeros((1, 16, 24, 1), np.float32)
-    mask[:, 4:12, 6:18] = 1
-    options = SMALL | dict(num_inference_steps=3, strength=0.7)
-    ours = pipe(params, KEY, **options, image=image, mask_image=mask, latents=NOISE, output_type="np").images
-    with torch.no_grad():
-        there = dict(image=peers.nchw(image), mask_image=peers.nchw(mask))
-        theirs = peer(**options, **there, output_type="np").images
+        theirs = peer(**there, output_type="np").images
     agree(pipe, ours, theirs)

@@ -10,48 +10,33 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
+from flaxdiff import images as pictures
 from flaxdiff.guidance import true_cfg
+from flaxdiff.nn.packing import pack, places, unpack
 from flaxdiff.pipelines import flow
 from flaxdiff.pipelines import stable_diffusion as sd
 from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
-from flaxdiff.pipelines.tasks import native_image_to_image
-from flaxdiff.pipelines.tasks.inpaint import inpaint, paste_back
+from flaxdiff.pipelines.tasks import (
+    Prepared,
+    check_channels,
+    native_image_to_image,
+    native_size,
+    stride,
+    text_to_image,
+)
+from flaxdiff.pipelines.tasks.inpaint import inpaint, need_both, paste_back
 from flaxdiff.pipelines.text import branches, check_prompts, texts
 
 PACK = 2  # latents along each side of a token
 LONGEST = 512  # tokens of a text
-
-
-def pack(x: jax.Array) -> jax.Array:
-    """Latents [B, H, W, C] -> tokens [B, H/2 · W/2, 4 C], row by row.
-
-    >>> pack(jnp.zeros((1, 4, 6, 16))).shape
-    (1, 6, 64)
-    """
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // PACK, PACK, w // PACK, PACK, c).transpose(0, 1, 3, 5, 2, 4)
-    return x.reshape(b, h * w // PACK**2, c * PACK**2)
-
-
-def unpack(x: jax.Array, sides: tuple[int, int]) -> jax.Array:
-    """Tokens [B, N, 4 C] -> latents [B, H, W, C] of these sides.
-
-    >>> x = jnp.arange(64.0).reshape(1, 4, 8, 2)
-    >>> bool((unpack(pack(x), (4, 8)) == x).all())
-    True
-    """
-    h, w = (side // PACK for side in sides)
-    x = x.reshape(len(x), h, w, -1, PACK, PACK).transpose(0, 1, 4, 2, 5, 3)
-    return x.reshape(len(x), *sides, -1)
-
-
-def places(sides: tuple[int, int], picture: int = 0) -> np.ndarray:
-    """Which picture, row and column the tokens of a latent of these sides are at: [N, 3]."""
-    grid = np.indices([side // PACK for side in sides], np.float32).reshape(2, -1).T
-    return np.concatenate([np.full((len(grid), 1), picture, np.float32), grid], -1)
+# (height, width) in pixels of the pictures that Kontext was trained on
+PREFERRED = ((1568, 672), (1504, 688), (1456, 720), (1392, 752), (1328, 800), (1248, 832), (1184, 880), (1104, 944))
+PREFERRED = (*PREFERRED, (1024, 1024), *((w, h) for h, w in reversed(PREFERRED)))
 
 
 def prepare(
@@ -114,6 +99,9 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
             text = networks("text_encoder_2", inputs[f"{prefix}prompt_ids_2"])
             pooled = networks("text_encoder", inputs[f"{prefix}prompt_ids"]).pooler_output
         cond[branch] = {"text": text, "pooled": pooled}
+    if "reference" in inputs:
+        latents = encode_mean(networks, jnp.asarray(inputs["reference"]), inputs["keys"])
+        cond = {branch: {**told, "reference": latents} for branch, told in cond.items()}
     return cond
 
 
@@ -124,9 +112,18 @@ def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
 
 
 def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
-    """The velocity of latents [B, H, W, C]."""
-    sides = x.shape[1:3]
-    return unpack(networks("transformer", pack(x), cond["text"], None, t, places(sides)), sides)
+    """The velocity of latents [B, H, W, C]; a picture to change, where there is one, comes after them."""
+    seen = [x, cond["reference"].astype(x.dtype)] if "reference" in cond else [x]
+    grids = [(latent.shape[1] // PACK, latent.shape[2] // PACK) for latent in seen]
+    tokens = jnp.concatenate([pack(latent) for latent in seen], 1)
+    where = np.concatenate([places(*grid, i) for i, grid in enumerate(grids)])
+    velocity = networks("transformer", tokens, cond["text"], None, t, where)
+    return unpack(velocity[:, : grids[0][0] * grids[0][1]], *x.shape[1:3])
+
+
+def encode_mean(networks: Networks, images: jax.Array, keys: jax.Array, spread: jax.Array | float = 0.0) -> jax.Array:
+    """As `stable_diffusion.encode_image`, but the posterior's mean."""
+    return sd.encode_image(networks, images, keys, spread)
 
 
 FLUX = sd.STABLE_DIFFUSION._replace(
@@ -139,6 +136,89 @@ FLUX = sd.STABLE_DIFFUSION._replace(
     schedule=flow.even,
     pack=PACK,
 )
+KONTEXT = FLUX._replace(encode_image=encode_mean)
+
+
+def prepare_control(pipe: DiffusionPipeline, size: Size, guided: bool, control_image: Any = None) -> dict[str, Any]:
+    """The picture whose latent lies beside the sample.
+
+    Args:
+      control_image: edges, depth and the like: Pillow pictures, or arrays [B, H, W, 3] in [0, 1]; they are resized.
+
+    Raises:
+      ValueError: no picture, or a network that takes none.
+    """
+    if control_image is None:
+        raise ValueError(f"{type(pipe).__name__} follows a picture; give control_image=.")
+    check_channels(pipe, 0)
+    pixels, one = pictures.to_array(control_image, size.height, size.width), np.float32(1)
+    return {"beside_image": pixels, "beside_gain": one, "beside_spread": one}
+
+
+def preferred(image: Any, auto_resize: bool, step: int) -> Size:
+    """The size that Kontext sees a picture in: of those it was trained on the one of nearest proportions."""
+    one = image[0] if isinstance(image, list | tuple) else image
+    height, width = (one.height, one.width) if isinstance(one, Image.Image) else np.shape(one)[-3:-1]
+    if auto_resize:
+        _, width, height = min((abs(width / height - w / h), w, h) for h, w in PREFERRED)
+    return Size(height // step * step, width // step * step)
+
+
+def kontext(
+    pipe: DiffusionPipeline,
+    image: Any = None,
+    height: int | None = None,
+    width: int | None = None,
+    latents: jax.Array | None = None,
+    max_area: int = 1024**2,
+    _auto_resize: bool = True,
+) -> Prepared:
+    """Start from noise, with a picture to change before the network's eyes, or without one.
+
+    Args:
+      image: Pillow pictures, or arrays [B, H, W, 3] in [0, 1]; resized to what is nearest to them in `PREFERRED`.
+      height, width: of the result: their proportions count, by default a square's.
+      latents: the noise to start from, of unit variance, in place of what the key gives.
+      max_area: of the result in pixels.
+      _auto_resize: whether to resize `image` so.
+    """
+    native, step = native_size(pipe), stride(pipe)
+    ratio = (width or native.width) / (height or native.height)
+    sides = (round((max_area / ratio) ** 0.5), round((max_area * ratio) ** 0.5))
+    size, arrays, window = text_to_image(pipe, *(side // step * step for side in sides), latents)
+    if image is not None:
+        seen = preferred(image, _auto_resize, step)
+        arrays |= {"reference": pictures.to_array(image, seen.height, seen.width)}
+    return size, arrays, window
+
+
+def kontext_inpaint(
+    pipe: DiffusionPipeline,
+    image: Any = None,
+    mask_image: Any = None,
+    image_reference: Any = None,
+    strength: float | None = None,
+    padding_mask_crop: int | None = None,
+    latents: jax.Array | None = None,
+    _auto_resize: bool = True,
+) -> Prepared:
+    """Paint over a part of a picture, with that picture or another before the network's eyes.
+
+    Args:
+      image, mask_image, strength, padding_mask_crop, latents: as of `inpaint`; the size is as of `kontext`.
+      image_reference: what the network sees in place of the picture.
+      _auto_resize: as of `kontext`.
+
+    Raises:
+      ValueError: as `inpaint`.
+    """
+    need_both(pipe, image, mask_image)
+    size = preferred(image, _auto_resize, stride(pipe))
+    options = dict(strength=strength, padding_mask_crop=padding_mask_crop, latents=latents)
+    size, arrays, window = inpaint(pipe, image, mask_image, size.height, size.width, **options)
+    seen = size if image_reference is None else preferred(image_reference, _auto_resize, stride(pipe))
+    other = None if image_reference is None else pictures.to_array(image_reference, seen.height, seen.width)
+    return size, arrays | {"reference": arrays["image"] if other is None else other}, window
 
 
 class FluxPipeline(DiffusionPipeline):
@@ -173,3 +253,43 @@ class FluxInpaintPipeline(FluxPipeline):
 
     task, finish = staticmethod(inpaint), staticmethod(paste_back)
     defaults = {**FluxPipeline.defaults, "guidance_scale": 7.0, "strength": 0.6}
+
+
+class FluxFillPipeline(FluxPipeline):
+    """Paint over a part of a picture with a transformer that sees the rest of it and the mask."""
+
+    task, finish = staticmethod(inpaint), staticmethod(paste_back)
+    defaults = {**FluxPipeline.defaults, "num_inference_steps": 50, "guidance_scale": 30.0, "strength": 1.0}
+
+
+class FluxControlPipeline(FluxPipeline):
+    """Text to image with a transformer that sees the latent of `control_image` beside the sample."""
+
+    extras, controls = (prepare_control,), True
+
+
+class FluxControlImg2ImgPipeline(FluxControlPipeline):
+    """Image to image with a transformer that sees the latent of `control_image` beside the sample."""
+
+    task = staticmethod(native_image_to_image)
+    defaults = FluxImg2ImgPipeline.defaults
+
+
+class FluxControlInpaintPipeline(FluxControlPipeline):
+    """Paint over a part of a picture with a transformer that sees the latent of `control_image` beside the sample."""
+
+    task, finish = staticmethod(inpaint), staticmethod(paste_back)
+    defaults = FluxInpaintPipeline.defaults
+
+
+class FluxKontextPipeline(FluxPipeline):
+    """Change `image` as the prompt says, with FLUX.1 Kontext; without one text to image."""
+
+    family, task = KONTEXT, staticmethod(kontext)
+
+
+class FluxKontextInpaintPipeline(FluxPipeline):
+    """Paint over a part of a picture with FLUX.1 Kontext, which sees it, or `image_reference`."""
+
+    family, task, finish = KONTEXT, staticmethod(kontext_inpaint), staticmethod(paste_back)
+    defaults = {**FluxPipeline.defaults, "strength": 1.0}

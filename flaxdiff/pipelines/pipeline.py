@@ -106,6 +106,7 @@ class DiffusionPipeline(
     asks: ClassVar[str] = "guidance_scale"  # the strength that, beyond 1, asks for the negative branch
     extras: ClassVar[tuple[Callable, ...]] = ()  # further (pipe, size, guided, …) -> arrays, beside the family's
     steers: ClassVar[Mapping[str, str]] = {}  # component -> class of those of which there may be one or a list
+    controls: ClassVar[bool] = False  # whether the latent of `control_image` lies beside the sample
     # Pillow's pictures and the call's options -> the pictures that a call returns
     finish: ClassVar[Callable] = staticmethod(lambda images, options: images)
     # (self, images, flags, output_type, options) -> what a call returns

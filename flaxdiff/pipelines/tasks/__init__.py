@@ -108,18 +108,24 @@ def need(pipe: "DiffusionPipeline", image: Any) -> None:
 
 
 def check_channels(pipe: "DiffusionPipeline", beside: int) -> None:
-    """Raise ValueError unless the denoiser takes so many channels beside the sample."""
-    latent, room = pipe.autoencoder.config.latent_channels, room_beside(pipe)
+    """Raise ValueError unless the denoiser takes so many channels beside the sample, and those of a control image."""
+    latent, room, control = pipe.autoencoder.config.latent_channels, room_beside(pipe), control_channels(pipe)
     if room != beside:
         raise ValueError(
-            f"{type(pipe).__name__} gives the network {latent} channels of the sample and {beside} beside it, but it "
-            f"takes {latent + room}; use a checkpoint that was trained for this task."
+            f"{type(pipe).__name__} gives the network {latent} channels of the sample and {control + beside} beside "
+            f"it, but it takes {latent + control + room}; use a checkpoint that was trained for this task."
         )
 
 
 def room_beside(pipe: "DiffusionPipeline") -> int:
-    """Channels that the denoiser takes beside those of the sample, as large as the latents."""
-    return pipe.denoiser.config.in_channels // pipe.family.pack**2 - pipe.autoencoder.config.latent_channels
+    """Channels that the denoiser takes beside those of the sample and of a control image."""
+    channels = pipe.denoiser.config.in_channels // pipe.family.pack**2
+    return channels - pipe.autoencoder.config.latent_channels - control_channels(pipe)
+
+
+def control_channels(pipe: "DiffusionPipeline") -> int:
+    """Channels of the latent of a control image beside the sample."""
+    return pipe.controls * pipe.autoencoder.config.latent_channels
 
 
 def is_latents(pipe: "DiffusionPipeline", image: Any) -> bool:
@@ -177,6 +183,8 @@ def blank_inputs(pipe: "DiffusionPipeline", batch: int = 1, **options: Any) -> d
         if nets:
             blank = Image.new("RGB", (width, height))
             options["control_image" if "strength" in pipe.defaults else "image"] = [blank] * nets if nets > 1 else blank
+    if pipe.controls:
+        options["control_image"] = Image.new("RGB", (1, 1))
     return pipe.prepare_inputs(**options)
 
 

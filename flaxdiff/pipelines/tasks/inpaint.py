@@ -1,8 +1,8 @@
 """Inpainting: paint over the white part of a mask, with a network made for it or with any other.
 
-A network with nine input channels sees the mask and the latent of the masked picture beside the sample. One with four
-does not know; what the mask leaves alone is put back after each of its steps (see `blend.py`). Some autoencoders
-(AsymmetricAutoencoderKL) see the picture and the mask as they decode.
+A network with nine input channels sees the mask and the latent of the masked picture beside the sample; Flux Fill that
+latent and all pixels of the mask. One with four does not know; what the mask leaves alone is put back after each of its
+steps (see `blend.py`). Some autoencoders (AsymmetricAutoencoderKL) see the picture and the mask as they decode.
 """
 
 import inspect
@@ -59,7 +59,7 @@ def inpaint(
       ValueError: no picture or no mask, sizes that do not fit, a network with other channels.
     """
     name, native = type(pipe).__name__, native_size(pipe)
-    _need_both(pipe, image, mask_image)
+    need_both(pipe, image, mask_image)
     size = Size(height or native.height, width or native.width)
     if is_latents(pipe, image):
         size = Size(*(side * vae_factor(pipe) for side in image.shape[1:3]))
@@ -80,6 +80,10 @@ def inpaint(
             start["mask"] = small
         case channels if channels == 1 + pipe.vae.config.latent_channels:
             start |= _beside(small, mask, start.get("image"), masked_image_latents)
+        case channels if channels == vae_factor(pipe) ** 2 + pipe.vae.config.latent_channels and "image" in start:
+            start |= _beside(small, mask, start["image"], None)
+            start["behind"] = pictures.unfolded(np.float32(mask), vae_factor(pipe))
+            del start["beside"]
         case _:
             raise ValueError(
                 f"{name}: a network with {pipe.denoiser.config.in_channels} input channels is not made for this; it "
@@ -105,7 +109,7 @@ def by_example(
     Raises:
       ValueError: no picture or no mask, a size that the networks do not divide, a network with other channels.
     """
-    _need_both(pipe, image, mask_image)
+    need_both(pipe, image, mask_image)
     check_channels(pipe, 1 + pipe.vae.config.latent_channels)
     picture = pictures.to_array(image)
     size = Size(*picture.shape[1:3])
@@ -117,7 +121,7 @@ def by_example(
     return size, start | noise(pipe, size, latents), {}
 
 
-def _need_both(pipe: "DiffusionPipeline", image: Any, mask_image: Any) -> None:
+def need_both(pipe: "DiffusionPipeline", image: Any, mask_image: Any) -> None:
     """Raise ValueError where there is no picture or no mask."""
     if image is None or mask_image is None:
         absent = "image" if image is None else "mask_image"
