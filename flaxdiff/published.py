@@ -22,6 +22,7 @@ _FLUX_VAE = dict(
     latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
 )
 _CONSISTENCY = dict(attention_head_dim=64, attn_norm_num_groups=32, downsample_type="resnet", upsample_type="resnet")
+_PIXART = dict(caption_channels=4096, sample_size=128)
 _T5_XXL = dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
 
 # name -> (class, the settings of its config.json that differ from the defaults)
@@ -175,6 +176,11 @@ COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
             layers_per_block=3,
             add_attention=False,
         ),
+    ),
+    "PixArt-alpha/PixArt-XL-2-1024-MS transformer": ("PixArtTransformer2DModel", _PIXART),
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS transformer": (
+        "PixArtTransformer2DModel",
+        dict(_PIXART, use_additional_conditions=False),
     ),
     "stabilityai/stable-diffusion-2-1-unclip UNet": (
         "UNet2DConditionModel",

@@ -97,6 +97,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.controlnet": ("ControlNetModel",),
         "flaxdiff.models.controlnet_xs": ("ControlNetXSAdapter", "UNetControlNetXSModel"),
         "flaxdiff.models.inception_v3": ("InceptionV3",),
+        "flaxdiff.models.pixart_transformer_2d": ("PixArtTransformer2DModel",),
         "flaxdiff.models.safety_checker": ("StableDiffusionSafetyChecker",),
         "flaxdiff.models.t2i_adapter": ("T2IAdapter",),
         "flaxdiff.models.t5": ("T5EncoderModel", "UMT5EncoderModel"),
@@ -211,6 +212,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "flaxdiff.pipelines.panorama": ("StableDiffusionPanoramaPipeline",),
         "flaxdiff.pipelines.pipeline": ("DiffusionPipeline",),
+        "flaxdiff.pipelines.pixart": ("PixArtAlphaPipeline", "PixArtSigmaPAGPipeline", "PixArtSigmaPipeline"),
         "flaxdiff.pipelines.stable_diffusion": (
             "LatentConsistencyModelImg2ImgPipeline",
             "LatentConsistencyModelPipeline",
@@ -292,8 +294,11 @@ def _named(family: str) -> dict[str, str]:
 
 # the classes that do the same with other beginnings: what each of them is for -> its name, also with ControlNets or PAG
 COUNTERPARTS: tuple[dict[str, str], ...] = tuple(
-    _named(family) for family in ("Amused", "Flux", "StableDiffusion", "StableDiffusionXL")
-) + ({"text2image": "LatentConsistencyModelPipeline", "image2image": "LatentConsistencyModelImg2ImgPipeline"},)
+    _named(family) for family in ("Amused", "Flux", "PixArtSigma", "StableDiffusion", "StableDiffusionXL")
+) + (
+    {"text2image": "LatentConsistencyModelPipeline", "image2image": "LatentConsistencyModelImg2ImgPipeline"},
+    {"text2image": "PixArtAlphaPipeline"},
+)
 PUBLIC = {
     name: module
     for sort, modules in TABLE.items()

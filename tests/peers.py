@@ -163,13 +163,15 @@ def vae(seed: int = 0, **options):
     torch.manual_seed(seed)
     stages = 2
     return diffusers.AutoencoderKL(
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * stages,
-        up_block_types=("UpDecoderBlock2D",) * stages,
-        norm_num_groups=8,
-        layers_per_block=1,
-        sample_size=16,
-        **options,
+        **{
+            "block_out_channels": (16, 32),
+            "down_block_types": ("DownEncoderBlock2D",) * stages,
+            "up_block_types": ("UpDecoderBlock2D",) * stages,
+            "norm_num_groups": 8,
+            "layers_per_block": 1,
+            "sample_size": 16,
+            **options,
+        }
     ).eval()
 
 
@@ -250,6 +252,39 @@ def stable_diffusion_xl_refiner():
         requires_aesthetics_score=True,
         add_watermarker=False,
     )
+
+
+def pixart(told_sizes: bool = False, seed: int = 0):
+    """A transformer that was trained on pictures of 256 pixels, whose attentions are narrower than the text."""
+    torch.manual_seed(seed)
+    return lively(
+        diffusers.PixArtTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            num_layers=3,
+            cross_attention_dim=24,
+            caption_channels=16,
+            sample_size=32,
+            use_additional_conditions=told_sizes,
+        )
+    )
+
+
+def small_vae(**options):
+    """An autoencoder with four stages: eight pixels to a latent along each side."""
+    return vae(
+        **{
+            "block_out_channels": (8, 8, 8, 8),
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            **options,
+        }
+    )
+
+
+def pixart_sigma():
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    return diffusers.PixArtSigmaPipeline(t5_tokenizer(), t5_encoder(), small_vae(), pixart(), scheduler)
 
 
 def ddpm():

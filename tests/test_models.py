@@ -376,6 +376,10 @@ def call(spec):
             x, text, ids = f32(2, 4096, c.in_channels), f32(2, 512, c.joint_attention_dim), f32(4096, 3)
             args = x, text, f32(2, c.pooled_projection_dim), f32(), ids, None
             return (*args, f32(2)) if c.guidance_embeds else args, (2, 4096, 64)
+        case "PixArtTransformer2DModel":
+            n, text = c.sample_size, f32(2, 300, c.caption_channels)
+            added = {"resolution": f32(2, 2), "aspect_ratio": f32(2, 1)}
+            return (f32(2, n, n, 4), text, f32(), added, f32(2, 300)), (2, n, n, 8)
         case "PriorTransformer":
             d = c.embedding_dim
             return (f32(2, d), f32(), f32(2, d), f32(2, 77, d), jax.ShapeDtypeStruct((2, 77), bool)), (2, d)

@@ -11,16 +11,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from flaxdiff import weights
 from flaxdiff.core import Config, Model, only
 from flaxdiff.nn.attention import Attention
 from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
 from flaxdiff.nn.feed_forward import FeedForward
-from flaxdiff.nn.layers import Conv, Embedding, LayerNorm, Linear, value
+from flaxdiff.nn.layers import Embedding, LayerNorm, Linear
 from flaxdiff.nn.modulation import WAVES, AdaLayerNorm, vary
+from flaxdiff.nn.patches import PatchEmbed, unpatched
 from flaxdiff.nn.stack import over, run, stack
 from flaxdiff.parallel import constrain
 
@@ -55,35 +54,6 @@ class DiTConfig(Config):
     def channels(self) -> int:
         """Channels of the output."""
         return self.out_channels or self.in_channels
-
-
-def positions(height: int, width: int, base: int, channels: int) -> np.ndarray:
-    """Sinusoids of column and of row, half of the channels each, for a grid of patches: [height * width, channels].
-
-    Places are measured as in the grid of `base` by `base` that the network was trained on.
-
-    >>> positions(2, 3, 4, 8).shape
-    (6, 8)
-    """
-    omega = 10_000.0 ** -(np.arange(channels // 4) / (channels // 4))
-    rows, columns = (np.arange(n, dtype=np.float32) / (n / base) for n in (height, width))
-    angles = [np.float64(places)[..., None] * omega for places in np.meshgrid(columns, rows)]
-    waves = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], -1)
-    return waves.reshape(height * width, channels).astype(np.float32)
-
-
-class PatchEmbed(nnx.Module):
-    """Square patches as tokens that know their place."""
-
-    def __init__(self, c: DiTConfig):
-        self.proj = Conv(c.in_channels, c.width, c.patch_size, stride=c.patch_size, padding=0)
-        self.base = c.sample_size // c.patch_size
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> [B, N, D]."""
-        x = self.proj(x)
-        b, h, w, d = x.shape
-        return x.reshape(b, h * w, d) + positions(h, w, self.base, d).astype(x.dtype)
 
 
 class LabelEmbedding(nnx.Module):
@@ -144,7 +114,7 @@ class DiTTransformer2DModel(Model):
 
     def __init__(self, config: DiTConfig):
         c = config
-        self.pos_embed = PatchEmbed(c)
+        self.pos_embed = PatchEmbed(c.in_channels, c.width, c.patch_size, c.sample_size // c.patch_size)
         self.transformer_blocks = stack(lambda: DiTBlock(c), c.num_layers, c.scan_layers)
         self.norm_out = LayerNorm(c.width, 1e-6, affine=False)
         self.proj_out_1 = Linear(c.width, 2 * c.width)
@@ -159,15 +129,9 @@ class DiTTransformer2DModel(Model):
         Raises:
           ValueError: height or width is no multiple of the patches' side.
         """
-        c, (b, height, width, _) = self.config, hidden_states.shape
-        p = c.patch_size
-        if height % p or width % p:
-            raise ValueError(f"Latents of {height} x {width} do not divide into patches of {p} x {p}.")
-        t = jnp.broadcast_to(timestep, (b,))
-        x = self.pos_embed(hidden_states.astype(weights.dtype(value(self.pos_embed.proj.weight))))
+        b, height, width, _ = hidden_states.shape
+        t, x = jnp.broadcast_to(timestep, (b,)), self.pos_embed(hidden_states)
         told = over(self.transformer_blocks, lambda block: block.norm1.emb(t, class_labels))  # [L, B, D]
         x = run(self.transformer_blocks, constrain(x, "batch", "context"), told)
         shift, scale = jnp.split(self.proj_out_1(jax.nn.silu(told[0]))[:, None], 2, -1)
-        x = self.proj_out_2(vary(self.norm_out(x), shift, scale))
-        x = x.reshape(b, height // p, width // p, p, p, c.channels).swapaxes(2, 3)
-        return x.reshape(b, height, width, c.channels)
+        return unpatched(self.proj_out_2(vary(self.norm_out(x), shift, scale)), height, width, self.config.patch_size)

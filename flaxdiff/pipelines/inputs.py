@@ -11,6 +11,7 @@ import numpy as np
 from flaxdiff.adapters import ip_adapter
 from flaxdiff.guidance.rules import strengths
 from flaxdiff.pipelines import ahead, beside
+from flaxdiff.pipelines.generate import Size
 
 if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
@@ -113,6 +114,8 @@ def before(pipe: "DiffusionPipeline", options: Mapping[str, Any]) -> tuple[dict[
 
 def _per_image(name: str, array: Any, prompts: int, copies: int) -> np.ndarray | jax.Array:
     """Values for each prompt as values for each image; what is the same for all is broadcast, a number stays one."""
+    if isinstance(array, Size):
+        return array
     if np.ndim(array) == 0:
         return np.asarray(array)
     if len(array) == prompts * copies and name in STARTS:
