@@ -47,6 +47,17 @@ def slg(guidance_scale, slg_scale=0.0, layers=Layers(["mid"])):
     return chain(cfg(guidance_scale), guidance.slg(slg_scale, layers))
 
 
+def auto(guidance_scale, autoguidance_scale=1.0):
+    return chain(cfg(guidance_scale), guidance.autoguidance(autoguidance_scale))
+
+
+def worn(weights, share: float = 0.1):
+    """Weights under noise, as large as this share of each array's deviation: a network that has learned less."""
+    key = jax.random.key(0)
+    noise = lambda i, a: share * a.std() * jax.random.normal(jax.random.fold_in(key, i), a.shape)
+    return {name: a + noise(i, a) for i, (name, a) in enumerate(weights.items())}
+
+
 def red(guidance_scale, red_scale=0.0):
     loss = lambda pictures: -(pictures[..., 0] - pictures[..., 1:].mean(-1)).mean((1, 2))
     late = guidance.interval(
@@ -70,6 +81,7 @@ SHEETS = {
     "pag": ("StableDiffusionPAGPipeline", {}, {}, "pag_scale", (0.0, 2.0, 4.0, 8.0, 16.0)),
     "seg": (None, dict(guidance=seg), {}, "seg_scale", (0.0, 2.0, 4.0, 8.0, 16.0)),
     "slg": (None, dict(guidance=slg), {}, "slg_scale", (0.0, 2.0, 4.0, 8.0, 16.0)),
+    "autoguidance": (None, dict(guidance=auto), {}, "autoguidance_scale", (1.0, 1.5, 2.0, 3.0, 5.0)),
     "sag": ("StableDiffusionSAGPipeline", {}, {}, "sag_scale", (0.0, 0.5, 1.0, 2.0, 4.0)),
     "semantic": ("SemanticStableDiffusionPipeline", {}, SEMANTIC, "edit_guidance_scale", (0.0, 0.05, 0.1, 0.2, 0.4)),
     "safe": ("StableDiffusionPipelineSafe", {}, SAFE, "sld_guidance_scale", (0.0, 0.1, 1.0, 10.0, 1000.0)),
@@ -93,6 +105,8 @@ def sheet(name: str, side: int = 80, head: int = 18) -> Image.Image:
     """One technique, its strength swept."""
     cls, fields, fixed, swept, values = SHEETS[name]
     pipe, params = getattr(flaxdiff, cls or "StableDiffusionPipeline").from_pretrained(flaxdiff.EMOJI)
+    if name == "autoguidance":
+        pipe, params = type(pipe).from_pipe(pipe, unet_weaker=pipe.unet), params | {"unet_weaker": worn(params["unet"])}
     pipe = pipe.replace(**fields, progress=False)
     page = Image.new("RGB", (len(values) * (side + 4), head + len(PROMPTS) * (side + 4)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(11)
