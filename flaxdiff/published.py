@@ -145,6 +145,20 @@ COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
         "FluxTransformer2DModel",
         dict(guidance_embeds=True, in_channels=128, out_channels=64),
     ),
+    "InstantX/FLUX.1-dev-Controlnet-Union": (
+        "FluxControlNetModel",
+        dict(guidance_embeds=True, num_layers=5, num_single_layers=10, num_mode=10),
+    ),
+    "XLabs-AI/flux-controlnet-canny-diffusers": (
+        "FluxControlNetModel",
+        dict(
+            guidance_embeds=True,
+            num_layers=2,
+            num_single_layers=0,
+            patch_size=2,
+            conditioning_embedding_channels=16,
+        ),
+    ),
     "FLUX.1 VAE": ("AutoencoderKL", _VAE | _FLUX_VAE | dict(sample_size=1024)),
     "kakaobrain/karlo-v1-alpha prior": ("PriorTransformer", {}),
     "kakaobrain/karlo-v1-alpha decoder": (

@@ -46,7 +46,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.planning.plan": ("plan",),
     },
     "other": {
-        "flaxdiff.adapters.control": ("MultiAdapter", "MultiControlNetModel"),
+        "flaxdiff.adapters.control": ("FluxMultiControlNetModel", "MultiAdapter", "MultiControlNetModel"),
         "flaxdiff.checkpoint.pipelines": ("EMOJI",),
         "flaxdiff.core": ("FromOriginalModelMixin", "ModelMixin", "Spec"),
         "flaxdiff.images": ("IPAdapterMaskProcessor", "VaeImageProcessor"),
@@ -95,6 +95,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.ldm_bert": ("LDMBertModel",),
         "flaxdiff.models.paint_by_example": ("PaintByExampleImageEncoder",),
         "flaxdiff.models.controlnet": ("ControlNetModel",),
+        "flaxdiff.models.controlnet_flux": ("FluxControlNetModel",),
         "flaxdiff.models.controlnet_xs": ("ControlNetXSAdapter", "UNetControlNetXSModel"),
         "flaxdiff.models.inception_v3": ("InceptionV3",),
         "flaxdiff.models.pixart_transformer_2d": ("PixArtTransformer2DModel",),
@@ -186,6 +187,11 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "FluxKontextInpaintPipeline",
             "FluxKontextPipeline",
             "FluxPipeline",
+        ),
+        "flaxdiff.pipelines.flux_controlnet": (
+            "FluxControlNetImg2ImgPipeline",
+            "FluxControlNetInpaintPipeline",
+            "FluxControlNetPipeline",
         ),
         "flaxdiff.pipelines.gligen": ("StableDiffusionGLIGENPipeline", "StableDiffusionGLIGENTextImagePipeline"),
         "flaxdiff.pipelines.image_variation": ("PaintByExamplePipeline", "StableDiffusionImageVariationPipeline"),

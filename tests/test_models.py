@@ -372,6 +372,11 @@ def call(spec):
         case "DiTTransformer2DModel":
             n, labels = c.sample_size, jax.ShapeDtypeStruct((2,), jnp.int32)
             return (f32(2, n, n, 4), f32(), labels), (2, n, n, 8)
+        case "FluxControlNetModel":
+            seen = f32(2, 4096, 64) if c.num_mode else f32(2, 1024, 1024, 3)
+            x, text, mode = f32(2, 4096, 64), f32(2, 512, 4096), jax.ShapeDtypeStruct((2,), jnp.int32)
+            args = x, seen, text, f32(2, 768), f32(2), f32(4096, 3), None, f32(2), mode
+            return args, (c.num_layers, 2, 4096, c.width)
         case "FluxTransformer2DModel":
             x, text, ids = f32(2, 4096, c.in_channels), f32(2, 512, c.joint_attention_dim), f32(4096, 3)
             args = x, text, f32(2, c.pooled_projection_dim), f32(), ids, None
@@ -402,7 +407,7 @@ def test_full_size_call(name):
     spec = getattr(flaxdiff, class_name).from_config(config)
     args, shape = call(spec)
     out = jax.eval_shape(lambda params, args: flaxdiff.apply(spec, params, *args), flaxdiff.abstract(spec), args)
-    out = getattr(out, "last_hidden_state", out)
+    out = getattr(out, "last_hidden_state", getattr(out, "controlnet_block_samples", out))
     assert out.shape == shape
 
 

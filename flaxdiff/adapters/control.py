@@ -19,6 +19,7 @@ from PIL import Image
 from flaxdiff.core import Model, Params, Spec
 from flaxdiff.images import Box, to_array
 from flaxdiff.models.controlnet import ControlNetModel
+from flaxdiff.models.controlnet_flux import FluxControlNetModel
 from flaxdiff.models.t2i_adapter import T2IAdapter
 from flaxdiff.pipelines import tasks
 from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
@@ -65,6 +66,12 @@ class MultiControlNetModel(Several):
     """Several ControlNets."""
 
     member = ControlNetModel
+
+
+class FluxMultiControlNetModel(Several):
+    """Several ControlNets for Flux."""
+
+    member = FluxControlNetModel
 
 
 class MultiAdapter(Several):

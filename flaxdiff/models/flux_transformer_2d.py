@@ -58,7 +58,7 @@ class Told(NamedTuple):
     """What time, text and guidance say to the blocks, [..., B, blocks, parts, D], and at the end [..., B, 2, D]."""
 
     double: Tokens  # to the text and to the picture
-    single: jax.Array
+    single: jax.Array | None
     out: jax.Array | None
 
 
@@ -154,7 +154,7 @@ class FluxBlocks(Model):
             lambda a: jnp.moveaxis(a, 0, -3), over(blocks, lambda block: read(block).modulation(condition))
         )
         double = of(self.transformer_blocks, lambda block: block)
-        single = of(self.single_transformer_blocks, lambda block: block.norm)
+        single = of(self.single_transformer_blocks, lambda block: block.norm) if self.config.num_single_layers else None
         return Told(double, single, None if self.norm_out is None else self.norm_out.modulation(condition))
 
     def told(self, timestep: jax.Array | float | Told, pooled: jax.Array | None, guidance: jax.Array | None) -> Told:

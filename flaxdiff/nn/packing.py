@@ -10,7 +10,7 @@ import numpy as np
 def pack(x: jax.Array, side: int = 2) -> jax.Array:
     """Latents [B, H, W, C] -> tokens [B, N, side² C] of so many latents along each side, row by row.
 
-    >>> pack(jnp.zeros((1, 4, 6, 16))).shape
+    >>> pack(np.zeros((1, 4, 6, 16))).shape
     (1, 6, 64)
     """
     b, h, w, c = x.shape
@@ -21,7 +21,7 @@ def pack(x: jax.Array, side: int = 2) -> jax.Array:
 def unpack(x: jax.Array, height: int, width: int, side: int = 2) -> jax.Array:
     """Tokens [B, N, side² C] -> latents [B, height, width, C].
 
-    >>> x = jnp.arange(64.0).reshape(1, 4, 8, 2)
+    >>> x = np.arange(64.0).reshape(1, 4, 8, 2)
     >>> bool((unpack(pack(x), 4, 8) == x).all())
     True
     """

@@ -63,20 +63,24 @@ def run(blocks: Blocks, x: jax.Array, each: Any, *args: Any) -> jax.Array:
     return jax.lax.scan(lambda x, step: (one(step[0], x, step[1]), None), x, (blocks, each))[0]
 
 
-def over(blocks: Blocks, function: Callable[[nnx.Module], Any]) -> Any:
-    """What a function makes of every block, stacked: [depth, ...]."""
+def over(blocks: Blocks, function: Callable[..., Any], *each: Any) -> Any:
+    """What a function makes of every block, and of its entry in arrays that have one a block, stacked: [depth, ...]."""
     if isinstance(blocks, nnx.List):
-        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *map(function, blocks))
-    return jax.vmap(function)(blocks)
+        made = [function(block, *jax.tree.map(lambda a, i=i: a[i], each)) for i, block in enumerate(blocks)]
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *made)
+    return jax.vmap(function)(blocks, *each)
 
 
-def states(blocks: Blocks, x: jax.Array, *args: Any) -> jax.Array:
-    """As `run`, but returns x before the first block and after each: [depth + 1, *x.shape]."""
-    one = remat(lambda block, x: block(x, *args))
+def states(blocks: Blocks, x: Any, *args: Any, each: Any = None) -> Any:
+    """As `run`, but returns x before the first block and after each, [depth + 1, *x.shape]; also of several arrays.
+
+    Without `each` blocks are called without an entry of it.
+    """
+    one = remat(lambda block, x, extra: block(x, *(() if each is None else (extra,)), *args))
     if isinstance(blocks, nnx.List):
         xs = [x]
-        for block in blocks:
-            xs.append(one(block, xs[-1]))
-        return jnp.stack(xs)
-    ys = jax.lax.scan(lambda x, block: (one(block, x),) * 2, x, blocks)[1]
-    return jnp.concatenate([x[None], ys])
+        for i, block in enumerate(blocks):
+            xs.append(one(block, xs[-1], jax.tree.map(lambda a, i=i: a[i], each)))
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *xs)
+    ys = jax.lax.scan(lambda x, step: (one(step[0], x, step[1]),) * 2, x, (blocks, each))[1]
+    return jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), x, ys)

@@ -70,7 +70,7 @@ def prepare(
     if not 0 < max_sequence_length <= LONGEST:
         raise ValueError(f"max_sequence_length={max_sequence_length}: Flux reads between 1 and {LONGEST} tokens.")
     arrays: dict[str, Any] = {}
-    if pipe.denoiser.config.guidance_embeds:
+    if any(getattr(spec.config, "guidance_embeds", False) for _, spec in pipe.specs):
         arrays["timestep_cond"] = np.atleast_1d(np.asarray(guidance_scale, np.float32))
     sources = {"": (prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)}
     if guided and not (negative_prompt is None and negative_prompt_embeds is None):
@@ -105,20 +105,28 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
     return cond
 
 
-def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
-    """What times [N], the pooled text and the guidance say to the transformer's blocks."""
-    told = timesteps[:, None] / 1000, cond["pooled"], cond.get("timestep_cond")
-    return networks("transformer", *told, method="times")
+def times(networks: Networks, timesteps: jax.Array, cond: Cond, name: str = "transformer") -> Any:
+    """What times [N], the pooled text and the guidance say to the blocks of a network."""
+    strength = cond["timestep_cond"] if networks.config(name).guidance_embeds else None
+    return networks(name, timesteps[:, None] / 1000, cond["pooled"], strength, method="times")
 
 
-def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
-    """The velocity of latents [B, H, W, C]; a picture to change, where there is one, comes after them."""
-    seen = [x, cond["reference"].astype(x.dtype)] if "reference" in cond else [x]
-    grids = [(latent.shape[1] // PACK, latent.shape[2] // PACK) for latent in seen]
-    tokens = jnp.concatenate([pack(latent) for latent in seen], 1)
+def seen(latents: Sequence[jax.Array]) -> tuple[jax.Array, np.ndarray]:
+    """The tokens of one latent [B, H, W, C] after the other, and where they are."""
+    grids = [(latent.shape[1] // PACK, latent.shape[2] // PACK) for latent in latents]
     where = np.concatenate([places(*grid, i) for i, grid in enumerate(grids)])
-    velocity = networks("transformer", tokens, cond["text"], None, t, where)
-    return unpack(velocity[:, : grids[0][0] * grids[0][1]], *x.shape[1:3])
+    return jnp.concatenate([pack(latent) for latent in latents], 1), where
+
+
+def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond, added: tuple = ()) -> jax.Array:
+    """The velocity of latents [B, H, W, C]; a picture to change, where there is one, comes after them.
+
+    `added`: what ControlNets add, as the transformer takes it.
+    """
+    further = [cond["reference"].astype(x.dtype)] if "reference" in cond else []
+    tokens, where = seen([x, *further])
+    velocity = networks("transformer", tokens, cond["text"], None, t, where, None, None, *added)
+    return unpack(velocity[:, : x.shape[1] * x.shape[2] // PACK**2], *x.shape[1:3])
 
 
 def encode_mean(networks: Networks, images: jax.Array, keys: jax.Array, spread: jax.Array | float = 0.0) -> jax.Array:
@@ -187,8 +195,8 @@ def kontext(
     sides = (round((max_area / ratio) ** 0.5), round((max_area * ratio) ** 0.5))
     size, arrays, window = text_to_image(pipe, *(side // step * step for side in sides), latents)
     if image is not None:
-        seen = preferred(image, _auto_resize, step)
-        arrays |= {"reference": pictures.to_array(image, seen.height, seen.width)}
+        shown = preferred(image, _auto_resize, step)
+        arrays |= {"reference": pictures.to_array(image, shown.height, shown.width)}
     return size, arrays, window
 
 
@@ -216,8 +224,8 @@ def kontext_inpaint(
     size = preferred(image, _auto_resize, stride(pipe))
     options = dict(strength=strength, padding_mask_crop=padding_mask_crop, latents=latents)
     size, arrays, window = inpaint(pipe, image, mask_image, size.height, size.width, **options)
-    seen = size if image_reference is None else preferred(image_reference, _auto_resize, stride(pipe))
-    other = None if image_reference is None else pictures.to_array(image_reference, seen.height, seen.width)
+    shown = size if image_reference is None else preferred(image_reference, _auto_resize, stride(pipe))
+    other = None if image_reference is None else pictures.to_array(image_reference, shown.height, shown.width)
     return size, arrays | {"reference": arrays["image"] if other is None else other}, window
 
 
