@@ -8,6 +8,7 @@ import numpy as np
 import peers
 import pytest
 import torch
+from diffusers.pipelines.pag import pipeline_pag_pixart_sigma
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha, pipeline_pixart_sigma
 
 import flaxdiff
@@ -50,7 +51,7 @@ OPTIONS = dict(num_inference_steps=2, max_sequence_length=16)
 
 
 def theirs_of(peer, latents, monkeypatch, **options):
-    for module in (pipeline_pixart_alpha, pipeline_pixart_sigma):
+    for module in (pipeline_pixart_alpha, pipeline_pixart_sigma, pipeline_pag_pixart_sigma):
         monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: peers.nchw(latents))
     with torch.no_grad():
         return peer(**OPTIONS, **options, clean_caption=False, output_type="np").images
