@@ -64,6 +64,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "StableDiffusionXLPipelineOutput",
         ),
         "flaxdiff.pipelines.ldm3d": ("LDM3DPipelineOutput",),
+        "flaxdiff.pipelines.unidiffuser": ("ImageTextPipelineOutput",),
         "flaxdiff.pipelines.mixins": (
             "FromSingleFileMixin",
             "IPAdapterMixin",
@@ -243,6 +244,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "DDPMPipeline",
             "RePaintPipeline",
         ),
+        "flaxdiff.pipelines.unidiffuser": ("UniDiffuserPipeline",),
     },
     "flax": {
         "flaxdiff.flax_api": (
@@ -279,6 +281,8 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "BertTokenizerFast",
             "CLIPTokenizer",
             "CLIPTokenizerFast",
+            "GPT2Tokenizer",
+            "GPT2TokenizerFast",
             "T5Tokenizer",
             "T5TokenizerFast",
         ),

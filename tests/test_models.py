@@ -11,6 +11,7 @@ import peers
 import pytest
 import torch
 import transformers
+from diffusers.pipelines.deprecated import unidiffuser as unidiffuser_models
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 
@@ -340,7 +341,30 @@ def karlo():
     return UnCLIPTextProjModel(**config), config
 
 
-@pytest.mark.parametrize("build", [hybrid, karlo])
+def unidiffuser():
+    """thu-ml/unidiffuser-v1's denoiser."""
+    config = dict(text_dim=64, clip_img_dim=512, num_attention_heads=24, attention_head_dim=64, num_layers=30)
+    config |= dict(
+        in_channels=4,
+        out_channels=4,
+        sample_size=64,
+        patch_size=2,
+        activation_fn="gelu",
+        num_embeds_ada_norm=1000,
+        use_data_type_embedding=True,
+    )
+    return unidiffuser_models.UniDiffuserModel(**config), config
+
+
+def unidiffuser_text_decoder():
+    """Its text decoder; the file has the table of tokens once more, as what tells the next one."""
+    config = dict(prefix_length=77, prefix_inner_dim=768, prefix_hidden_dim=64)
+    peer = unidiffuser_models.UniDiffuserTextDecoder(**config)
+    peer.transformer.lm_head = None
+    return peer, config
+
+
+@pytest.mark.parametrize("build", [hybrid, karlo, unidiffuser, unidiffuser_text_decoder])
 def test_full_size_beside_the_denoiser(build):
     from flaxdiff.checkpoint import convert
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 EMOJI = Path(__file__).parent.parent / "assets" / "emoji"
 # passed over, but by a pipeline whose `reads` names them
-SKIPPED = ("feature_extractor", "image_encoder", "depth_estimator", "processor")
+SKIPPED = ("feature_extractor", "image_encoder", "depth_estimator", "processor", "clip_image_processor")
 CHECKER = "safety_checker"
 SEVERAL = {"MultiControlNetModel": "ControlNetModel", "MultiAdapter": "T2IAdapter"}  # in folders name, name_1, …
 SCHEDULER, PROCESSOR = "scheduler_config.json", "preprocessor_config.json"
@@ -280,9 +280,9 @@ def save_pipeline(
                 index[name][1] = several
                 index = {n: part for n, part in index.items() if not n.startswith(f"{name}_")}
         if sides := [spec.config.image_size for _, spec in pipe.specs if isinstance(spec.config, CLIPVisionConfig)]:
-            index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
-            (stage / "feature_extractor").mkdir()
-            files.write_json(stage / "feature_extractor" / PROCESSOR, clip_processor(sides[0]))
+            index[pipe.processor] = ["transformers", "CLIPImageProcessor"]
+            (stage / pipe.processor).mkdir()
+            files.write_json(stage / pipe.processor / PROCESSOR, clip_processor(sides[0]))
         for name, tokenizer in pipe.tokenizers:
             index[name] = ["transformers", tokenizer.class_name]
             tokenizer.save(stage / name)

@@ -17,6 +17,7 @@ from flaxdiff.guidance.free import (
     rescale,
     tangential,
     text_and_image,
+    together,
     zero_star,
 )
 from flaxdiff.guidance.gradient import by_loss
@@ -25,6 +26,7 @@ from flaxdiff.guidance.presets import (
     attended,
     away_from_harm,
     edited,
+    of_each_half,
     perturbed,
     self_attention,
     semantic,
@@ -50,6 +52,7 @@ __all__ = [
     "frequency_decoupled",
     "interval",
     "ledits",
+    "of_each_half",
     "pag",
     "perturbed",
     "rescale",
@@ -65,5 +68,6 @@ __all__ = [
     "tangential",
     "text_and_image",
     "true_cfg",
+    "together",
     "zero_star",
 ]

@@ -53,6 +53,22 @@ def rescale(phi: jax.Array | float) -> Guidance:
     return stateless(combine)
 
 
+def together(rule: Guidance, other: str) -> Guidance:
+    """A rule to which "negative" is the sum of what that branch and another say, of which each speaks of a part.
+
+    >>> predictions = {"positive": jnp.ones(2), "negative": jnp.array([3.0, 0]), "rest": jnp.array([0, 2.0])}
+    >>> together(cfg(2.0), "rest").combine((), predictions["positive"], predictions, None)[0]
+    Array([-1.,  0.], dtype=float32)
+    """
+
+    def combine(state, guess, predictions, at):
+        if other in predictions:
+            predictions = {**predictions, "negative": predictions["negative"] + predictions[other]}
+        return rule.combine(state, guess, predictions, at)
+
+    return rule._replace(combine=combine)
+
+
 def text_and_image(scale: jax.Array | float, image_scale: jax.Array | float) -> Guidance:
     """Guidance by a text and a picture: negative + scale (positive - image) + image_scale (image - negative).
 

@@ -4,7 +4,7 @@ import jax
 
 from flaxdiff.guidance.attentive import excite, sag
 from flaxdiff.guidance.concepts import ledits, safe, sega
-from flaxdiff.guidance.free import cfg, rescale, text_and_image
+from flaxdiff.guidance.free import cfg, rescale, text_and_image, together
 from flaxdiff.guidance.perturbed import pag
 from flaxdiff.guidance.rules import Each, Flags, Guidance, Layers, chain
 
@@ -22,6 +22,11 @@ def standard(
 def true_cfg(true_cfg_scale: Strength = 1.0) -> Guidance:
     """`cfg` by a name of its own, for networks that take a `guidance_scale` as they take the time."""
     return cfg(true_cfg_scale)
+
+
+def of_each_half(guidance_scale: Strength, guidance_rescale: Strength = 0.0) -> Guidance:
+    """`standard`, "negative_text" saying of a text what "negative" says of a picture: what UniDiffuser is guided by."""
+    return together(chain(cfg(guidance_scale), rescale(guidance_rescale)), "negative_text")
 
 
 def perturbed(

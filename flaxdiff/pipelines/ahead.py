@@ -144,8 +144,9 @@ def _built(program: Program, arguments: Any, folder: Path | None = None) -> dict
             latents = _laid(latents, [state.sampler.place])
         looped = memory.fetched(arguments[0], program.family.loop)  # as a call does
         jobs["step"] = start("step", program.step, looped, conditions, state, **places)
-        jobs["decode"] = start("decode", program.decode, arguments[0], latents, for_decoder(arguments[2]))
-        results = {"begin": begun, "step": state, "decode": 0}
+        decoding = arguments[0], latents, for_decoder(arguments[2])
+        jobs["decode"] = start("decode", program.decode, *decoding)
+        results = {"begin": begun, "step": state, "decode": jax.eval_shape(program.decode, *decoding)}
         return {name: Part(job.result(), jax.tree.structure(results[name])) for name, job in jobs.items()}
 
 

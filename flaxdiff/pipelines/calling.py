@@ -103,7 +103,7 @@ def call(
     images = run(program, params, key, inputs, callback_on_step_end, output_type != "latent")
     if output_type == "latent":
         return PipelineOutput(images)
-    images = np.asarray(images)
+    images = jax.device_get(images)
     images, flags = afterwards.checked(pipe, params, images)
     images = images if pipe.watermark is None else pipe.watermark(images)
     return pipe.present(images, flags, output_type, options)

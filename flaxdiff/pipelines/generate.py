@@ -111,7 +111,8 @@ class Family(NamedTuple):
       predict: (networks, model_input [B, h, w, C], timestep [] or what `times` made of it, cond) -> the network's
         output.
       latent_shape: (networks' specs, size) -> (h, w, C).
-      decode: (networks, latents, …) -> images [B, H, W, 3] in [-1, 1]; further arguments as `for_decoder` finds them.
+      decode: (networks, latents, …) -> images [B, H, W, 3] in [-1, 1], or a tree of such and of whole numbers; further
+        arguments as `for_decoder` finds them.
       encode_image: (networks, images in [-1, 1], keys [B], spread = 1) -> latents, drawn with so much of the
         posterior's deviation; None where there is no way in.
       times: (networks, timesteps [N], cond) -> what the network makes of each time, [N, …], worked out once for all
@@ -357,8 +358,13 @@ class Program:
         told: Mapping[str, jax.Array] = MappingProxyType({}),
     ) -> jax.Array:
         """Latents, and what inputs have for the decoder -> what `generate` returns."""
-        decoded = self.family.decode(self.networks(params), latents, **told).astype(jnp.float32)
-        return jnp.clip(decoded / 2 + 0.5, 0, 1) if self.final else decoded
+
+        def finished(x: jax.Array) -> jax.Array:
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                return x
+            return jnp.clip(x.astype(jnp.float32) / 2 + 0.5, 0, 1) if self.final else x.astype(jnp.float32)
+
+        return jax.tree.map(finished, self.family.decode(self.networks(params), latents, **told))
 
 
 def of_sample(predictions: Mapping[str, jax.Array], x: jax.Array) -> dict[str, jax.Array]:

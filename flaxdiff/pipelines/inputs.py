@@ -21,6 +21,7 @@ ROWS = 64  # length of the scheduler's tables: runs of up to so many evaluations
 # given for each image, or for each prompt
 STARTS = ("latents", "image", "image_latents", "noisy_latents", "mask", "beside", "beside_image", "behind")
 STARTS += ("decoder_image", "decoder_mask", "depth", "depth_pixels", "path", "noises", "reference")
+STARTS += ("vae_latents", "clip_latents", "prompt_latents")
 
 
 def prepare_inputs(

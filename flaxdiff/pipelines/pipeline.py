@@ -112,6 +112,7 @@ class DiffusionPipeline(
     # (self, images, flags, output_type, options) -> what a call returns
     present: ClassVar[Callable] = calling.presented
     reads: ClassVar[tuple[str, ...]] = ()  # components of a checkpoint that most pipelines pass over
+    processor: ClassVar[str] = "feature_extractor"  # the component that says how to make what CLIP sees of a picture
     formerly: ClassVar[Mapping[str, str]] = {}  # class that older checkpoints name -> the one that is meant
     before: ClassVar[tuple[Before, ...]] = ()  # whose loops are run first
     sampler: ClassVar[str] = "scheduler"  # the component that the scheduler is in a checkpoint
