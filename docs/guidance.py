@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
+from pictures import given
 from PIL import Image, ImageDraw, ImageFont
 
 import flaxdiff
@@ -58,6 +60,14 @@ def worn(weights, share: float = 0.1):
     return {name: a + noise(i, a) for i, (name, a) in enumerate(weights.items())}
 
 
+def alike(guidance_scale, amount=0.0):
+    return chain(cfg(guidance_scale), guidance.pix2pix_zero(amount))
+
+
+def refer(guidance_scale, reference_scale=0.0, layers=Layers(["block"])):
+    return chain(cfg(guidance_scale), guidance.reference(reference_scale, layers))
+
+
 def red(guidance_scale, red_scale=0.0):
     loss = lambda pictures: -(pictures[..., 0] - pictures[..., 1:].mean(-1)).mean((1, 2))
     late = guidance.interval(
@@ -69,6 +79,10 @@ def red(guidance_scale, red_scale=0.0):
 SEMANTIC = dict(editing_prompt="on green", edit_warmup_steps=1, edit_threshold=0.5)
 SAFE = dict(safety_concept="on pink", sld_warmup_steps=1, sld_threshold=1.0, sld_momentum_scale=0.0)
 EXCITE = dict(token_indices=[[1]] * len(PROMPTS), thresholds={})
+SWAPS = ["dog face on blue", "cat face on blue", "fox face on blue", "apple on blue"]
+SWAP = dict(prompt=SWAPS, latents=np.repeat(jax.random.normal(jax.random.key(3), (1, 16, 16, 8)), len(SWAPS), 0))
+SHOWN = Image.new("RGB", (64, 64), "black"), Image.new("RGB", (64, 64), "white")  # the first image is given, no other
+REFER = dict(prompt=["strawberry on yellow", "slice of pizza", "owl", "rocket"], mask_image=[SHOWN[0], *SHOWN[1:] * 3])
 # what -> (class or None for the plain one, fields to replace, what stays, what is swept, its values)
 SHEETS = {
     "cfg": (None, {}, {}, "guidance_scale", (1.0, 1.5, 3.0, 6.0, 12.0)),
@@ -86,6 +100,14 @@ SHEETS = {
     "semantic": ("SemanticStableDiffusionPipeline", {}, SEMANTIC, "edit_guidance_scale", (0.0, 0.05, 0.1, 0.2, 0.4)),
     "safe": ("StableDiffusionPipelineSafe", {}, SAFE, "sld_guidance_scale", (0.0, 0.1, 1.0, 10.0, 1000.0)),
     "excite": ("StableDiffusionAttendAndExcitePipeline", {}, EXCITE, "scale_factor", (0.0, 50.0, 100.0, 200.0, 400.0)),
+    "pix2pix_zero": (None, dict(guidance=alike), SWAP, "amount", (0.0, 0.3, 1.0, 3.0, 10.0)),
+    "reference": (
+        "StableDiffusionInpaintPipeline",
+        dict(guidance=refer),
+        REFER,
+        "reference_scale",
+        (0, 0.1, 0.3, 1, 3),
+    ),
     "loss": (None, dict(guidance=red), {}, "red_scale", (0.0, 100.0, 300.0, 1000.0, 3000.0)),
     "freeu": (
         None,
@@ -115,6 +137,8 @@ def sheet(name: str, side: int = 80, head: int = 18) -> Image.Image:
             pipe, asked = pipe.replace(unet=pipe.unet.replace(token_merging=value)), {}
         else:
             asked = {swept: value}
+        if name == "reference":
+            asked |= dict(image=[given("strawberry")] * len(PROMPTS), strength=1.0)
         options = dict(prompt=list(PROMPTS), num_inference_steps=24) | fixed | asked
         for row, image in enumerate(pipe(params, jax.random.key(1), **options).images):
             page.paste(image.resize((side, side)), (column * (side + 4), head + row * (side + 4)))

@@ -167,7 +167,7 @@ def test_strengths_of_the_wrong_length():
 # --- what hinders blocks ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["identity", "blur", "skip"])
+@pytest.mark.parametrize("kind", ["identity", "blur", "skip", "reference"])
 @pytest.mark.parametrize("build", [peers.stable_diffusion_1, peers.stable_diffusion_xl])
 def test_hindered_blocks(build, kind):
     """One picture of two, in some blocks; PyTorch's by hooks."""
@@ -179,10 +179,21 @@ def test_hindered_blocks(build, kind):
     added = added if spec.config.addition_embed_type else None
     flags = [np.stack([0 * f, f * 0.8], 0) for f in chosen(spec, ["mid", r"up_blocks.*\.0$|transformer_blocks.0"])]
     run = jax.jit(lambda perturb: flaxdiff.apply(spec, params["unet"], x, t, text, added, perturb=perturb))
-    ours = run({kind: tuple(flags)})
+    told = [f + perturb.FIRST * f[::-1] / 0.8 for f in flags] if kind == "reference" else flags
+    ours = run({kind: tuple(told)})
+
+    def referring(module):
+        """The second picture's queries meet the first's keys as well, which count 0.8 times."""
+        q, k, v = (to(normed[module]) for to in (module.attn1.to_q, module.attn1.to_k, module.attn1.to_v))
+        k, v = (torch.cat([a, a[:1].expand_as(a)], 1) for a in (k, v))
+        q, k, v = (a.unflatten(-1, (module.attn1.heads, -1)).transpose(1, 2) for a in (q, k, v))
+        weight = torch.cat([torch.ones(k.shape[2] // 2), torch.full((k.shape[2] // 2,), 0.8)]).log()
+        h = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=weight.expand(q.shape[2], -1))
+        return module.attn1.to_out[0](h.transpose(1, 2).flatten(2))
 
     def hook(module, args, kwargs, output):
         second = {
+            "reference": lambda: referring(module),
             "identity": lambda: module.attn1.to_out[0](module.attn1.to_v(normed[module])),
             "blur": lambda: smoothed._gaussian_blur_2d(output.clone(), 5, 0.8, 0.0),
             "skip": lambda: args[0],
@@ -193,7 +204,7 @@ def test_hindered_blocks(build, kind):
     for (_, block), flag in zip(transformer_blocks(unet), np.concatenate([f[1] for f in flags])):
         if not flag:
             continue
-        if kind == "identity":
+        if kind in ("identity", "reference"):
             block.norm1.register_forward_hook(lambda m, a, out, block=block: normed.__setitem__(block, out))
             block.attn1.register_forward_hook(lambda m, a, k, out, b=block: hook(b, a, k, out), with_kwargs=True)
         else:
@@ -420,6 +431,66 @@ def test_attend_and_excite(thresholds, monkeypatch):
     ]:
         with pytest.raises(ValueError, match=message):
             other(token_indices=wrong)
+
+
+def alike(guidance_scale, cross_attention_guidance_amount=0.1):
+    return chain(cfg(guidance_scale), guidance.pix2pix_zero(cross_attention_guidance_amount))
+
+
+def test_pix2pix_zero():
+    """Against the gradient of the distance between PyTorch's maps of attention, kept by its processors."""
+    pipe, params = load(peers.stable_diffusion_1, "StableDiffusionPipeline")
+    there, noise = peers.stable_diffusion_1(), rng.standard_normal((1, 8, 8, 4)).astype(np.float32)
+    options = dict(latents=np.repeat(noise, 2, 0), num_inference_steps=2, height=16, width=16, guidance_scale=1.0)
+    inputs = pipe.prepare_inputs(prompt=["a cat", "a dog"], **options)
+    told = pipe.replace(guidance=alike).prepare_inputs(
+        prompt=["a cat", "a dog"], cross_attention_guidance_amount=20.0, **options
+    )
+    program = pipe.replace(guidance=alike).program
+    conditions, state = program.begin(params, KEY, told)
+
+    class Keeping:
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+            q, context = (
+                attn.to_q(hidden_states),
+                hidden_states if encoder_hidden_states is None else encoder_hidden_states,
+            )
+            q, k, v = (attn.head_to_batch_dim(a) for a in (q, attn.to_k(context), attn.to_v(context)))
+            found = attn.get_attention_scores(q, k)
+            if encoder_hidden_states is not None:
+                maps.append(found.unflatten(0, (2, -1)))
+            return attn.to_out[0](attn.batch_to_head_dim(found @ v))
+
+    maps = []
+    there.unet.set_attn_processor(Keeping())
+    x = peers.nchw(np.asarray(state.sampler.scaled(state.sampler.sample))).requires_grad_()
+    text = there.encode_prompt(["a cat", "a dog"], "cpu", 1, False)[0]
+    there.unet(x, float(inputs["plan"].timesteps[0]), text)
+    sum((m - m[:1].detach()).square().sum((2, 3)).mean(1).sum() for m in maps).backward()
+    scale = np.asarray(state.sampler.scaled(np.ones(1, np.float32)))
+    expected = np.asarray(state.sampler.sample) - 20 * scale * peers.nhwc(x.grad)
+
+    evaluate = jax.jit(lambda params: program.guess(params, conditions, state)[1].sampler.sample)
+    ours = np.asarray(evaluate(params))
+    assert peers.relative(ours, expected) < 1e-4
+    np.testing.assert_allclose(ours[0], np.asarray(state.sampler.sample)[0], atol=1e-6)
+    assert peers.relative(ours[1], np.asarray(state.sampler.sample)[1]) > 1e-3
+
+
+def test_reference_only():
+    """Whoever sees the first image is changed by it, and that image is not."""
+    pipe, params = load(peers.stable_diffusion_1, "StableDiffusionPipeline")
+    referring = pipe.replace(guidance=refer)
+    options = dict(prompt=["a cat", "a dog"], num_inference_steps=2, height=16, width=16, guidance_scale=3.0)
+    plain = guess_of(pipe, params, pipe.prepare_inputs(**options))
+    guess = [guess_of(referring, params, referring.prepare_inputs(reference_scale=s, **options)) for s in (0.0, 1.0)]
+    np.testing.assert_allclose(guess[0], plain, atol=1e-5)
+    np.testing.assert_allclose(guess[1][0], plain[0], atol=1e-5)
+    assert peers.relative(guess[1][1], plain[1]) > 1e-3
+
+
+def refer(guidance_scale, reference_scale=1.0, layers=guidance.Layers(["block"])):
+    return chain(cfg(guidance_scale), guidance.reference(reference_scale, layers))
 
 
 def test_any_loss_guides():

@@ -8,7 +8,7 @@ gradient.py     the slope of any loss
 presets.py      what pipelines use by name
 """
 
-from flaxdiff.guidance.attentive import excite, sag
+from flaxdiff.guidance.attentive import excite, pix2pix_zero, sag
 from flaxdiff.guidance.concepts import ledits, safe, sega
 from flaxdiff.guidance.free import (
     apg,
@@ -21,7 +21,7 @@ from flaxdiff.guidance.free import (
     zero_star,
 )
 from flaxdiff.guidance.gradient import by_loss
-from flaxdiff.guidance.perturbed import autoguidance, pag, seg, slg
+from flaxdiff.guidance.perturbed import autoguidance, pag, reference, seg, slg
 from flaxdiff.guidance.presets import (
     attended,
     away_from_harm,
@@ -55,6 +55,8 @@ __all__ = [
     "of_each_half",
     "pag",
     "perturbed",
+    "pix2pix_zero",
+    "reference",
     "rescale",
     "safe",
     "sag",

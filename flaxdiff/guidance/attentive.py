@@ -88,6 +88,26 @@ def excite(
     return Guidance(lambda state, guess, *_: (guess, state), watches=lambda names: names, adjust=adjust)
 
 
+def pix2pix_zero(amount: jax.Array | float = 0.1) -> Guidance:
+    """Move each sample so that it attends to its text as the first image of the batch does to its own.
+
+    x - amount ∇ Σ |maps - the first's|², the mean over heads, summed over blocks; before each evaluation. With the same
+    noise for all, the first is kept and the others are what their prompts make of it. Of a picture, that noise is found
+    by `invert`; a prompt may be the first's embedding and the way from one word's to another's.
+
+    Reference: Parmar et al., Zero-shot Image-to-Image Translation, 2023.
+    """
+
+    def adjust(x: jax.Array, at: At) -> jax.Array:
+        def apart(x: jax.Array) -> jax.Array:
+            maps = [probabilities(to_text) for _, to_text in at.ask(x, ["positive"]).seen["positive"].values()]
+            return sum(jnp.square(m - jax.lax.stop_gradient(m[:1])).sum((2, 3)).mean(1).sum() for m in maps)
+
+        return x - per_image(amount, x) * jax.grad(apart)(x)
+
+    return Guidance(lambda state, guess, *_: (guess, state), watches=lambda names: names, adjust=adjust)
+
+
 def attention(seen: Mapping[str, tuple[Pair, Pair]], sides: tuple[int, int]) -> jax.Array:
     """The most that any position attends to each token, smoothed: [B, M]; the first and the last token have none.
 
@@ -124,10 +144,14 @@ def middle(names: list[str]) -> str:
     return next((name for name in names if name.startswith("mid")), names[len(names) // 2])
 
 
+def probabilities(pair: Pair) -> jax.Array:
+    """How much each query looks at each key, [B, H, N, M]."""
+    return jax.nn.softmax(jnp.einsum("bnhd,bmhd->bhnm", *pair, preferred_element_type=jnp.float32))
+
+
 def weights(pair: Pair) -> jax.Array:
     """How much each query looks at each key, the mean over heads: [B, N, M]."""
-    scores = jnp.einsum("bnhd,bmhd->bhnm", *pair, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(scores).mean(1)
+    return probabilities(pair).mean(1)
 
 
 def received(pair: Pair, sides: tuple[int, int]) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxdiff.guidance.rules import At, Branches, Flags, Guidance, Predictions, per_image
+from flaxdiff.nn.perturb import FIRST
 
 
 def pag(scale: jax.Array | float, layers: Flags, adaptive_scale: jax.Array | float = 0.0) -> Guidance:
@@ -56,6 +57,28 @@ def slg(scale: jax.Array | float, layers: Flags) -> Guidance:
     Reference: Hyung et al., Spatiotemporal Skip Guidance for Enhanced Video Diffusion Sampling, 2024.
     """
     return _away("slg", "skip", layers, lambda at: scale)
+
+
+def reference(scale: jax.Array | float, layers: Flags) -> Guidance:
+    """Reference-only: the chosen self-attentions look at the places of the batch's first image as well.
+
+    Of a picture the first image is made by inpainting it where nothing is masked, so that it is under the noise of each
+    step. The rule comes last in a chain: all branches are told of it.
+
+    Args:
+      scale: how much those places weigh beside an image's own; 0 for none.
+      layers: as of `pag`.
+
+    Reference: Zhang, Reference-only Control, ControlNet extension of the Stable Diffusion web UI, 2023.
+    """
+
+    def branches(so_far: Branches) -> Branches:
+        batch = len(jax.tree.leaves(so_far["positive"])[0])
+        weigh = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), batch).at[0].set(FIRST)
+        told = {"reference": tuple(weigh[:, None] * of_stack for of_stack in layers)}
+        return {name: {**cond, "perturb": {**cond.get("perturb", {}), **told}} for name, cond in so_far.items()}
+
+    return Guidance(lambda state, guess, *_: (guess, state), branches=branches)
 
 
 def autoguidance(scale: jax.Array | float) -> Guidance:

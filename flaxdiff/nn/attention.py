@@ -20,7 +20,7 @@ from flax import nnx
 from flaxdiff.core import attention_backend, setting_of, watched
 from flaxdiff.nn import context, flash
 from flaxdiff.nn.layers import GroupNorm, Linear
-from flaxdiff.nn.perturb import blurred, rows
+from flaxdiff.nn.perturb import beside_first, blurred, rows
 
 ROWS, KEYS = 256, 4096  # of a block of scores: on a CPU few and wide ones are fastest
 LARGE = 2**22  # scores (batch x heads x queries x keys) beyond which "auto" does not materialise them
@@ -229,7 +229,10 @@ class Attention(nnx.Module):
         q = heads(self.to_q(h))
         if "blur" in perturb:
             q = blurred(q, perturb["blur"], sides)
-        h = attention(q, heads(k), heads(v), mask=mask, split=self.split)
+        seen, bias = (k, v), None
+        if "reference" in perturb:
+            *seen, bias = beside_first(k, v, perturb["reference"])
+        h = attention(q, *map(heads, seen), mask=mask, bias=bias, split=self.split)
         if "identity" in perturb:
             h = jnp.where(rows(perturb["identity"], h) > 0, heads(v), h)
         for k, v, weight in more:

@@ -3,6 +3,7 @@
   identity    1: the self-attention sees only its own position
   blur        deviation of a Gaussian over the positions of the queries; infinite for their mean, 0 for none
   skip        1: the block is left out
+  reference   how much the self-attention looks at the first image's positions as well; `FIRST` at that image
 
 See `guidance.perturbed`. In the same way blocks are told of objects, see nn/grounding.py.
 """
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+FIRST = -1.0  # of the first image, in the place of how much it is looked at
 
 
 class Perturbed(NamedTuple):
@@ -38,6 +41,21 @@ def perturbed(contexts: tuple[Any, ...], kinds: Mapping[str, tuple[jax.Array, ..
 def rows(flags: jax.Array, like: jax.Array) -> jax.Array:
     """Flags [B] in the shape that selects among arrays [B, ...]."""
     return flags.reshape(flags.shape + (1,) * (like.ndim - 1))
+
+
+def beside_first(k: jax.Array, v: jax.Array, weigh: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys and values [B, N, ...] with those of the first image behind them, and the bias [B, 1, 1, 2 N] of both.
+
+    >>> k = jnp.arange(4.0).reshape(4, 1)  # two images, of two branches each
+    >>> both, _, bias = beside_first(k, k, jnp.array([FIRST, FIRST, 1.0, 0.0]))
+    >>> both[3].tolist(), bias[2].ravel().tolist()
+    ([3.0, 1.0], [0.0, 0.0])
+    """
+    branches = jnp.maximum((weigh < 0).sum(), 1)  # an image's lie side by side
+    first = jnp.arange(len(k)) % branches
+    both = lambda a: jnp.concatenate([a, a[first]], 1)
+    bias = jnp.stack([jnp.zeros(len(k)), jnp.log(jnp.maximum(weigh, 1e-30))], 1)  # a weight of nothing
+    return both(k), both(v), jnp.repeat(bias, k.shape[1], 1)[:, None, None]
 
 
 def blurred(q: jax.Array, sigma: jax.Array, sides: tuple[int, int], reach: float | None = None) -> jax.Array:
