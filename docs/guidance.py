@@ -82,7 +82,7 @@ EXCITE = dict(token_indices=[[1]] * len(PROMPTS), thresholds={})
 SWAPS = ["dog face on blue", "cat face on blue", "fox face on blue", "apple on blue"]
 SWAP = dict(prompt=SWAPS, latents=np.repeat(jax.random.normal(jax.random.key(3), (1, 16, 16, 8)), len(SWAPS), 0))
 SHOWN = Image.new("RGB", (64, 64), "black"), Image.new("RGB", (64, 64), "white")  # the first image is given, no other
-REFER = dict(prompt=["strawberry on yellow", "slice of pizza", "owl", "rocket"], mask_image=[SHOWN[0], *SHOWN[1:] * 3])
+REFER = dict(prompt=["strawberry", "pear", "", ""], mask_image=[SHOWN[0], *SHOWN[1:] * 3])
 # what -> (class or None for the plain one, fields to replace, what stays, what is swept, its values)
 SHEETS = {
     "cfg": (None, {}, {}, "guidance_scale", (1.0, 1.5, 3.0, 6.0, 12.0)),
@@ -100,13 +100,13 @@ SHEETS = {
     "semantic": ("SemanticStableDiffusionPipeline", {}, SEMANTIC, "edit_guidance_scale", (0.0, 0.05, 0.1, 0.2, 0.4)),
     "safe": ("StableDiffusionPipelineSafe", {}, SAFE, "sld_guidance_scale", (0.0, 0.1, 1.0, 10.0, 1000.0)),
     "excite": ("StableDiffusionAttendAndExcitePipeline", {}, EXCITE, "scale_factor", (0.0, 50.0, 100.0, 200.0, 400.0)),
-    "pix2pix_zero": (None, dict(guidance=alike), SWAP, "amount", (0.0, 0.3, 1.0, 3.0, 10.0)),
+    "pix2pix_zero": (None, dict(guidance=alike), SWAP, "amount", (0.0, 10.0, 30.0, 100.0, 300.0)),
     "reference": (
         "StableDiffusionInpaintPipeline",
         dict(guidance=refer),
         REFER,
         "reference_scale",
-        (0, 0.1, 0.3, 1, 3),
+        (0, 0.3, 1, 10, 100),
     ),
     "loss": (None, dict(guidance=red), {}, "red_scale", (0.0, 100.0, 300.0, 1000.0, 3000.0)),
     "freeu": (
