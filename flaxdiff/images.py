@@ -292,18 +292,33 @@ def clip_pixels(images: Image.Image | np.ndarray | Sequence, size: int = 224) ->
     return ((np.stack(cut) - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)).astype(np.float32)
 
 
-def depth_pixels(images: Image.Image | np.ndarray | Sequence, size: int = 384) -> np.ndarray:
-    """Pictures as depth models read them, squeezed into a square, float32 [B, S, S, 3] in [-1, 1].
+def square_pixels(
+    images: Image.Image | np.ndarray | Sequence,
+    size: int,
+    mean: Sequence[float] = (0.5,) * 3,
+    std: Sequence[float] = (0.5,) * 3,
+) -> np.ndarray:
+    """Pictures squeezed into a square, float32 [B, S, S, 3], each channel normalised; by default to [-1, 1].
 
     Args:
       images: as of `clip_pixels`.
       size: side in pixels.
+      mean, std: of each channel.
+
+    >>> square_pixels(Image.new("RGB", (400, 300), "white"), 384).shape
+    (1, 384, 384, 3)
+    """
+    squares = [image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC) for image in _pillows(images)]
+    return (np.stack([np.asarray(image, np.float32) for image in squares]) / 255 - np.float32(mean)) / np.float32(std)
+
+
+def depth_pixels(images: Image.Image | np.ndarray | Sequence, size: int = 384) -> np.ndarray:
+    """Pictures as depth models read them: as of `square_pixels`.
 
     >>> depth_pixels(Image.new("RGB", (400, 300), "white")).shape
     (1, 384, 384, 3)
     """
-    squares = [image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC) for image in _pillows(images)]
-    return np.stack([np.asarray(image, np.float32) for image in squares]) / np.float32(127.5) - 1
+    return square_pixels(images, size)
 
 
 def inception_pixels(images: Image.Image | np.ndarray | Sequence) -> np.ndarray:

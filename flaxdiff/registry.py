@@ -85,7 +85,9 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.autoencoder_kl": ("AutoencoderKL",),
         "flaxdiff.models.autoencoder_tiny": ("AutoencoderTiny",),
         "flaxdiff.models.consistency_decoder_vae": ("ConsistencyDecoderVAE",),
-        "flaxdiff.models.clip": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+        "flaxdiff.models.bert": ("BertModel",),
+        "flaxdiff.models.blip2": ("Blip2QFormerModel",),
+        "flaxdiff.models.clip": ("CLIPTextModel", "CLIPTextModelWithProjection", "ContextCLIPTextModel"),
         "flaxdiff.models.clip_image_projection": ("CLIPImageProjection",),
         "flaxdiff.models.clip_model": ("CLIPModel",),
         "flaxdiff.models.clip_vision": ("CLIPVisionModelWithProjection",),
@@ -162,6 +164,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "pipeline": {
         "flaxdiff.pipelines.amused": ("AmusedImg2ImgPipeline", "AmusedInpaintPipeline", "AmusedPipeline"),
+        "flaxdiff.pipelines.blip_diffusion": ("BlipDiffusionControlNetPipeline", "BlipDiffusionPipeline"),
         "flaxdiff.pipelines.controlled": (
             "StableDiffusionAdapterPipeline",
             "StableDiffusionControlNetImg2ImgPipeline",

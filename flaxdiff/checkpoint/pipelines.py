@@ -19,6 +19,7 @@ from flaxdiff import images, parallel, registry
 from flaxdiff.checkpoint import files, hub, reading, writing
 from flaxdiff.checkpoint.tensors import damaged
 from flaxdiff.core import Model, Pairs, Params, Spec, frozen
+from flaxdiff.models.blip2 import Blip2VisionConfig
 from flaxdiff.models.clip_vision import CLIPVisionConfig
 from flaxdiff.schedulers import Scheduler
 
@@ -27,9 +28,21 @@ if TYPE_CHECKING:
 
 EMOJI = Path(__file__).parent.parent / "assets" / "emoji"
 # passed over, but by a pipeline whose `reads` names them
-SKIPPED = ("feature_extractor", "image_encoder", "depth_estimator", "processor", "clip_image_processor")
+SKIPPED = (
+    "feature_extractor",
+    "image_encoder",
+    "depth_estimator",
+    "processor",
+    "clip_image_processor",
+    "image_processor",
+)
 CHECKER = "safety_checker"
 SEVERAL = {"MultiControlNetModel": "ControlNetModel", "MultiAdapter": "T2IAdapter"}  # in folders name, name_1, …
+# what makes of pictures what an image encoder sees -> library and class; those of CLIP by whatever name
+PROCESSORS = {
+    "feature_extractor": ("transformers", "CLIPImageProcessor"),
+    "image_processor": ("blip_diffusion", "BlipImageProcessor"),
+}
 SCHEDULER, PROCESSOR = "scheduler_config.json", "preprocessor_config.json"
 DEFAULTS = "_defaults"  # how the checkpoint likes to be sampled; PyTorch's diffusers skips what begins so
 SORTS = ("model", "scheduler", "tokenizer")
@@ -279,10 +292,11 @@ def save_pipeline(
             for name in [n for n, part in index.items() if part == ["diffusers", one] and f"{n}_1" in index]:
                 index[name][1] = several
                 index = {n: part for n, part in index.items() if not n.startswith(f"{name}_")}
-        if sides := [spec.config.image_size for _, spec in pipe.specs if isinstance(spec.config, CLIPVisionConfig)]:
-            index[pipe.processor] = ["transformers", "CLIPImageProcessor"]
+        seeing = [getattr(spec.config, "vision", spec.config) for _, spec in pipe.specs]
+        if sides := [c.image_size for c in seeing if isinstance(c, CLIPVisionConfig | Blip2VisionConfig)]:
+            index[pipe.processor] = list(PROCESSORS.get(pipe.processor, PROCESSORS["feature_extractor"]))
             (stage / pipe.processor).mkdir()
-            files.write_json(stage / pipe.processor / PROCESSOR, clip_processor(sides[0]))
+            files.write_json(stage / pipe.processor / PROCESSOR, processor(index[pipe.processor][1], sides[0]))
         for name, tokenizer in pipe.tokenizers:
             index[name] = ["transformers", tokenizer.class_name]
             tokenizer.save(stage / name)
@@ -292,16 +306,17 @@ def save_pipeline(
         files.write_json(stage / files.PIPELINE, index)
 
 
-def clip_processor(side: int) -> dict[str, Any]:
-    """What `images.clip_pixels` does, as transformers writes it down: PyTorch's pipelines read it from their folder."""
+def processor(class_name: str, side: int) -> dict[str, Any]:
+    """What `images.clip_pixels` does, or `square_pixels` for BLIP, as transformers writes it down for PyTorch."""
+    square = {"height": side, "width": side}
     return {
-        "image_processor_type": "CLIPImageProcessor",
+        "image_processor_type": class_name,
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": side},
+        "size": square if class_name == "BlipImageProcessor" else {"shortest_edge": side},
         "resample": Image.Resampling.BICUBIC.value,
         "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
+        "crop_size": square,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

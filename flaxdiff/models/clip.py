@@ -1,4 +1,4 @@
-"""CLIPTextModel and CLIPTextModelWithProjection: the text encoders of Stable Diffusion and many others.
+"""CLIPTextModel and its kin: the text encoders of Stable Diffusion and many others.
 
 A causal transformer over at most 77 tokens. `last_hidden_state` is what a denoiser attends to, `hidden_states` holds
 every layer (SDXL reads the last but one), `pooler_output` is the state at the end-of-text token, and `text_embeds`
@@ -90,21 +90,27 @@ class CLIPEncoderLayer(nnx.Module):
 
 
 class CLIPTextEmbeddings(nnx.Module):
-    """Token and position."""
+    """Token and position; `inserted`: embeddings [B, M, D] that stand among those of the tokens, and from where on."""
 
     def __init__(self, c: CLIPTextConfig):
         self.token_embedding = Embedding(c.vocab_size, c.hidden_size)
         self.position_embedding = Embedding(c.max_position_embeddings, c.hidden_size)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        return self.token_embedding(ids) + self.position_embedding(jnp.arange(ids.shape[1]))
+    def __call__(self, ids: jax.Array, inserted: tuple[jax.Array, int | jax.Array] | None = None) -> jax.Array:
+        x = self.token_embedding(ids)
+        if inserted is not None:
+            more, begin = inserted
+            (n, m), i = (x.shape[1], more.shape[1]), jnp.arange(x.shape[1] + more.shape[1])
+            order = jnp.where(i < begin, i, jnp.where(i < begin + m, n + i - begin, i - m))
+            x = jnp.concatenate([x, more.astype(x.dtype)], 1)[:, order]
+        return x + self.position_embedding(jnp.arange(x.shape[1]))
 
 
 class CLIPEncoder(nnx.Module):
     """The layers, under the name that the checkpoint gives them."""
 
-    def __init__(self, c: Config, causal: bool):
-        self.layers = stack(lambda: CLIPEncoderLayer(c, causal), c.num_hidden_layers, c.scan_layers)
+    def __init__(self, c: Config, causal: bool, layer: type[CLIPEncoderLayer] = CLIPEncoderLayer):
+        self.layers = stack(lambda: layer(c, causal), c.num_hidden_layers, c.scan_layers)
 
 
 def end_of_text(ids: jax.Array, eos_token_id: int) -> jax.Array:
@@ -121,8 +127,10 @@ class CLIPTextTransformer(nnx.Module):
         self.final_layer_norm = LayerNorm(c.hidden_size, c.layer_norm_eps)
         self.eos_token_id = c.eos_token_id
 
-    def __call__(self, ids: jax.Array, mask: jax.Array | None = None) -> CLIPTextOutput:
-        hidden = states(self.encoder.layers, self.embeddings(ids), mask)
+    def __call__(
+        self, ids: jax.Array, mask: jax.Array | None = None, inserted: tuple[jax.Array, int | jax.Array] | None = None
+    ) -> CLIPTextOutput:
+        hidden = states(self.encoder.layers, self.embeddings(ids, inserted), mask)
         last = self.final_layer_norm(hidden[-1])
         end = end_of_text(ids, self.eos_token_id)
         return CLIPTextOutput(last, last[jnp.arange(ids.shape[0]), end], hidden, None)
@@ -165,3 +173,15 @@ class CLIPTextModelWithProjection(CLIPTextModel):
     def __call__(self, input_ids: jax.Array, mask: jax.Array | None = None) -> CLIPTextOutput:
         out = self.text_model(input_ids, mask)
         return out._replace(text_embeds=self.text_projection(out.pooler_output))
+
+
+class ContextCLIPTextModel(CLIPTextModel):
+    """The text encoder of BLIP-Diffusion: what stands for a subject is read among the tokens of the text."""
+
+    package = "blip_diffusion"
+
+    def __call__(
+        self, input_ids: jax.Array, context: jax.Array | None = None, begin: int | jax.Array = 2
+    ) -> CLIPTextOutput:
+        """Tokens [B, N], and embeddings [B, M, D] that stand before the token `begin` of them."""
+        return self.text_model(input_ids, None, None if context is None else (context, begin))

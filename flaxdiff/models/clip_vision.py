@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flaxdiff import weights
 from flaxdiff.core import Config, Model, param
 from flaxdiff.models.clip import CLIPEncoder
 from flaxdiff.nn.layers import Conv, Embedding, LayerNorm, Linear, normal, value
@@ -43,6 +44,17 @@ class CLIPVisionOutput(NamedTuple):
     hidden_states: jax.Array  # [L + 1, B, N + 1, D]: the embeddings, then each layer's output
 
 
+def patches(embed: Conv, pixels: jax.Array, side: int) -> jax.Array:
+    """A picture [B, S, S, C] as patches in a row, [B, N, D]. Raises ValueError where S is not `side`."""
+    if pixels.shape[1:3] != (side,) * 2:
+        raise ValueError(
+            f"The image encoder reads pictures of {side} x {side} pixels, and was given {pixels.shape[1]} x "
+            f"{pixels.shape[2]}; see flaxdiff.images.clip_pixels."
+        )
+    x = embed(pixels.astype(weights.dtype(value(embed.weight))))
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
 class CLIPVisionEmbeddings(nnx.Module):
     """Patches of a picture [B, H, W, C], and a token for the whole of it, with their positions."""
 
@@ -53,15 +65,10 @@ class CLIPVisionEmbeddings(nnx.Module):
         self.image_size = c.image_size
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        if pixels.shape[1:3] != (self.image_size,) * 2:
-            raise ValueError(
-                f"The image encoder reads pictures of {self.image_size} x {self.image_size} pixels, and was given "
-                f"{pixels.shape[1]} x {pixels.shape[2]}; see flaxdiff.images.clip_pixels."
-            )
         whole, position = value(self.class_embedding), value(self.position_embedding.weight)
-        patches = self.patch_embedding(pixels.astype(whole.dtype)).reshape(len(pixels), -1, len(whole))
+        x = patches(self.patch_embedding, pixels, self.image_size)
         first = jnp.broadcast_to(whole, (len(pixels), 1, len(whole)))
-        return jnp.concatenate([first, patches], 1) + position
+        return jnp.concatenate([first, x], 1) + position
 
 
 class CLIPVisionTransformer(nnx.Module):

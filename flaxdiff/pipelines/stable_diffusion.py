@@ -60,11 +60,16 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
         else:
             skip = 0 if prefix else inputs["clip_skip"]
             text = networks("text_encoder", inputs[f"{prefix}prompt_ids"], skip, method="skip")
-        steered = control.encode(networks, inputs, text, branch)
-        contexts = networks("unet", text, method="keys_values")
-        contexts = ip_adapter.encode(networks, inputs, branch, contexts, latent_shape(networks.specs, inputs["size"]))
-        cond[branch] = {"text": contexts, **steered}
+        cond[branch] = attended(networks, inputs, branch, text)
     return cond
+
+
+def attended(networks: Networks, inputs: Inputs, branch: str, text: jax.Array) -> Cond:
+    """A branch's text [B, N, D], as the U-Net and what steers it read it."""
+    steered = control.encode(networks, inputs, text, branch)
+    contexts = networks("unet", text, method="keys_values")
+    contexts = ip_adapter.encode(networks, inputs, branch, contexts, latent_shape(networks.specs, inputs["size"]))
+    return {"text": contexts, **steered}
 
 
 def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:

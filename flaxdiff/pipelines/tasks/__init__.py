@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
 
 Prepared = tuple[Size, dict[str, Any], dict[str, Any]]
+# what stands for options that `prepare_inputs` cannot do without, where there is nothing to say yet
+BLANK: dict[str, Any] = dict.fromkeys(("prompt", "source_subject_category", "target_subject_category"), "")
+BLANK |= dict.fromkeys(("example_image", "reference_image"), Image.new("RGB", (1, 1)))
 
 
 def text_to_image(
@@ -168,9 +171,8 @@ def blank_inputs(pipe: "DiffusionPipeline", batch: int = 1, **options: Any) -> d
     """
     hears = (pipe.family.prepare, *(loop.pipeline.family.prepare for loop in pipe.before), pipe.task)
     takes = {name for function in hears for name in inspect.signature(function).parameters}
-    options |= {"prompt": [""] * batch} if "prompt" in takes else {}
+    options |= {name: [blank] * batch for name, blank in BLANK.items() if name in takes}
     options |= {"batch_size": batch} if "batch_size" in takes else {}
-    options |= {"example_image": [Image.new("RGB", (1, 1))] * batch} if "example_image" in takes else {}
     options |= {"class_labels": [0] * batch} if "class_labels" in takes and "batch_size" not in takes else {}
     if "image" in takes:
         size = native_size(pipe)
