@@ -294,11 +294,13 @@ def clip_pixels(images: Image.Image | np.ndarray | Sequence, size: int = 224) ->
 
 def square_pixels(
     images: Image.Image | np.ndarray | Sequence,
-    size: int,
+    size: int = 384,
     mean: Sequence[float] = (0.5,) * 3,
     std: Sequence[float] = (0.5,) * 3,
 ) -> np.ndarray:
-    """Pictures squeezed into a square, float32 [B, S, S, 3], each channel normalised; by default to [-1, 1].
+    """Pictures squeezed into a square, float32 [B, S, S, 3], each channel normalised.
+
+    By default to [-1, 1], as depth models and SigLIP read them.
 
     Args:
       images: as of `clip_pixels`.
@@ -310,15 +312,6 @@ def square_pixels(
     """
     squares = [image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC) for image in _pillows(images)]
     return (np.stack([np.asarray(image, np.float32) for image in squares]) / 255 - np.float32(mean)) / np.float32(std)
-
-
-def depth_pixels(images: Image.Image | np.ndarray | Sequence, size: int = 384) -> np.ndarray:
-    """Pictures as depth models read them: as of `square_pixels`.
-
-    >>> depth_pixels(Image.new("RGB", (400, 300), "white")).shape
-    (1, 384, 384, 3)
-    """
-    return square_pixels(images, size)
 
 
 def inception_pixels(images: Image.Image | np.ndarray | Sequence) -> np.ndarray:

@@ -159,6 +159,17 @@ COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
             conditioning_embedding_channels=16,
         ),
     ),
+    "FLUX.1 Redux dev image encoder": (
+        "SiglipVisionModel",
+        dict(
+            hidden_size=1152,
+            intermediate_size=4304,
+            num_hidden_layers=27,
+            num_attention_heads=16,
+            image_size=384,
+            patch_size=14,
+        ),
+    ),
     "FLUX.1 VAE": ("AutoencoderKL", _VAE | _FLUX_VAE | dict(sample_size=1024)),
     "kakaobrain/karlo-v1-alpha prior": ("PriorTransformer", {}),
     "kakaobrain/karlo-v1-alpha decoder": (

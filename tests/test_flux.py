@@ -8,7 +8,11 @@ import jax
 import numpy as np
 import peers
 import pytest
+import safetensors.torch
 import torch
+import transformers
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+from PIL import Image
 
 import flaxdiff
 
@@ -238,3 +242,58 @@ def test_tasks(case, monkeypatch):
     if name == "FluxKontextInpaintPipeline":  # the picture says how large
         del options["height"], options["width"]
     compare(name, pipe, params, peer, options, monkeypatch)
+
+
+# --- pictures as prompts ---------------------------------------------------------------------------------------------
+
+
+def siglip(**options):
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=16)
+    config = transformers.SiglipVisionConfig(**sizes | dict(image_size=32) | options)
+    return peers.lively(transformers.SiglipVisionModel(config))
+
+
+def redux():
+    """Flux Redux, which knows texts as well."""
+    text = {name: part for name, part in parts().items() if name.startswith(("text", "tok"))}
+    processor = transformers.SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    return diffusers.FluxPriorReduxPipeline(siglip(), processor, peers.lively(ReduxImageEncoder(16, 24)), **text)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_siglip(old, tmp_path):
+    """Published files have the names of before transformers 5.6."""
+    peer = siglip()
+    peer.save_pretrained(tmp_path)
+    if old:
+        state = {f"vision_model.{name}": value for name, value in peer.state_dict().items()}
+        safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    spec, params = flaxdiff.SiglipVisionModel.from_pretrained(tmp_path)
+    pixels = normal(2, 32, 32, 3)
+    with torch.no_grad():
+        theirs = peer(peers.nchw(pixels), output_hidden_states=True)
+    ours = flaxdiff.apply(spec, params, pixels)
+    for key in ("last_hidden_state", "pooler_output"):
+        assert peers.relative(getattr(ours, key), getattr(theirs, key), of="SiglipVisionModel") < 1e-4
+    assert peers.relative(ours.hidden_states, torch.stack(theirs.hidden_states)) < 1e-4
+
+
+def test_redux(tmp_path):
+    """Two pictures and a text each; what it gives is what Flux takes, and PyTorch reads what is saved."""
+    peer = redux()
+    pipe, params = flaxdiff.DiffusionPipeline.from_pretrained(peers.saved(redux))
+    images = [Image.fromarray(np.uint8(255 * image[0])) for image in (IMAGE, OTHER)]
+    options = dict(prompt=["a red dog", "cat"], prompt_embeds_scale=[0.7, 0.4], pooled_prompt_embeds_scale=[1.0, 0.5])
+    ours = pipe(params, image=images, **options)
+    with torch.no_grad():
+        theirs = peer(images, **options)
+    for key in ours:
+        assert peers.relative(ours[key], theirs[key], of="FluxPriorReduxPipeline") < 1e-3
+    base, _, _ = load("FluxPipeline")
+    assert base.prepare_inputs(**ours)["prompt_embeds"].shape == (1, 516, 24)
+    flaxdiff.save(tmp_path / "saved", pipe, params)
+    with torch.no_grad():
+        again = diffusers.FluxPriorReduxPipeline.from_pretrained(tmp_path / "saved")(images, **options)
+    assert peers.relative(ours.prompt_embeds, again.prompt_embeds) < 1e-3
+    with pytest.raises(ValueError, match="prompt_embeds_scale has 3 entries for 2 pictures"):
+        pipe(params, image=images, prompt_embeds_scale=[1.0, 2.0, 3.0])

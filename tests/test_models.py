@@ -286,7 +286,7 @@ def test_clip_pixels(size):
     np.testing.assert_allclose(flaxdiff.images.clip_pixels(picture, 32)[0], theirs, atol=1e-5)
     processor = transformers.DPTImageProcessor(size={"height": 32, "width": 32})
     theirs = np.asarray(processor(picture, return_tensors="np").pixel_values)[0].transpose(1, 2, 0)
-    np.testing.assert_allclose(flaxdiff.images.depth_pixels(picture, 32)[0], theirs, atol=1e-5)
+    np.testing.assert_allclose(flaxdiff.images.square_pixels(picture, 32)[0], theirs, atol=1e-5)
 
 
 def test_clip_of_the_first_configurations():
@@ -322,8 +322,8 @@ def test_full_size(name, scan):
             peer = peer(peer.config_class(**config))
     state = peer.state_dict().items()
     theirs = {name: tuple(value.shape) for name, value in state if not re.fullmatch(spec.module.ignored, name)}
-    if class_name == "CLIPTextModel":  # what the class calls it; the files say text_model.
-        theirs = {f"text_model.{name}": shape for name, shape in theirs.items()}
+    flat = {"CLIPTextModel": "text_model.", "SiglipVisionModel": "vision_model."}  # what the class leaves out, and
+    theirs = {f"{flat.get(class_name, '')}{name}": shape for name, shape in theirs.items()}  # published files do not
     leaves = flaxdiff.layout(spec).items()
     ours = {n: convert.shape_in_file(leaf) for own, leaf in leaves for n in convert.names_in_file(own, leaf)}
     assert ours == theirs
@@ -412,6 +412,8 @@ def call(spec):
         case "PriorTransformer":
             d = c.embedding_dim
             return (f32(2, d), f32(), f32(2, d), f32(2, 77, d), jax.ShapeDtypeStruct((2, 77), bool)), (2, d)
+        case "SiglipVisionModel":
+            return (f32(2, 384, 384, 3),), (2, 27**2, c.hidden_size)
         case "UVit2DModel":
             codes = jax.ShapeDtypeStruct((2, c.sample_size, c.sample_size), jnp.int32)
             return (codes, f32(2, 77, 768), f32(2, 768), f32(2, 5)), (*codes.shape, 8192)

@@ -7,10 +7,10 @@ have anything imported; components become specs and parameters, a scheduler, and
 import inspect
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jax.sharding import Mesh
 from PIL import Image
@@ -21,6 +21,7 @@ from flaxdiff.checkpoint.tensors import damaged
 from flaxdiff.core import Model, Pairs, Params, Spec, frozen
 from flaxdiff.models.blip2 import Blip2VisionConfig
 from flaxdiff.models.clip_vision import CLIPVisionConfig
+from flaxdiff.models.siglip import SiglipVisionConfig
 from flaxdiff.schedulers import Scheduler
 
 if TYPE_CHECKING:
@@ -38,11 +39,6 @@ SKIPPED = (
 )
 CHECKER = "safety_checker"
 SEVERAL = {"MultiControlNetModel": "ControlNetModel", "MultiAdapter": "T2IAdapter"}  # in folders name, name_1, …
-# what makes of pictures what an image encoder sees -> library and class; those of CLIP by whatever name
-PROCESSORS = {
-    "feature_extractor": ("transformers", "CLIPImageProcessor"),
-    "image_processor": ("blip_diffusion", "BlipImageProcessor"),
-}
 SCHEDULER, PROCESSOR = "scheduler_config.json", "preprocessor_config.json"
 DEFAULTS = "_defaults"  # how the checkpoint likes to be sampled; PyTorch's diffusers skips what begins so
 SORTS = ("model", "scheduler", "tokenizer")
@@ -137,7 +133,7 @@ def load_pipeline(
     read, params = ({name: part[i] for name, part in networks.items()} for i in (0, 1))
     specs, shapes = cls.separate(read, params)
     schedulers = {name: part for name, part in parts.items() if sorts[name] == "scheduler"}
-    scheduler = schedulers.pop(cls.sampler)
+    scheduler = schedulers.pop(cls.sampler) if cls.sampler else None
     settings |= schedulers  # a second one, such as the upscaler's for what it is given, is not for the last loop
     pipe = cls(
         specs=tuple(specs.items()),
@@ -154,14 +150,14 @@ def load_pipeline(
     return pipe, cls.separate(read, params)[1]
 
 
-def _check(parts: Mapping[str, Any], sorts: Mapping[str, str], sampler: str) -> None:
+def _check(parts: Mapping[str, Any], sorts: Mapping[str, str], sampler: str | None) -> None:
     """Whether there is what a pipeline is made of. Raises ValueError."""
     for name, part in parts.items():
         if sorts[name] == "model" and not (isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], Spec)):
             raise ValueError(
                 f"{name}= is a {type(part).__name__}; give (spec, params), as {name}=….from_pretrained returns."
             )
-    if sampler not in parts:
+    if sampler and sampler not in parts:
         raise ValueError(
             f"A pipeline needs a scheduler, and there is none; take a complete folder, or give {sampler}=."
         )
@@ -277,7 +273,7 @@ def save_pipeline(
     settings = dict(pipe.settings)
     defaults = {DEFAULTS: dict(settings.pop("defaults"))} if "defaults" in settings else {}
     schedulers = {name: value for name, value in settings.items() if isinstance(value, Scheduler)}
-    schedulers[pipe.sampler] = pipe.scheduler
+    schedulers |= {pipe.sampler: pipe.scheduler} if pipe.sampler else {}
     plain = {k: dict(v) if isinstance(v, Pairs) else v for k, v in settings.items() if k not in schedulers}
     index: dict[str, Any] = {"_class_name": type(pipe).__name__, **defaults, **plain}
     with files.staged(Path(folder)) as stage:
@@ -293,10 +289,11 @@ def save_pipeline(
                 index[name][1] = several
                 index = {n: part for n, part in index.items() if not n.startswith(f"{name}_")}
         seeing = [getattr(spec.config, "vision", spec.config) for _, spec in pipe.specs]
-        if sides := [c.image_size for c in seeing if isinstance(c, CLIPVisionConfig | Blip2VisionConfig)]:
-            index[pipe.processor] = list(PROCESSORS.get(pipe.processor, PROCESSORS["feature_extractor"]))
+        for config in [c for c in seeing if type(c) in PROCESSORS][:1]:
+            made = PROCESSORS[type(config)]
+            index[pipe.processor] = [made.package, made.class_name]
             (stage / pipe.processor).mkdir()
-            files.write_json(stage / pipe.processor / PROCESSOR, processor(index[pipe.processor][1], sides[0]))
+            files.write_json(stage / pipe.processor / PROCESSOR, made.config(config.image_size))
         for name, tokenizer in pipe.tokenizers:
             index[name] = ["transformers", tokenizer.class_name]
             tokenizer.save(stage / name)
@@ -306,23 +303,40 @@ def save_pipeline(
         files.write_json(stage / files.PIPELINE, index)
 
 
-def processor(class_name: str, side: int) -> dict[str, Any]:
-    """What `images.clip_pixels` does, or `square_pixels` for BLIP, as transformers writes it down for PyTorch."""
-    square = {"height": side, "width": side}
-    return {
-        "image_processor_type": class_name,
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": square if class_name == "BlipImageProcessor" else {"shortest_edge": side},
-        "resample": Image.Resampling.BICUBIC.value,
-        "do_center_crop": True,
-        "crop_size": square,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": images.CLIP_MEAN,
-        "image_std": images.CLIP_STD,
-    }
+class Processor(NamedTuple):
+    """How PyTorch's pipelines are to prepare pictures for an image encoder, which read it from their folder."""
+
+    package: str
+    class_name: str
+    square: bool  # whether they are squeezed, as by `images.square_pixels`, or cut, as by `images.clip_pixels`
+    mean: Sequence[float] = (0.5,) * 3
+    std: Sequence[float] = (0.5,) * 3
+
+    def config(self, side: int) -> dict[str, Any]:
+        """As transformers writes it down."""
+        whole = {"height": side, "width": side}
+        return {
+            "image_processor_type": self.class_name,
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": whole if self.square else {"shortest_edge": side},
+            "resample": Image.Resampling.BICUBIC.value,
+            "do_center_crop": not self.square,
+            "crop_size": whole,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": self.mean,
+            "image_std": self.std,
+        }
+
+
+# by the configuration of what reads pictures
+PROCESSORS = {
+    CLIPVisionConfig: Processor("transformers", "CLIPImageProcessor", False, images.CLIP_MEAN, images.CLIP_STD),
+    Blip2VisionConfig: Processor("blip_diffusion", "BlipImageProcessor", True, images.CLIP_MEAN, images.CLIP_STD),
+    SiglipVisionConfig: Processor("transformers", "SiglipImageProcessor", True),
+}
 
 
 # --- the two verbs ----------------------------------------------------------------------------------------------------

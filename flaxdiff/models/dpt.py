@@ -338,7 +338,7 @@ class DPTForDepthEstimation(Model):
         self.config = config
 
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
-        """Pictures [B, S, S, 3] in [-1, 1], see `images.depth_pixels` -> how near things are [B, h, w].
+        """Pictures [B, S, S, 3] in [-1, 1], see `images.square_pixels` -> how near things are [B, h, w].
 
         Raises:
           ValueError: pictures of another size than the network's.
@@ -347,7 +347,7 @@ class DPTForDepthEstimation(Model):
         if pixel_values.shape[1:3] != (size, size):
             raise ValueError(
                 f"The depth model reads pictures of {size} x {size} pixels, and was given "
-                f"{pixel_values.shape[1]} x {pixel_values.shape[2]}; see flaxdiff.images.depth_pixels."
+                f"{pixel_values.shape[1]} x {pixel_values.shape[2]}; see flaxdiff.images.square_pixels."
             )
         layers, features = self.dpt(pixel_values.astype(value(self.dpt.embeddings.cls_token).dtype))
         chosen = [layers[i] for i in self.config.backbone_out_indices[len(features) :]]

@@ -115,7 +115,7 @@ class DiffusionPipeline(
     processor: ClassVar[str] = "feature_extractor"  # the component that says how to make what CLIP sees of a picture
     formerly: ClassVar[Mapping[str, str]] = {}  # class that older checkpoints name -> the one that is meant
     before: ClassVar[tuple[Before, ...]] = ()  # whose loops are run first
-    sampler: ClassVar[str] = "scheduler"  # the component that the scheduler is in a checkpoint
+    sampler: ClassVar[str | None] = "scheduler"  # the component that the scheduler is in a checkpoint, if there is one
     defaults: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 50, "guidance_scale": 7.5}
 
     # --- loading, saving, changing -----------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def depth_to_image(
                 f"{type(pipe).__name__} keeps the depth of a picture; give depth_map= [B, H, W], or a picture (no "
                 "latents) to a checkpoint with a depth_estimator."
             )
-        return size, arrays | {"depth_pixels": pictures.depth_pixels(image, estimator.config.image_size)}, window
+        return size, arrays | {"depth_pixels": pictures.square_pixels(image, estimator.config.image_size)}, window
     depth = np.asarray(depth_map, np.float32)
     if depth.ndim != 3:
         raise ValueError(f"depth_map has shape {depth.shape}; expected [B, H, W].")
