@@ -101,6 +101,23 @@ def test_controlnet(union, scan, tmp_path):
         assert mine is None and its is None or peers.relative(mine, torch.stack(its), "FluxControlNetModel") < 1e-4
 
 
+@pytest.mark.parametrize("preset", ["fsdp=2+tp", "fsdp=2+cp"])
+def test_on_several_devices(preset):
+    """Weights and pictures over some, heads or tokens over others: the numbers of one device."""
+    sizes = SIZES | dict(num_attention_heads=4, num_layers=1, num_single_layers=2)
+    spec, mesh = flaxdiff.FluxTransformer2DModel.from_config(sizes), flaxdiff.make_mesh(preset)
+    params, ids = flaxdiff.init(spec, KEY), normal(16, 3)
+    arrays = normal(2, 16, 16), normal(2, 8, 24), normal(2, 16), np.float32([0.3, 0.9])
+    run = jax.jit(lambda params, *arrays: flaxdiff.apply(spec, params, *arrays, ids))
+    alone = run(params, *arrays)
+    split = flaxdiff.shardings(params, mesh)
+    whole = [name for name, place in split.items() if place.is_fully_replicated]
+    assert not [name for name in whole if "transformer_blocks" in name and ".norm_" not in name and "bias" not in name]
+    with jax.set_mesh(mesh):
+        several = run(flaxdiff.distribute(params, mesh), *flaxdiff.shard(arrays, mesh))
+    assert peers.relative(several, alone) < 1e-5
+
+
 def test_guidance_is_for_networks_that_were_distilled():
     spec = flaxdiff.FluxTransformer2DModel.from_config(SIZES)
     arrays = flaxdiff.abstract(spec), normal(1, 6, 16), normal(1, 5, 24), normal(1, 16), 0.5, normal(6, 3)

@@ -223,7 +223,7 @@ class FluxTransformer2DModel(FluxBlocks):
           ValueError: guidance is missing, or the network knows none.
         """
         told = self.told(timestep, pooled_projections, guidance)
-        text = self.context_embedder(encoder_hidden_states.astype(self.dtype))
+        text = constrain(self.context_embedder(encoder_hidden_states.astype(self.dtype)), "batch", "context")
         image = constrain(self.x_embedder(hidden_states.astype(self.dtype)), "batch", "context")
         turn, texts = self.turn(img_ids, text.shape[1], txt_ids), text.shape[1]
 

@@ -116,4 +116,5 @@ class JointTransformerBlock(nnx.Module):
             return text, image
         gate, shift, scale, gate_ff = rest
         text = text + gate * of_text
-        return text + gate_ff * self.ff_context(vary(self.norm2_context(text), shift, scale)), image
+        text = text + gate_ff * self.ff_context(vary(self.norm2_context(text), shift, scale))
+        return constrain(text, "batch", "context"), image
