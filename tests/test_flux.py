@@ -1,5 +1,6 @@
 """Flux against PyTorch: its transformer, and every pipeline of it."""
 
+import copy
 import functools
 import sys
 
@@ -11,10 +12,13 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from diffusers.loaders import single_file_utils
+from diffusers.loaders.lora_conversion_utils import swap_scale_shift
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL import Image
 
 import flaxdiff
+from flaxdiff.checkpoint import original
 
 rng = np.random.default_rng(0)
 normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
@@ -259,6 +263,97 @@ def test_tasks(case, monkeypatch):
     if name == "FluxKontextInpaintPipeline":  # the picture says how large
         del options["height"], options["width"]
     compare(name, pipe, params, peer, options, monkeypatch)
+
+
+# --- files of others -------------------------------------------------------------------------------------------------
+
+
+def as_original(spec, state):
+    """A state dict as Black Forest Labs name it, with what is one tensor there in one."""
+    made = {}
+    for name, old in original.names(spec, state).items():
+        whole = original.whole(old)
+        if whole == old:
+            made[old] = state[name]
+            continue
+        parts = {n: o for n, o in original.names(spec, state).items() if original.whole(o) == whole}
+        count = sum(len(state[n]) for n in parts)
+        made[whole] = torch.zeros(count, *state[name].shape[1:])
+        for n, o in parts.items():
+            made[whole][original.rows(o, count)] = state[n]
+    return made
+
+
+def test_single_file(tmp_path):
+    """The names of Black Forest Labs are what the converter of diffusers takes; alone, or as others wrap them."""
+    with torch.device("meta"):  # it knows one width
+        peer = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+        state = as_original(flaxdiff.FluxTransformer2DModel.from_config(dict(peer.config)), peer.state_dict())
+    again = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers(dict(state))
+    assert {k: v.shape for k, v in again.items()} == {k: v.shape for k, v in peer.state_dict().items()}
+
+    spec, wanted = flaxdiff.FluxTransformer2DModel.from_pretrained(folder(), subfolder="transformer")
+    own = transformer(guidance_embeds=True).state_dict()
+    state = as_original(spec, own)
+    turned = swap_scale_shift(own["norm_out.linear.weight"])
+    assert (state["final_layer.adaLN_modulation.1.weight"] == turned).all()
+    for prefix in ("", "model.diffusion_model."):
+        path = tmp_path / "flux.safetensors"
+        safetensors.torch.save_file({prefix + k: v.contiguous() for k, v in state.items()}, path)
+        made, params = flaxdiff.FluxTransformer2DModel.from_single_file(path, axes_dims_rope=(4, 4, 4))
+        assert made.replace(out_channels=None) == spec
+        assert all((params[name] == wanted[name]).all() for name in wanted)
+
+
+@pytest.mark.parametrize("form", ["kohya", "xlabs", "original", "diffusers"])
+def test_lora(form, tmp_path):
+    """Updates of fused projections are those of their parts; the numbers are those of weights that were merged."""
+    peer = copy.deepcopy(transformer(guidance_embeds=True))
+    state, rank, file = peer.state_dict(), 3, {}
+    draw = lambda *shape: torch.tensor(normal(*shape)) / 4
+    double, single = "transformer_blocks.1.", "single_transformer_blocks.2."
+    fused = {  # module in the file -> ours
+        "kohya": {
+            "lora_unet_double_blocks_1_img_attn_qkv": [f"{double}attn.to_{x}" for x in "qkv"],
+            "lora_unet_double_blocks_1_txt_mlp_0": [f"{double}ff_context.net.0.proj"],
+            "lora_unet_single_blocks_2_linear1": [f"{single}attn.to_{x}" for x in "qkv"] + [f"{single}proj_mlp"],
+            "lora_unet_single_blocks_2_modulation_lin": [f"{single}norm.linear"],
+        },
+        "xlabs": {
+            "double_blocks.1.processor.qkv_lora2": [f"{double}attn.add_{x}_proj" for x in "qkv"],
+            "double_blocks.1.processor.proj_lora1": [f"{double}attn.to_out.0"],
+            "single_blocks.2.processor.qkv_lora": [f"{single}attn.to_{x}" for x in "qkv"],
+        },
+        "original": {
+            "base_model.model.double_blocks.1.txt_attn.qkv": [f"{double}attn.add_{x}_proj" for x in "qkv"],
+            "base_model.model.final_layer.linear": ["proj_out"],
+        },
+        "diffusers": {
+            f"transformer.{double}attn.to_q": [f"{double}attn.to_q"],
+            "transformer.x_embedder": ["x_embedder"],
+        },
+    }[form]
+    down_key, up_key = {"kohya": ("lora_down", "lora_up"), "xlabs": ("down", "up")}.get(form, ("lora_A", "lora_B"))
+    for key, modules in fused.items():
+        counts = [len(state[f"{module}.weight"]) for module in modules]
+        down, up = draw(rank, state[f"{modules[0]}.weight"].shape[1]), draw(sum(counts), rank)
+        file |= {f"{key}.{down_key}.weight": down, f"{key}.{up_key}.weight": up}
+        alpha = 1.5 if form == "kohya" else rank
+        file |= {f"{key}.alpha": torch.tensor(alpha)} if form == "kohya" else {}
+        for module, rows in zip(modules, up.split(counts)):
+            state[f"{module}.weight"] += alpha / rank * rows @ down
+    safetensors.torch.save_file(file, tmp_path / "lora.safetensors")
+    pipe, params, _ = load("FluxPipeline")
+    adapted = flaxdiff.load_lora(pipe, params, tmp_path / "lora.safetensors")
+    x, text, pooled, t, ids = normal(2, 6, 16), normal(2, 5, 24), normal(2, 16), np.float32([0.3, 0.9]), normal(6, 3)
+    strength = np.float32([3.5, 1.5])
+    peer.load_state_dict(state)
+    with torch.no_grad():
+        there = (*map(torch.tensor, (x, text, pooled, t, ids)), torch.zeros(5, 3), torch.tensor(strength))
+        theirs = peer(*there).sample
+    run = jax.jit(lambda p: flaxdiff.apply(pipe.transformer, p, x, text, pooled, t, ids, None, strength))
+    assert peers.relative(run(adapted["transformer"]), theirs) < 1e-4
+    assert peers.relative(run(params["transformer"]), theirs) > 1e-3
 
 
 # --- pictures as prompts ---------------------------------------------------------------------------------------------

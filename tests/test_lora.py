@@ -94,7 +94,7 @@ def test_every_key_at_full_size(form, name):
     for component, module, _ in listed:
         for key in FORMATS[form](component, module):
             found, unknown = formats.modules({key: None})
-            place = known[next(iter(found))]
+            (place,) = known[next(iter(found))]
             assert not unknown and (place.component, place.module) == (component, module), key
 
 
@@ -112,7 +112,7 @@ def test_every_key_of_the_original_unet_at_full_size():
         assert key.removesuffix(".lora_down.weight") == kohya("unet", weight.removesuffix(".weight"))
     for key, weight in keys.items():
         ((found, _),) = formats.modules({key: None})[0].items()
-        assert known[found].module + ".weight" == weight
+        assert known[found][0].module + ".weight" == weight
 
 
 # --- against PyTorch --------------------------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ def as_original(spec, state):
     for name, old in original.names(spec, state).items():
         if old.endswith(".T"):
             made[old[:-2]] = state[name].T.contiguous()
-        elif old.endswith("[0]"):
-            made[old[:-3]] = torch.cat([state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
+        elif old.endswith("[0:1/3]"):
+            made[original.whole(old)] = torch.cat([state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
         elif not old.endswith("]"):
             made[old] = state[name]
     return made

@@ -23,6 +23,8 @@ ENDINGS = (  # (regex of the ending, role)
     (r"\.lora_(?:B|up)(?:\.\w+)?\.weight", "up"),
     (r"(?:_lora|\.lora|\.lora_linear_layer)\.down\.weight", "down"),  # diffusers before PEFT
     (r"(?:_lora|\.lora|\.lora_linear_layer)\.up\.weight", "up"),
+    (r"(?<=_lora\d)\.down\.weight", "down"),  # XLabs
+    (r"(?<=_lora\d)\.up\.weight", "up"),
     (r"\.lora_mid\.weight", "mid"),  # LoCon with a core between the factors of a convolution
     (r"(?:_lora|\.lora|\.lora_linear_layer)?\.alpha", "alpha"),
     *((rf"\.hada_{w}", f"hada_{w}") for w in ("w1_a", "w1_b", "w2_a", "w2_b")),
@@ -30,10 +32,21 @@ ENDINGS = (  # (regex of the ending, role)
 )
 PREFIXES = {  # component -> what its modules' names begin with, apart from the component's own name
     "unet": ("base_model.model.", "base_model.model.unet.", "", "lora_unet_"),
+    "transformer": ("base_model.model.", "base_model.model.transformer.", "diffusion_model.", "")
+    + ("lora_unet_", "lora_transformer_"),
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
 }
 OLDER = ((r"\.to_out\.0$", ".to_out"), (r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1"))  # diffusers before PEFT
+_QKV, _BLOCK = (("q", "0:1"), ("k", "1:2"), ("v", "2:3")), r"transformer_blocks\.(\d+)\."
+XLABS: original.Rules = (  # of Flux's attentions, text and picture by number
+    *((rf"^{_BLOCK}attn\.to_{x}$", rf"double_blocks.\1.qkv_lora1[{part}/3]") for x, part in _QKV),
+    *((rf"^{_BLOCK}attn\.add_{x}_proj$", rf"double_blocks.\1.qkv_lora2[{part}/3]") for x, part in _QKV),
+    (rf"^{_BLOCK}attn\.to_out\.0$", r"double_blocks.\1.proj_lora1"),
+    (rf"^{_BLOCK}attn\.to_add_out$", r"double_blocks.\1.proj_lora2"),
+    *((rf"^single_{_BLOCK}attn\.to_{x}$", rf"single_blocks.\1.qkv[{part}/3]") for x, part in _QKV),
+    (rf"^single_{_BLOCK}proj_out$", r"single_blocks.\1.proj"),
+)
 METADATA = "lora_adapter_metadata"  # diffusers' key in a file's header: PEFT's configuration as JSON
 
 
@@ -46,17 +59,24 @@ class Factors(NamedTuple):
 
 
 def spellings(component: str, spec: Spec, module: str) -> Iterator[str]:
-    """What the tools call a module of a component, e.g. "unet", "mid_block.attentions.0.proj_in"."""
+    """What the tools call a module of a component, e.g. "unet", "mid_block.attentions.0.proj_in".
+
+    What is a part of theirs ends as of `original.rows`.
+    """
     called = {module, module.removeprefix("text_model.")}
-    if component == "unet" and spec.module.__name__ in original.RULES:
+    if component in ("unet", "transformer") and spec.module.__name__ in original.RULES:
         (old,) = original.names(spec, [f"{module}.weight"]).values()
-        called.add(old.removesuffix(".weight"))
+        called.add(old.replace(".weight", ""))
+    if spec.module.__name__ == "FluxTransformer2DModel":
+        called.add(original.renamed(XLABS, module))
     for pattern, old in OLDER:
         called |= {re.sub(pattern, old, name) for name in called}
     for name in called:
         yield f"{component}.{name}"
         for prefix in PREFIXES.get(component, ()):
-            yield prefix + (name.replace(".", "_") if prefix.startswith("lora_") else name)
+            whole = original.whole(name)
+            joined = whole.replace(".", "_") if prefix.startswith("lora_") else whole
+            yield prefix + joined + name[len(whole) :]
 
 
 def modules(tensors: Tensors) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -117,13 +137,14 @@ KINDS = (  # (a role that only this kind has, the reader)
 )
 
 
-def factors(tensors: Tensors, keys: Mapping[str, str], alpha: float | None = None) -> Factors:
+def factors(tensors: Tensors, keys: Mapping[str, str], alpha: float | None = None, part: str = "") -> Factors:
     """The two factors of a module.
 
     Args:
       tensors: of the file.
       keys: role -> key.
       alpha: what the file's configuration says, in place of a key of its own.
+      part: which rows of what they update, as `original.rows` has it; by default all.
 
     Raises:
       KeyError: a factor is missing; it is the role.
@@ -137,6 +158,8 @@ def factors(tensors: Tensors, keys: Mapping[str, str], alpha: float | None = Non
     down, up, rank = kind(read)
     if up.shape[1] != down.shape[0]:
         raise ValueError(f"factors of {list(up.shape)} and {list(down.shape)} do not multiply")
+    chosen = original.rows(part, len(up))
+    up = up if chosen is None else up[chosen]
     alpha = float(read["alpha"].reshape(())) if "alpha" in read else alpha
     scale = 1.0 if alpha is None or rank is None else alpha / rank
     if not (np.isfinite(down).all() and np.isfinite(up).all() and math.isfinite(scale)):

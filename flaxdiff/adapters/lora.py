@@ -20,7 +20,7 @@ import numpy as np
 
 from flaxdiff import weights
 from flaxdiff.adapters import formats
-from flaxdiff.checkpoint import convert, files, hub, pickles, safetensors
+from flaxdiff.checkpoint import convert, files, hub, original, pickles, safetensors
 from flaxdiff.checkpoint.tensors import Tensors
 from flaxdiff.core import Leaf, Params, Spec, layout
 from flaxdiff.weights import LoRA
@@ -45,6 +45,7 @@ class Place(NamedTuple):
     parameter: str
     layer: int | None
     module: str  # as diffusers calls it
+    part: str = ""  # of the module of a file, as `original.rows` has it
 
 
 def load_lora(
@@ -121,28 +122,27 @@ def assemble(
     wanted, misshapen = places(specs), []
     pieces: dict[tuple[str, str], dict[int | None, formats.Factors]] = {}
     for name, keys in found.items():
-        place = wanted.get(name)
-        if place is None:
+        if name not in wanted:
             unexpected += keys.values()
-            continue
-        leaf = layout(specs[place.component])[place.parameter]
-        shape = convert.shape_in_file(leaf)
-        down = keys.get("down")
-        alpha = formats.alpha(config, place.component, place.module, tensors[down].shape[0]) if down else None
-        try:
-            f = formats.factors(tensors, keys, alpha)
-        except KeyError as missing:
-            misshapen.append(f"{name} has no {missing.args[0]} beside {sorted(keys)}")
-            continue
-        except ValueError as fault:
-            misshapen.append(f"{name} has {fault}")
-            continue
-        inside = int(np.prod(shape[1:]))
-        if (f.up.shape[0], f.down.shape[1]) != (shape[0], inside):
-            ours = f"[{shape[0]}, {inside}]"
-            misshapen.append(f"{name} updates a weight of [{f.up.shape[0]}, {f.down.shape[1]}], the model's is {ours}")
-            continue
-        pieces.setdefault((place.component, place.parameter), {})[place.layer] = f
+        for place in wanted.get(name, ()):
+            leaf = layout(specs[place.component])[place.parameter]
+            shape = convert.shape_in_file(leaf)
+            down = keys.get("down")
+            alpha = formats.alpha(config, place.component, place.module, tensors[down].shape[0]) if down else None
+            try:
+                f = formats.factors(tensors, keys, alpha, place.part)
+            except KeyError as missing:
+                misshapen.append(f"{name} has no {missing.args[0]} beside {sorted(keys)}")
+                break
+            except ValueError as fault:
+                misshapen.append(f"{name} has {fault}")
+                break
+            inside = int(np.prod(shape[1:]))
+            if (f.up.shape[0], f.down.shape[1]) != (shape[0], inside):
+                theirs, ours = f"[{f.up.shape[0]}, {f.down.shape[1]}]", f"[{shape[0]}, {inside}]"
+                misshapen.append(f"{name} updates a weight of {theirs}, the model's is {ours}")
+                break
+            pieces.setdefault((place.component, place.parameter), {})[place.layer] = f
     adapter: Adapter = {}
     for (component, parameter), layers in pieces.items():
         adapter.setdefault(component, {})[parameter] = _update(layout(specs[component])[parameter], layers)
@@ -184,9 +184,9 @@ def init_lora(
     return adapter
 
 
-def places(specs: Mapping[str, Spec]) -> dict[str, Place]:
-    """Every spelling of every module that a LoRA may update -> where it belongs."""
-    found = {}
+def places(specs: Mapping[str, Spec]) -> dict[str, list[Place]]:
+    """Every spelling of every module that a LoRA may update -> where it belongs, or each of its parts does."""
+    found: dict[str, list[Place]] = {}
     for component, spec in specs.items():
         for parameter, leaf in layout(spec).items():
             if leaf.kind not in ("linear", "conv"):
@@ -195,7 +195,10 @@ def places(specs: Mapping[str, Spec]) -> dict[str, Place]:
                 module = name.removesuffix(".weight")
                 place = Place(component, parameter, i if leaf.stack else None, module)
                 for spelling in formats.spellings(component, spec, module):
-                    found.setdefault(spelling, place)
+                    whole = original.whole(spelling)
+                    if whole not in found or whole != spelling:
+                        part = place._replace(part=spelling.removeprefix(whole))
+                        found[whole] = [*found.get(whole, []), part]
     return found
 
 
@@ -296,7 +299,8 @@ def _weight(weight: Weight, component: str, name: str) -> Weight:
     return weight
 
 
-TIMES = r"(time_emb_proj|time_embedding|add_embedding)\b"  # layers that see steps before images
+# layers that see steps before images
+TIMES = r"(time_emb_proj|time_embedding|add_embedding|time_text_embed|norm\w*\.linear)\b"
 
 
 def _weighed(lora: LoRA, weight: Weight, name: str) -> LoRA:

@@ -2,8 +2,9 @@
 
 One table of (regex, replacement) for each network turns today's name into the original one; every rule is applied, in
 order. A single file is read by looking the original names up in it, and a LoRA trained on the original network is read
-by the same table. Two endings say that a tensor is part of another: `name[2]` is the last third of its rows (OpenCLIP
-keeps queries, keys and values in one), `name.T` its transpose.
+by the same table. Three endings say that a tensor is made of another: `name[2:3/3]` is the last third of its rows
+(OpenCLIP keeps queries, keys and values in one), `name.swapped` has its halves in the other order, `name.T` is its
+transpose.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxdiff.checkpoint.tensors import Tensor, Tensors
+from flaxdiff.checkpoint.tensors import Tensor, Tensors, held
 from flaxdiff.core import Spec
 
 Rules = tuple[tuple[str, str | Callable[..., str]], ...]  # a function is given the groups, which are numbers
@@ -36,9 +37,9 @@ OPEN_CLIP: Rules = (
     (r"\.layer_norm(\d)\b", r".ln_\1"),
     (r"\.mlp\.fc1\b", ".mlp.c_fc"),
     (r"\.mlp\.fc2\b", ".mlp.c_proj"),
-    (r"\.self_attn\.q_proj\.(\w+)$", r".attn.in_proj_\1[0]"),
-    (r"\.self_attn\.k_proj\.(\w+)$", r".attn.in_proj_\1[1]"),
-    (r"\.self_attn\.v_proj\.(\w+)$", r".attn.in_proj_\1[2]"),
+    (r"\.self_attn\.q_proj\.(\w+)$", r".attn.in_proj_\1[0:1/3]"),
+    (r"\.self_attn\.k_proj\.(\w+)$", r".attn.in_proj_\1[1:2/3]"),
+    (r"\.self_attn\.v_proj\.(\w+)$", r".attn.in_proj_\1[2:3/3]"),
     (r"\.self_attn\.out_proj\b", ".attn.out_proj"),
 )
 
@@ -91,10 +92,45 @@ def _autoencoder(config: Any) -> Rules:
     )
 
 
+_QKV = (("q", "0:1"), ("k", "1:2"), ("v", "2:3"))
+_DOUBLE, _SINGLE = r"^(double_blocks\.\d+)\.", r"^(single_blocks\.\d+)\."
+FLUX: Rules = (
+    (r"^time_text_embed\.timestep_embedder\b", "time_in"),
+    (r"^time_text_embed\.guidance_embedder\b", "guidance_in"),
+    (r"^time_text_embed\.text_embedder\b", "vector_in"),
+    (r"^(\w+_in)\.linear_1\b", r"\1.in_layer"),
+    (r"^(\w+_in)\.linear_2\b", r"\1.out_layer"),
+    (r"^context_embedder\b", "txt_in"),
+    (r"^x_embedder\b", "img_in"),
+    (r"^norm_out\.linear\.(\w+)$", r"final_layer.adaLN_modulation.1.\1.swapped"),
+    (r"^proj_out\b", "final_layer.linear"),
+    (r"^transformer_blocks\b", "double_blocks"),
+    (r"^single_transformer_blocks\b", "single_blocks"),
+    (rf"{_DOUBLE}norm1\.linear\b", r"\1.img_mod.lin"),
+    (rf"{_DOUBLE}norm1_context\.linear\b", r"\1.txt_mod.lin"),
+    *((rf"{_DOUBLE}attn\.to_{x}\.(\w+)$", rf"\1.img_attn.qkv.\2[{part}/3]") for x, part in _QKV),
+    *((rf"{_DOUBLE}attn\.add_{x}_proj\.(\w+)$", rf"\1.txt_attn.qkv.\2[{part}/3]") for x, part in _QKV),
+    (rf"{_DOUBLE}attn\.to_out\.0\b", r"\1.img_attn.proj"),
+    (rf"{_DOUBLE}attn\.to_add_out\b", r"\1.txt_attn.proj"),
+    (rf"{_DOUBLE}attn\.norm_added_", r"\1.txt_attn.norm."),
+    (rf"{_DOUBLE}attn\.norm_", r"\1.img_attn.norm."),
+    (r"\.ff\.net\.(\d)(?:\.proj)?\b", r".img_mlp.\1"),
+    (r"\.ff_context\.net\.(\d)(?:\.proj)?\b", r".txt_mlp.\1"),
+    (rf"{_SINGLE}norm\.linear\b", r"\1.modulation.lin"),
+    *((rf"{_SINGLE}attn\.to_{x}\.(\w+)$", rf"\1.linear1.\2[{part}/7]") for x, part in _QKV),
+    (rf"{_SINGLE}proj_mlp\.(\w+)$", r"\1.linear1.\2[3:7/7]"),
+    (rf"{_SINGLE}proj_out\b", r"\1.linear2"),
+    (rf"{_SINGLE}attn\.norm_", r"\1.norm."),
+    (r"\.norm\.q\.weight$", ".norm.query_norm.scale"),
+    (r"\.norm\.k\.weight$", ".norm.key_norm.scale"),
+)
+
+
 RULES: dict[str, Callable[[Any], Rules]] = {
     "UNet2DConditionModel": _unet,
     "ControlNetModel": _unet,
     "AutoencoderKL": _autoencoder,
+    "FluxTransformer2DModel": lambda config: FLUX,
     "CLIPTextModel": lambda config: OPEN_CLIP,
     "CLIPTextModelWithProjection": lambda config: OPEN_CLIP,
     "InceptionV3": lambda config: (),
@@ -120,24 +156,61 @@ def renamed(rules: Rules, name: str) -> str:
     return name
 
 
-def find(tensors: Tensors, name: str) -> Tensor | None:
-    """The tensor of an original name, or the part of one that its ending says; None if it is not there.
+PART = re.compile(r"(.*?)(\[(\d+):(\d+)/(\d+)\]|\.swapped|\.T)?")
+
+
+def whole(name: str) -> str:
+    """The name of the tensor that a name with an ending is made of.
+
+    >>> whole("attn.in_proj_weight[0:1/3]")
+    'attn.in_proj_weight'
+    """
+    return PART.fullmatch(name)[1]
+
+
+def rows(name: str, count: int) -> np.ndarray | None:
+    """Which of the `count` rows of a tensor a name with an ending stands for; None for all of them in their order.
 
     Raises:
-      ValueError: a tensor that holds three does not divide, or has too few axes to transpose.
+      ValueError: they do not divide into such parts.
+
+    >>> rows("qkv[1:2/3]", 6), rows("lin.swapped", 4)
+    (array([2, 3]), array([2, 3, 0, 1]))
     """
-    whole, third, transposed = re.fullmatch(r"(.*?)(?:\[(\d)\]|(\.T))?", name).groups()
-    tensor = tensors.get(whole)
-    if tensor is None or third is None and transposed is None:
+    _, ending, first, last, parts = PART.fullmatch(name).groups()
+    if ending in (None, ".T"):
+        return None
+    parts = int(parts or 2)
+    if count % parts:
+        raise ValueError(f"{whole(name)} has {count} rows, which are no {parts} equal parts.")
+    if first is None:
+        return np.roll(np.arange(count), count // 2)
+    return np.arange(int(first) * count // parts, int(last) * count // parts)
+
+
+def find(tensors: Tensors, name: str) -> Tensor | None:
+    """The tensor of an original name, or what its ending makes of it; None if it is not there.
+
+    Raises:
+      ValueError: a tensor that holds several does not divide, or has too few axes to transpose.
+    """
+    tensor = tensors.get(whole(name))
+    if tensor is None or whole(name) == name:
         return tensor
-    shape = tensor.shape
-    if transposed and len(shape) != 2 or third and (not shape or shape[0] % 3):
-        raise ValueError(f"{tensor.file.path}: {whole} is {list(shape)}, which is not what its name says.")
+    shape, turned = tensor.shape, name.endswith(".T")
+    if len(shape) < 1 + turned:
+        raise ValueError(f"{tensor.file.path}: {whole(name)} is {list(shape)}, which is not what its name says.")
     strides = tensor.strides or tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    if transposed:
+    if turned:
         return dataclasses.replace(tensor, shape=shape[::-1], strides=strides[::-1])
-    rows, size = shape[0] // 3, np.dtype(tensor.dtype).itemsize
-    shape = (rows, *shape[1:])
+    try:
+        chosen = rows(name, shape[0])
+    except ValueError as fault:
+        raise ValueError(f"{tensor.file.path}: {fault}") from None
+    if (np.diff(chosen) != 1).any():
+        with tensor.view() as numbers:
+            return held(numbers[chosen], tensor.file.path)
+    shape, size = (len(chosen), *shape[1:]), np.dtype(tensor.dtype).itemsize
     reach = 1 + sum((n - 1) * s for n, s in zip(shape, strides))
-    start = tensor.offset + int(third) * rows * strides[0] * size
+    start = tensor.offset + int(chosen[0]) * strides[0] * size
     return dataclasses.replace(tensor, offset=start, nbytes=reach * size, shape=shape, strides=strides, crc=None)

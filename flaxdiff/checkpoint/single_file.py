@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]  # name -> shape, within one network
 
+DENOISER = "model.diffusion_model."
 PREFIXES = (  # (what names begin with, component, class)
-    ("model.diffusion_model.", "unet", "UNet2DConditionModel"),
+    (DENOISER, "unet", "UNet2DConditionModel"),
     ("first_stage_model.", "vae", "AutoencoderKL"),
     ("control_model.", "controlnet", "ControlNetModel"),
     ("cond_stage_model.transformer.", "text_encoder", "CLIPTextModel"),
@@ -35,6 +36,7 @@ PREFIXES = (  # (what names begin with, component, class)
 BARE = (  # (a name in a file of one network alone, component, class), the first that is there
     (r"(input_hint_block\.0|controlnet_cond_embedding\.conv_in)\.weight", "controlnet", "ControlNetModel"),
     (r"(input_blocks\.0\.0|down_blocks\.0\.resnets\.0\.conv1)\.weight", "unet", "UNet2DConditionModel"),
+    (r"double_blocks\.0\.img_attn\.qkv\.weight", "transformer", "FluxTransformer2DModel"),
     (r"encoder\.(down\.0\.block|down_blocks\.0\.resnets)\.0\.conv1\.weight", "vae", "AutoencoderKL"),
     (r"Mixed_7c\.branch1x1\.conv\.weight", "inception", "InceptionV3"),
 )
@@ -191,10 +193,26 @@ def _text_encoder(shapes: Shapes, kind: Kind | None) -> dict[str, Any]:
     }
 
 
+def _flux(shapes: Shapes, kind: Kind | None) -> dict[str, Any]:
+    (width, channels), head = shapes["img_in.weight"], shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
+    return {
+        "in_channels": channels,
+        "out_channels": shapes["final_layer.linear.weight"][0],
+        "num_layers": _count(shapes, "double_blocks.{}.img_attn.qkv.weight"),
+        "num_single_layers": _count(shapes, "single_blocks.{}.linear1.weight"),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+    }
+
+
 CONFIGS: dict[str, Callable[[Shapes, Kind | None], dict[str, Any]]] = {
     "UNet2DConditionModel": _unet,
     "ControlNetModel": _controlnet,
     "AutoencoderKL": _autoencoder,
+    "FluxTransformer2DModel": _flux,
     "CLIPTextModel": _text_encoder,
     "CLIPTextModelWithProjection": _text_encoder,
     "InceptionV3": lambda shapes, kind: {},
@@ -224,12 +242,13 @@ def open_file(path: Path) -> tuple[dict[str, Part], Kind | None]:
     found, prefixes = {}, set()
     for prefix, component, class_name in PREFIXES:
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if own and prefix == DENOISER:
+            component, class_name = _bare(own) or (component, class_name)
         if own:
             found[component] = Part(class_name, own)
             prefixes |= {prefix} if component.startswith("text") else set()
-    for name, component, class_name in BARE:
-        if not found and any(re.fullmatch(name, key) for key in tensors):
-            found[component] = Part(class_name, tensors)
+    if not found and (bare := _bare(tensors)):
+        found[bare[0]] = Part(bare[1], tensors)
     if not found:
         known = [prefix for prefix, *_ in PREFIXES]
         raise ValueError(
@@ -237,6 +256,12 @@ def open_file(path: Path) -> tuple[dict[str, Part], Kind | None]:
             f"Stable Diffusion begin with {known}. A LoRA is loaded by load_lora, a word by load_textual_inversion."
         )
     return found, next((kind for kind in KINDS if kind.prefixes == prefixes), None)
+
+
+def _bare(tensors: Tensors) -> tuple[str, str] | None:
+    """The component and the class of the one network that these are, if it is known."""
+    there = lambda name: any(re.fullmatch(name, key) for key in tensors)
+    return next(((component, class_name) for name, component, class_name in BARE if there(name)), None)
 
 
 def spec_of(part: Part, kind: Kind | None, config: Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> Spec:
@@ -266,7 +291,7 @@ def place(spec: Spec, part: Part, shapes: Mapping[str, Any], source: str) -> Par
     elif not any(name in part.tensors for name in set(old.values()) - set(wanted)):
         old = dict(zip(wanted, wanted))  # diffusers' names already
     found = {name: tensor for name in wanted if (tensor := original.find(part.tensors, old[name])) is not None}
-    used = {re.sub(r"\[\d\]$|\.T$", "", name) for name in old.values()}
+    used = {original.whole(name) for name in old.values()}
     rest = {n: t for n, t in part.tensors.items() if n not in used and not re.fullmatch(IGNORED, n)}
     return reading.place(spec, {**found, **rest}, shapes, None, source)
 

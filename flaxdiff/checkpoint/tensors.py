@@ -70,7 +70,7 @@ class Tensor:
       crc: the CRC-32 that the bytes should have, where the file records one.
     """
 
-    file: Mapped
+    file: "Mapped | Held"
     offset: int
     nbytes: int
     dtype: np.dtype
@@ -105,6 +105,24 @@ class Tensor:
             yield numbers
         finally:
             self.file.forget(self.offset, self.nbytes)
+
+
+class Held:
+    """Numbers that are in memory, in the place of a file."""
+
+    def __init__(self, numbers: np.ndarray, path: Path):
+        self.path, self._bytes = path, np.ascontiguousarray(numbers).reshape(-1).view(np.uint8)
+
+    def array(self, offset: int, nbytes: int) -> np.ndarray:
+        return self._bytes[offset : offset + nbytes]
+
+    def forget(self, offset: int, nbytes: int) -> None:
+        """They stay."""
+
+
+def held(numbers: np.ndarray, path: Path) -> Tensor:
+    """A tensor of numbers that were made of those of a file."""
+    return Tensor(Held(numbers, path), 0, numbers.nbytes, numbers.dtype, numbers.shape)
 
 
 # --- numbers on the host --------------------------------------------------------------------------------------------
