@@ -220,6 +220,7 @@ COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+_FLUX = {"vae": "FLUX.1 VAE", "text_encoder": "SD 1.5 text encoder", "text_encoder_2": "T5 v1.1 XXL text encoder"}
 # short name -> (class of the pipeline, component -> name above, settings of the pipeline)
 MODELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "sd15": (
@@ -246,5 +247,11 @@ MODELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         "StableDiffusionXLImg2ImgPipeline",
         {"vae": "SDXL VAE", "text_encoder_2": "SDXL text encoder 2", "unet": "SDXL refiner UNet"},
         {"requires_aesthetics_score": True},
+    ),
+    "flux-dev": ("FluxPipeline", {**_FLUX, "transformer": "FLUX.1 dev transformer"}, {}),
+    "flux-schnell": (
+        "FluxPipeline",
+        {**_FLUX, "transformer": "FLUX.1 schnell transformer"},
+        {"defaults": (("num_inference_steps", 4),)},
     ),
 }

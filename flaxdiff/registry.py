@@ -59,6 +59,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.pipelines.guided": ("SafetyConfig",),
         "flaxdiff.pipelines.calling": (
             "BaseOutput",
+            "FluxPipelineOutput",
             "ImagePipelineOutput",
             "StableDiffusionPipelineOutput",
             "StableDiffusionXLPipelineOutput",

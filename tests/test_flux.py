@@ -265,6 +265,51 @@ def test_tasks(case, monkeypatch):
     compare(name, pipe, params, peer, options, monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("name", "net", "options", "message"),
+    [
+        ("FluxPipeline", {}, dict(max_sequence_length=600), "max_sequence_length=600: Flux reads between 1 and 512"),
+        ("FluxPipeline", {}, dict(height=18), "needs positive multiples of 4; the nearest are 16 and 24"),
+        ("FluxPipeline", {}, dict(latents=NOISE[..., :2]), r"latents have shape .*expected \[B, \*\(8, 12, 4\)\]"),
+        ("FluxControlPipeline", SEES, {}, "FluxControlPipeline follows a picture; give control_image="),
+        ("FluxControlPipeline", {}, CONTROL, "4 channels of the sample and 4 beside it, but it takes 4"),
+        ("FluxFillPipeline", {}, dict(image=IMAGE), "give both image= and mask_image= .mask_image is missing."),
+    ],
+)
+def test_what_is_refused(name, net, options, message):
+    pipe, _, _ = load(name, **net)
+    with pytest.raises(ValueError, match=message):
+        pipe.prepare_inputs(**SMALL | options)
+
+
+def test_embeddings_go_together():
+    pipe, _, _ = load("FluxPipeline")
+    with pytest.raises(ValueError, match="prompt_embeds and pooled_prompt_embeds go together"):
+        pipe.prepare_inputs(prompt_embeds=normal(1, 5, 24))
+
+
+def test_pytorch_reads_what_is_saved(tmp_path):
+    """And a negative prompt without true_cfg_scale changes nothing, as there."""
+    pipe, params, peer = load("FluxPipeline")
+    flaxdiff.save(tmp_path / "saved", pipe, params)
+    again = diffusers.FluxPipeline.from_pretrained(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        images = [p(**SMALL, latents=packed(NOISE), output_type="np").images for p in (peer, again)]
+    np.testing.assert_allclose(*images, atol=1e-6)
+    assert not any(name.startswith("negative_") for name in pipe.prepare_inputs(**SMALL, negative_prompt="ugly"))
+
+
+def test_tiny_autoencoder():
+    """TAEF1 in the place of the autoencoder: nothing else changes."""
+    pipe, params, _ = load("FluxPipeline")
+    tiny = dict(encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8], latent_channels=4)
+    tiny |= dict(num_encoder_blocks=[1, 1], num_decoder_blocks=[1, 1])
+    vae = flaxdiff.AutoencoderTiny.from_config(tiny)
+    pipe, params = pipe.replace(vae=vae), {**params, "vae": flaxdiff.init(vae, KEY)}
+    assert jax.eval_shape(pipe.generate, params, KEY, pipe.prepare_inputs(**SMALL)).shape == (1, 16, 24, 3)
+
+
 # --- files of others -------------------------------------------------------------------------------------------------
 
 

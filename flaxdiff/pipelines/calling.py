@@ -36,6 +36,7 @@ class PipelineOutput(NamedTuple):
 
 
 BaseOutput = ImagePipelineOutput = StableDiffusionPipelineOutput = StableDiffusionXLPipelineOutput = PipelineOutput
+FluxPipelineOutput = PipelineOutput
 
 
 def presented(

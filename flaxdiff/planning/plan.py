@@ -150,12 +150,12 @@ def pipeline(model: str | os.PathLike[str]) -> DiffusionPipeline:
     if registry.find(class_name, "pipeline").before:
         raise ValueError(f"{class_name} runs several loops one after the other, and a plan is of one; plan its parts.")
     specs = tuple((name, registry.find(kind, "model").from_config(config)) for name, (kind, config) in configs.items())
-    blank = lambda length: lambda texts: np.zeros((len(texts), length), np.int32)
+    blank = lambda own: lambda texts, length=None: np.zeros((len(texts), length or own), np.int32)
     return registry.find(class_name, "pipeline")(
         specs=specs,
         scheduler=registry.find("DDIMScheduler")(),
         tokenizers=tuple(
-            (name.replace("text_encoder", "tokenizer"), blank(spec.config.max_position_embeddings))
+            (name.replace("text_encoder", "tokenizer"), blank(getattr(spec.config, "max_position_embeddings", 512)))
             for name, spec in specs
             if name.startswith("text_encoder")
         ),
