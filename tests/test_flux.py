@@ -19,6 +19,7 @@ from PIL import Image
 
 import flaxdiff
 from flaxdiff.checkpoint import original
+from flaxdiff.pipelines.tasks import blank_inputs
 
 rng = np.random.default_rng(0)
 normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
@@ -240,6 +241,18 @@ def test_led(name, monkeypatch, tmp_path):
     scale = [0.5, 0.8] if several else 0.6
     options = SMALL | dict(num_inference_steps=3, controlnet_conditioning_scale=scale) | control | LED[name]
     compare(name, pipe, params, peer, options, monkeypatch)
+
+
+def test_inputs_of_blank_prompts(tmp_path):
+    """As they are compiled for ahead of time: with a ControlNet, with a control image, with a picture to change."""
+    controlnet().save_pretrained(tmp_path)
+    net = flaxdiff.FluxControlNetModel.from_pretrained(tmp_path)
+    led, _ = flaxdiff.FluxControlNetPipeline.from_pretrained(folder(), controlnet=net)
+    size = dict(height=16, width=24)
+    assert blank_inputs(led, 2, **size)["controlnet_image"].shape == (2, 16, 24, 3)
+    assert blank_inputs(load("FluxControlPipeline", **SEES)[0], 2, **size)["beside_image"].shape == (2, 16, 24, 3)
+    asked = ASKED | size
+    assert blank_inputs(load("FluxKontextPipeline")[0], 2, **asked)["reference"].shape == (2, 16, 24, 3)
 
 
 def compare(name, pipe, params, peer, options, monkeypatch):

@@ -174,19 +174,18 @@ def blank_inputs(pipe: "DiffusionPipeline", batch: int = 1, **options: Any) -> d
     options |= {name: [blank] * batch for name, blank in BLANK.items() if name in takes}
     options |= {"batch_size": batch} if "batch_size" in takes else {}
     options |= {"class_labels": [0] * batch} if "class_labels" in takes and "batch_size" not in takes else {}
+    blank = Image.new("RGB", (1, 1))
     if "image" in takes:
         size = native_size(pipe)
         asked = options.get if "height" in takes else options.pop
         height, width = (asked(side, None) or getattr(size, side) for side in ("height", "width"))
-        options["image"] = np.zeros((batch, height, width, 3), np.float32)
+        options["image"], blank = np.zeros((batch, height, width, 3), np.float32), blank.resize((width, height))
         if "mask_image" in takes:
             options["mask_image"] = np.ones((batch, height, width, 1), np.float32)
-        nets = sum(name.split("_")[0] in pipe.steers for name, _ in pipe.specs)
-        if nets:
-            blank = Image.new("RGB", (width, height))
-            options["control_image" if "strength" in pipe.defaults else "image"] = [blank] * nets if nets > 1 else blank
-    if pipe.controls:
-        options["control_image"] = Image.new("RGB", (1, 1))
+    nets = sum(name.split("_")[0] in pipe.steers for name, _ in pipe.specs)
+    if nets or pipe.controls:
+        led_by = "image" if "image" in takes and "strength" not in pipe.defaults else "control_image"
+        options[led_by] = [blank] * nets if nets > 1 else blank
     return pipe.prepare_inputs(**options)
 
 
