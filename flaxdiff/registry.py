@@ -14,6 +14,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "function": {
         "flaxdiff.core": ("abstract", "apply", "init", "layout"),
         "flaxdiff.checkpoint": ("load", "push_to_hub", "save"),
+        "flaxdiff.adapters.control_lora": ("load_control_lora",),
         "flaxdiff.adapters.custom_diffusion": ("load_custom_diffusion",),
         "flaxdiff.adapters.lora": (
             "adapter_of",

@@ -414,6 +414,56 @@ def test_lora(form, tmp_path):
     assert peers.relative(run(params["transformer"]), theirs) > 1e-3
 
 
+def test_control_lora(tmp_path):
+    """A wider way in, biases, norms and updates of everything: the numbers of weights that were merged."""
+    peer = transformer(guidance_embeds=True)
+    spec = flaxdiff.FluxTransformer2DModel.from_config(dict(peer.config))
+    state = as_original(spec, peer.state_dict())
+    state["img_in.weight"] = torch.nn.functional.pad(state["img_in.weight"], (0, 16))
+    file, scale = {}, 0.7
+    draw = lambda *shape: torch.tensor(normal(*shape)) / 8
+    for name, value in list(state.items()):
+        module = name.rpartition(".")[0]
+        if name.endswith("scale"):
+            state[name] = file[name] = 1 + draw(*value.shape)
+        elif name.endswith("bias"):
+            file[f"{module}.lora_B.bias"] = draw(*value.shape)
+            state[name] = value + scale * file[f"{module}.lora_B.bias"]
+        else:
+            down, up = draw(2, value.shape[1]), draw(len(value), 2)
+            file |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+            state[name] = value + scale * up @ down
+    wide = diffusers.FluxTransformer2DModel(**SIZES | SEES | {"guidance_embeds": True})
+    back = original.names(spec, wide.state_dict())
+    parts = {
+        n: (state[original.whole(old)], original.rows(old, len(state[original.whole(old)]))) for n, old in back.items()
+    }
+    wide.load_state_dict({n: value if rows is None else value[rows] for n, (value, rows) in parts.items()})
+    safetensors.torch.save_file(file, tmp_path / "control.safetensors")
+
+    pipe, params = flaxdiff.FluxControlPipeline.from_pretrained(folder())
+    pipe, params = flaxdiff.load_control_lora(pipe, params, tmp_path / "control.safetensors", scale=scale)
+    pipe.prepare_inputs(**SMALL, **CONTROL)  # it takes the picture now
+    x, text, pooled, ids, strength = (
+        normal(2, 6, 32),
+        normal(2, 5, 24),
+        normal(2, 16),
+        normal(6, 3),
+        np.float32([3.5, 1.5]),
+    )
+    with torch.no_grad():
+        there = map(
+            torch.tensor, (x, text, pooled, np.float32([0.3, 0.9]), ids, np.zeros((5, 3), np.float32), strength)
+        )
+        theirs = wide(*there).sample
+    run = jax.jit(
+        lambda p: flaxdiff.apply(pipe.transformer, p, x, text, pooled, np.float32([0.3, 0.9]), ids, None, strength)
+    )
+    assert peers.relative(run(params["transformer"]), theirs) < 1e-4
+    with pytest.raises(ValueError, match="The transformer has a LoRA on"):
+        flaxdiff.load_control_lora(pipe, params, tmp_path / "control.safetensors")
+
+
 # --- pictures as prompts ---------------------------------------------------------------------------------------------
 
 
