@@ -363,6 +363,16 @@ def test_single_file(tmp_path):
         assert all((params[name] == wanted[name]).all() for name in wanted)
 
 
+def far(spec, params, peer, channels=16):
+    """How far a transformer is from PyTorch's on two pictures."""
+    arrays = normal(2, 6, channels), normal(2, 5, 24), normal(2, 16), np.float32([0.3, 0.9]), normal(6, 3)
+    places, strength = np.zeros((5, 3), np.float32), np.float32([3.5, 1.5])
+    with torch.no_grad():
+        theirs = peer(*map(torch.tensor, (*arrays, places, strength))).sample
+    run = jax.jit(lambda params: flaxdiff.apply(spec, params, *arrays, places, strength))
+    return peers.relative(run(params), theirs)
+
+
 @pytest.mark.parametrize("form", ["kohya", "xlabs", "original", "diffusers"])
 def test_lora(form, tmp_path):
     """Updates of fused projections are those of their parts; the numbers are those of weights that were merged."""
@@ -403,15 +413,9 @@ def test_lora(form, tmp_path):
     safetensors.torch.save_file(file, tmp_path / "lora.safetensors")
     pipe, params, _ = load("FluxPipeline")
     adapted = flaxdiff.load_lora(pipe, params, tmp_path / "lora.safetensors")
-    x, text, pooled, t, ids = normal(2, 6, 16), normal(2, 5, 24), normal(2, 16), np.float32([0.3, 0.9]), normal(6, 3)
-    strength = np.float32([3.5, 1.5])
     peer.load_state_dict(state)
-    with torch.no_grad():
-        there = (*map(torch.tensor, (x, text, pooled, t, ids)), torch.zeros(5, 3), torch.tensor(strength))
-        theirs = peer(*there).sample
-    run = jax.jit(lambda p: flaxdiff.apply(pipe.transformer, p, x, text, pooled, t, ids, None, strength))
-    assert peers.relative(run(adapted["transformer"]), theirs) < 1e-4
-    assert peers.relative(run(params["transformer"]), theirs) > 1e-3
+    assert far(pipe.transformer, adapted["transformer"], peer) < 1e-4
+    assert far(pipe.transformer, params["transformer"], peer) > 1e-3
 
 
 def test_control_lora(tmp_path):
@@ -434,32 +438,18 @@ def test_control_lora(tmp_path):
             file |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
             state[name] = value + scale * up @ down
     wide = diffusers.FluxTransformer2DModel(**SIZES | SEES | {"guidance_embeds": True})
-    back = original.names(spec, wide.state_dict())
-    parts = {
-        n: (state[original.whole(old)], original.rows(old, len(state[original.whole(old)]))) for n, old in back.items()
-    }
-    wide.load_state_dict({n: value if rows is None else value[rows] for n, (value, rows) in parts.items()})
+    parts = {}
+    for name, old in original.names(spec, wide.state_dict()).items():
+        whole = state[original.whole(old)]
+        rows = original.rows(old, len(whole))
+        parts[name] = whole if rows is None else whole[rows]
+    wide.load_state_dict(parts)
     safetensors.torch.save_file(file, tmp_path / "control.safetensors")
 
     pipe, params = flaxdiff.FluxControlPipeline.from_pretrained(folder())
     pipe, params = flaxdiff.load_control_lora(pipe, params, tmp_path / "control.safetensors", scale=scale)
     pipe.prepare_inputs(**SMALL, **CONTROL)  # it takes the picture now
-    x, text, pooled, ids, strength = (
-        normal(2, 6, 32),
-        normal(2, 5, 24),
-        normal(2, 16),
-        normal(6, 3),
-        np.float32([3.5, 1.5]),
-    )
-    with torch.no_grad():
-        there = map(
-            torch.tensor, (x, text, pooled, np.float32([0.3, 0.9]), ids, np.zeros((5, 3), np.float32), strength)
-        )
-        theirs = wide(*there).sample
-    run = jax.jit(
-        lambda p: flaxdiff.apply(pipe.transformer, p, x, text, pooled, np.float32([0.3, 0.9]), ids, None, strength)
-    )
-    assert peers.relative(run(params["transformer"]), theirs) < 1e-4
+    assert far(pipe.transformer, params["transformer"], wide, 32) < 1e-4
     with pytest.raises(ValueError, match="The transformer has a LoRA on"):
         flaxdiff.load_control_lora(pipe, params, tmp_path / "control.safetensors")
 
