@@ -23,6 +23,7 @@ _FLUX_VAE = dict(
 )
 _CONSISTENCY = dict(attention_head_dim=64, attn_norm_num_groups=32, downsample_type="resnet", upsample_type="resnet")
 _PIXART = dict(caption_channels=4096, sample_size=128)
+_SD3 = dict(joint_attention_dim=4096, pooled_projection_dim=2048, out_channels=16)
 _T5_XXL = dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
 
 # name -> (class, the settings of its config.json that differ from the defaults)
@@ -200,6 +201,58 @@ COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
             up_block_types=["ResnetUpsampleBlock2D"] * 4,
             layers_per_block=3,
             add_attention=False,
+        ),
+    ),
+    "SD3 medium transformer": (
+        "SD3Transformer2DModel",
+        dict(_SD3, num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192),
+    ),
+    "SD 3.5 medium transformer": (
+        "SD3Transformer2DModel",
+        dict(
+            _SD3,
+            num_layers=24,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            pos_embed_max_size=384,
+            dual_attention_layers=list(range(13)),
+            qk_norm="rms_norm",
+        ),
+    ),
+    "SD 3.5 large transformer": (
+        "SD3Transformer2DModel",
+        dict(
+            _SD3,
+            num_layers=38,
+            num_attention_heads=38,
+            caption_projection_dim=2432,
+            pos_embed_max_size=192,
+            qk_norm="rms_norm",
+        ),
+    ),
+    "SD 3.5 large ControlNet": (
+        "SD3ControlNetModel",
+        dict(
+            pooled_projection_dim=2048,
+            num_layers=19,
+            num_attention_heads=38,
+            joint_attention_dim=None,
+            caption_projection_dim=2048,
+            pos_embed_max_size=192,
+            use_pos_embed=False,
+            force_zeros_for_pooled_projection=False,
+        ),
+    ),
+    "SD3 VAE": (
+        "AutoencoderKL",
+        dict(
+            _VAE,
+            sample_size=1024,
+            latent_channels=16,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
         ),
     ),
     "PixArt-alpha/PixArt-XL-2-1024-MS transformer": ("PixArtTransformer2DModel", _PIXART),

@@ -47,7 +47,12 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.planning.plan": ("plan",),
     },
     "other": {
-        "flaxdiff.adapters.control": ("FluxMultiControlNetModel", "MultiAdapter", "MultiControlNetModel"),
+        "flaxdiff.adapters.control": (
+            "FluxMultiControlNetModel",
+            "MultiAdapter",
+            "MultiControlNetModel",
+            "SD3MultiControlNetModel",
+        ),
         "flaxdiff.checkpoint.pipelines": ("EMOJI",),
         "flaxdiff.core": ("FromOriginalModelMixin", "ModelMixin", "Spec"),
         "flaxdiff.images": ("IPAdapterMaskProcessor", "VaeImageProcessor"),
@@ -101,6 +106,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.paint_by_example": ("PaintByExampleImageEncoder",),
         "flaxdiff.models.controlnet": ("ControlNetModel",),
         "flaxdiff.models.controlnet_flux": ("FluxControlNetModel",),
+        "flaxdiff.models.controlnet_sd3": ("SD3ControlNetModel",),
         "flaxdiff.models.controlnet_xs": ("ControlNetXSAdapter", "UNetControlNetXSModel"),
         "flaxdiff.models.inception_v3": ("InceptionV3",),
         "flaxdiff.models.pixart_transformer_2d": ("PixArtTransformer2DModel",),
@@ -110,6 +116,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.t2i_adapter": ("T2IAdapter",),
         "flaxdiff.models.t5": ("T5EncoderModel", "UMT5EncoderModel"),
         "flaxdiff.models.prior_transformer": ("PriorTransformer",),
+        "flaxdiff.models.transformer_sd3": ("SD3Transformer2DModel",),
         "flaxdiff.models.unclip": ("StableUnCLIPImageNormalizer", "UnCLIPTextProjModel"),
         "flaxdiff.models.unet_2d": ("UNet2DModel",),
         "flaxdiff.models.unet_2d_condition": ("UNet2DConditionModel",),
@@ -238,6 +245,17 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "StableDiffusionPipeline",
             "StableDiffusionUpscalePipeline",
         ),
+        "flaxdiff.pipelines.stable_diffusion_3": (
+            "StableDiffusion3Img2ImgPipeline",
+            "StableDiffusion3InpaintPipeline",
+            "StableDiffusion3PAGImg2ImgPipeline",
+            "StableDiffusion3PAGPipeline",
+            "StableDiffusion3Pipeline",
+        ),
+        "flaxdiff.pipelines.stable_diffusion_3_controlnet": (
+            "StableDiffusion3ControlNetInpaintingPipeline",
+            "StableDiffusion3ControlNetPipeline",
+        ),
         "flaxdiff.pipelines.stable_diffusion_xl": (
             "StableDiffusionXLImg2ImgPipeline",
             "StableDiffusionXLInpaintPipeline",
@@ -314,6 +332,7 @@ def _named(family: str) -> dict[str, str]:
 COUNTERPARTS: tuple[dict[str, str], ...] = tuple(
     _named(family) for family in ("Amused", "Flux", "PixArtSigma", "StableDiffusion", "StableDiffusionXL")
 ) + (
+    {**_named("StableDiffusion3"), "inpainting" + LED: "StableDiffusion3ControlNetInpaintingPipeline"},
     {"text2image": "LatentConsistencyModelPipeline", "image2image": "LatentConsistencyModelImg2ImgPipeline"},
     {"text2image": "PixArtAlphaPipeline"},
 )

@@ -405,6 +405,12 @@ def call(spec):
             x, text, ids = f32(2, 4096, c.in_channels), f32(2, 512, c.joint_attention_dim), f32(4096, 3)
             args = x, text, f32(2, c.pooled_projection_dim), f32(), ids, None
             return (*args, f32(2)) if c.guidance_embeds else args, (2, 4096, 64)
+        case "SD3Transformer2DModel":
+            n, text = c.sample_size, f32(2, 333, 4096)
+            return (f32(2, n, n, 16), text, f32(2, 2048), f32()), (2, n, n, 16)
+        case "SD3ControlNetModel":
+            tokens, seen = f32(2, 4096, 2432), f32(2, 128, 128, 16)
+            return (tokens, seen, None, f32(2, 2048), f32()), (19, 2, 4096, 2432)
         case "PixArtTransformer2DModel":
             n, text = c.sample_size, f32(2, 300, c.caption_channels)
             added = {"resolution": f32(2, 2), "aspect_ratio": f32(2, 1)}

@@ -20,6 +20,7 @@ from flaxdiff.core import Model, Params, Spec
 from flaxdiff.images import Box, to_array
 from flaxdiff.models.controlnet import ControlNetModel
 from flaxdiff.models.controlnet_flux import FluxControlNetModel
+from flaxdiff.models.controlnet_sd3 import SD3ControlNetModel
 from flaxdiff.models.t2i_adapter import T2IAdapter
 from flaxdiff.pipelines import tasks
 from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
@@ -72,6 +73,12 @@ class FluxMultiControlNetModel(Several):
     """Several ControlNets for Flux."""
 
     member = FluxControlNetModel
+
+
+class SD3MultiControlNetModel(Several):
+    """Several ControlNets for Stable Diffusion 3."""
+
+    member = SD3ControlNetModel
 
 
 class MultiAdapter(Several):

@@ -1,9 +1,10 @@
 """The one converter between a PyTorch checkpoint and our parameters, both ways, for every model.
 
-Names agree, so a handful of rules is all there is: a linear weight is [out, in] in a file and [in, out] here, a
-convolution OIHW and HWIO, everything else the same, and the blocks `prefix.0.rest`, `prefix.1.rest`, … of a file may be
-one array `prefix.rest` with a leading axis here. `core.layout` says which rule a parameter follows. `match` finds the
-tensors of every parameter, or lists everything that does not fit; `read` fills a parameter from them.
+Names agree, so a handful of rules of layout is all there is: a linear weight is [out, in] in a file and [in, out] here,
+a convolution OIHW and HWIO, everything else the same, and the blocks `prefix.0.rest`, `prefix.1.rest`, … of a file may
+be one array `prefix.rest` with a leading axis here; where not all of them are equal, those of a run are one array
+`prefix.3-7.rest`. `core.layout` says which rule a parameter follows. `match` finds the tensors of every parameter, or
+lists everything that does not fit; `read` fills a parameter from them.
 """
 
 import re
@@ -43,14 +44,18 @@ def axes(kind: str, rank: int) -> tuple[int, ...]:
 
 
 def names_in_file(name: str, leaf: Leaf) -> tuple[str, ...]:
-    """What a file calls a parameter: one name, or one for each layer of a stack.
+    """What a file calls a parameter: one name, or one for each layer of a stack, which may be some layers of a row.
 
     >>> names_in_file("blocks.fc.weight", Leaf((2, 4, 3), "linear", None, "blocks"))
     ('blocks.0.fc.weight', 'blocks.1.fc.weight')
+    >>> names_in_file("blocks.7-8.fc.weight", Leaf((2, 4, 3), "linear", None, "blocks.7-8"))
+    ('blocks.7.fc.weight', 'blocks.8.fc.weight')
     """
     if leaf.stack is None:
         return (name,)
-    return tuple(f"{leaf.stack}.{i}{name[len(leaf.stack) :]}" for i in range(leaf.shape[0]))
+    run = re.fullmatch(r"(.+)\.(\d+)-\d+", leaf.stack)
+    row, first = (run[1], int(run[2])) if run else (leaf.stack, 0)
+    return tuple(f"{row}.{i}{name[len(leaf.stack) :]}" for i in range(first, first + leaf.shape[0]))
 
 
 def shape_in_file(leaf: Leaf) -> tuple[int, ...]:

@@ -1,11 +1,12 @@
 """What pipelines use by name: functions of strengths, whose parameters are what a call takes."""
 
 import jax
+import jax.numpy as jnp
 
 from flaxdiff.guidance.attentive import excite, sag
 from flaxdiff.guidance.concepts import ledits, safe, sega
 from flaxdiff.guidance.free import cfg, rescale, text_and_image, together
-from flaxdiff.guidance.perturbed import pag
+from flaxdiff.guidance.perturbed import pag, slg
 from flaxdiff.guidance.rules import Each, Flags, Guidance, Layers, chain
 
 Strength = jax.Array | float
@@ -39,6 +40,30 @@ def perturbed(
     """`standard` with `pag`: what the pipelines with PAG in their name use."""
     away = pag(pag_scale, pag_applied_layers, pag_adaptive_scale)
     return chain(cfg(guidance_scale), away, rescale(guidance_rescale))
+
+
+def layer_skipping(
+    guidance_scale: Strength,
+    skip_layer_guidance_scale: Strength = 2.8,
+    skip_layer_guidance_start: Strength = 0.01,
+    skip_layer_guidance_stop: Strength = 0.2,
+    skip_guidance_layers: Flags = Layers(()),
+) -> Guidance:
+    """`cfg`, and where blocks are named and there is a prompt to avoid `slg`: what Stable Diffusion 3 uses.
+
+    It counts in the steps that lie between two shares of the run.
+    """
+    away = slg(skip_layer_guidance_scale, skip_guidance_layers)
+
+    def combine(state, guess, predictions, at):
+        if "slg" not in predictions:
+            return guess, state
+        i, n = (count.astype(jnp.float32) for count in (at.sampler.index, at.sampler.plan.steps))
+        on = (i > n * skip_layer_guidance_start) & (i < n * skip_layer_guidance_stop)
+        return jnp.where(on, away.combine(state, guess, predictions, at)[0], guess), state
+
+    branches = lambda so_far: away.branches(so_far) if len(skip_guidance_layers) and "negative" in so_far else so_far
+    return chain(cfg(guidance_scale), Guidance(combine, branches=branches))
 
 
 def self_attention(guidance_scale: Strength, guidance_rescale: Strength = 0.0, sag_scale: Strength = 0.75) -> Guidance:

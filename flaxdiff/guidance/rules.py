@@ -155,8 +155,11 @@ def per_image(value: jax.Array | float, like: jax.Array) -> jax.Array:
 # --- on the host -----------------------------------------------------------------------------------------------------
 
 
-class Layers(tuple[str, ...]):
-    """A strength that says which blocks of a network: regular expressions, each to be found in the names of some."""
+class Layers(tuple[str | int, ...]):
+    """A strength that says which blocks of a network: regular expressions, each to be found in the names of some.
+
+    Or whole numbers, of the blocks that have them in a row. Of none the rule is not told.
+    """
 
 
 class Each(float):
@@ -169,11 +172,11 @@ def blocks(spec: Spec) -> tuple[tuple[str, ...], ...]:
     return getattr(spec.module(spec.config), "blocks", ())
 
 
-def chosen(spec: Spec, layers: str | Iterable[str]) -> tuple[np.ndarray, ...]:
+def chosen(spec: Spec, layers: str | Iterable[str | int]) -> tuple[np.ndarray, ...]:
     """Which blocks of a network some regular expressions name: for each stack, [depth] of 0 and 1.
 
     Args:
-      layers: e.g. "mid", or ["down_blocks.1", r"up_blocks.0.attentions.[01]"]; also as "down.block_1".
+      layers: e.g. "mid", or ["down_blocks.1", r"up_blocks.0.attentions.[01]"]; also as "down.block_1", or [7, 8].
 
     Raises:
       ValueError: one that is no regular expression, or finds none; lists what there is.
@@ -185,6 +188,7 @@ def chosen(spec: Spec, layers: str | Iterable[str]) -> tuple[np.ndarray, ...]:
     """
     names = blocks(spec)
     layers = [layers] if isinstance(layers, str) else list(layers)
+    layers = [rf"\.{layer}\.attn1" if isinstance(layer, int) else layer for layer in layers]
     for layer in layers:
         try:
             found = any(re.search(layer, f"{name}.attn1") for stack in names for name in stack)
@@ -216,7 +220,7 @@ def strengths(
         if value is None or value is inspect.Parameter.empty:
             continue
         if isinstance(parameter.default, Layers):
-            arrays[name] = chosen(spec, value)
+            arrays |= {name: chosen(spec, value)} if len(value) else {}
             continue
         arrays[name] = np.asarray(value, np.float32)
         if isinstance(parameter.default, Each):

@@ -57,8 +57,17 @@ class JointAttention(nnx.Module):
         h = project(x).reshape(*x.shape[:2], self.heads, -1)
         return h if norm is None else norm(h)
 
-    def __call__(self, image: jax.Array, text: jax.Array | None = None, turn: Rope | None = None) -> Tokens:
-        """[B, N, C], and the text's tokens [B, M, C] -> (text, image); `turn`: by place, of the text's tokens first."""
+    def __call__(
+        self,
+        image: jax.Array,
+        text: jax.Array | None = None,
+        turn: Rope | None = None,
+        mask: jax.Array | None = None,
+    ) -> Tokens:
+        """[B, N, C], and the text's tokens [B, M, C] -> (text, image).
+
+        `turn` is by place, and `mask` says as of `attention` who sees whom: of the text's tokens first.
+        """
         q, k = self._heads(self.to_q, self.norm_q, image), self._heads(self.to_k, self.norm_k, image)
         v = self._heads(self.to_v, None, image)
         if text is not None:
@@ -68,7 +77,7 @@ class JointAttention(nnx.Module):
                 self._heads(self.add_v_proj, None, text),
             )
             q, k, v = (jnp.concatenate(parts, 1) for parts in zip(more, (q, k, v)))
-        h = attention(rotate(q, turn), rotate(k, turn), v)
+        h = attention(rotate(q, turn), rotate(k, turn), v, mask=mask)
         h = h.reshape(*h.shape[:2], -1)
         text, image = (None, h) if text is None else jnp.split(h, [text.shape[1]], 1)
         image = image if self.to_out is None else self.to_out[0](image)
@@ -100,12 +109,12 @@ class JointTransformerBlock(nnx.Module):
         """What a condition [..., D] says to the text and to the picture: [..., parts, D] each."""
         return self.norm1_context.modulation(condition), self.norm1.modulation(condition)
 
-    def __call__(self, x: Tokens, told: Tokens, turn: Rope | None = None) -> Tokens:
+    def __call__(self, x: Tokens, told: Tokens, turn: Rope | None = None, mask: jax.Array | None = None) -> Tokens:
         """Tokens of text and picture and what `modulation` says to them -> tokens; the text as it was if not wanted."""
         text, image = x
         h, gate, shift, scale, gate_ff, *second = self.norm1(image, told[1])
         h_text, *rest = self.norm1_context(text, told[0])
-        of_text, of_image = self.attn(h, h_text, turn)
+        of_text, of_image = self.attn(h, h_text, turn, mask)
         added = gate * of_image
         if self.attn2 is not None:
             *how, gate = second

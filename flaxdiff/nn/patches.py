@@ -47,12 +47,12 @@ class PatchEmbed(nnx.Module):
     Args:
       fan_in, width: channels of the feature map and of the tokens.
       patch: side of a patch.
-      base, scale: as of `positions`.
+      base, scale: as of `positions`; without a base tokens do not know their place.
       largest: places a side of a table in the checkpoint, whose middle is used in place of those.
     """
 
     def __init__(
-        self, fan_in: int, width: int, patch: int, base: int, *, scale: float = 1.0, largest: int | None = None
+        self, fan_in: int, width: int, patch: int, base: int | None, *, scale: float = 1.0, largest: int | None = None
     ):
         self.proj = Conv(fan_in, width, patch, stride=patch, padding=0)
         table = None if largest is None else param((1, largest**2, width), "raw", _Sinusoids(largest, base))
@@ -71,7 +71,8 @@ class PatchEmbed(nnx.Module):
                 f"Latents of {height} x {width} do not divide into patches of {self.patch} x {self.patch}."
             )
         x = self.proj(x.astype(weights.dtype(value(self.proj.weight))))
-        return x.reshape(x.shape[0], -1, x.shape[-1]) + self.places(*x.shape[1:]).astype(x.dtype)
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        return tokens if self.base is None else tokens + self.places(*x.shape[1:]).astype(x.dtype)
 
     def places(self, h: int, w: int, width: int) -> jax.Array | np.ndarray:
         """What tells of the places in a grid of h by w: [h w, D]."""

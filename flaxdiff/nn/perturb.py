@@ -58,6 +58,20 @@ def beside_first(k: jax.Array, v: jax.Array, weigh: jax.Array) -> tuple[jax.Arra
     return both(k), both(v), jnp.repeat(bias, k.shape[1], 1)[:, None, None]
 
 
+def alone(flags: jax.Array, texts: int, n: int) -> jax.Array:
+    """Who sees whom where text and picture attend jointly and the picture's n tokens are to see none but themselves.
+
+    Flags [B] of the kind "identity" -> bool [B, 1, M + n, M + n], the M tokens of the text first, who see all.
+
+    >>> alone(jnp.array([1.0]), 1, 2)[0, 0].astype(int)
+    Array([[1, 1, 1],
+           [1, 1, 0],
+           [1, 0, 1]], dtype=int32)
+    """
+    seen = jnp.pad(jnp.eye(n, dtype=bool), ((texts, 0), (texts, 0)), constant_values=True)
+    return seen | (flags == 0)[:, None, None, None]
+
+
 def blurred(q: jax.Array, sigma: jax.Array, sides: tuple[int, int], reach: float | None = None) -> jax.Array:
     """Tokens [B, H W, ...] under a Gaussian of deviation sigma [B] over the H rows and W columns.
 

@@ -6,7 +6,8 @@ kept for the gradient or computed again: `remat` of the configuration says which
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from flax import nnx
 from flaxdiff.core import noted, rematerialised, stacked, watched
 from flaxdiff.nn.layers import PRODUCTS
 
-Blocks = nnx.Module | nnx.List
+Blocks = nnx.Module | nnx.List | list  # the last in passing, of blocks that lie elsewhere
 
 # `remat` of a configuration: what a block keeps for the way back, beside its input
 KEPT = {
@@ -44,9 +45,35 @@ def stack(make: Callable[[], nnx.Module], depth: int, scan: bool) -> Blocks:
     return stacked(make(), depth) if scan and depth > 1 else nnx.List([make() for _ in range(depth)])
 
 
+class Runs(nnx.Module):
+    """Blocks in a row that are not all alike: each run of equal ones is a stack, under the numbers of its blocks.
+
+    Args:
+      kinds: what each block is.
+      make: kind -> a block.
+      scan: whether equal ones are stacked.
+    """
+
+    def __init__(self, kinds: Sequence[Hashable], make: Callable[[Any], nnx.Module], scan: bool):
+        runs, at = [], 0
+        for kind, equal in itertools.groupby(kinds):
+            n = len(list(equal))
+            runs.append([f"{at}-{at + n - 1}"] if scan and n > 1 else [str(i) for i in range(at, at + n)])
+            for name in runs[-1]:
+                setattr(self, name, stacked(make(kind), n) if "-" in name else make(kind))
+            at += n
+        self.names = tuple(map(tuple, runs))
+
+    def __iter__(self) -> Iterator[Blocks]:
+        """The runs in their order."""
+        for names in self.names:
+            blocks = [getattr(self, name) for name in names]
+            yield blocks[0] if "-" in names[0] else blocks
+
+
 def depth(blocks: Blocks) -> int:
     """How many blocks there are."""
-    return len(blocks) if isinstance(blocks, nnx.List) else len(jax.tree.leaves(nnx.state(blocks))[0])
+    return len(blocks) if isinstance(blocks, nnx.List | list) else len(jax.tree.leaves(nnx.state(blocks))[0])
 
 
 def run(blocks: Blocks, x: jax.Array, each: Any, *args: Any) -> jax.Array:
@@ -55,17 +82,17 @@ def run(blocks: Blocks, x: jax.Array, each: Any, *args: Any) -> jax.Array:
     spied = watched.get() is not None or "cross" in (
         noted.get() or ()
     )  # what is seen of a block may not stay in a scan
-    if isinstance(blocks, nnx.List) or spied:
+    if isinstance(blocks, nnx.List | list) or spied:
         for i in range(depth(blocks)):
             nth = functools.partial(jax.tree.map, lambda a, i=i: a[i])
-            x = one(blocks[i] if isinstance(blocks, nnx.List) else nth(blocks), x, nth(each))
+            x = one(blocks[i] if isinstance(blocks, nnx.List | list) else nth(blocks), x, nth(each))
         return x
     return jax.lax.scan(lambda x, step: (one(step[0], x, step[1]), None), x, (blocks, each))[0]
 
 
 def over(blocks: Blocks, function: Callable[..., Any], *each: Any) -> Any:
     """What a function makes of every block, and of its entry in arrays that have one a block, stacked: [depth, ...]."""
-    if isinstance(blocks, nnx.List):
+    if isinstance(blocks, nnx.List | list):
         made = [function(block, *jax.tree.map(lambda a, i=i: a[i], each)) for i, block in enumerate(blocks)]
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *made)
     return jax.vmap(function)(blocks, *each)
@@ -77,7 +104,7 @@ def states(blocks: Blocks, x: Any, *args: Any, each: Any = None) -> Any:
     Without `each` blocks are called without an entry of it.
     """
     one = remat(lambda block, x, extra: block(x, *(() if each is None else (extra,)), *args))
-    if isinstance(blocks, nnx.List):
+    if isinstance(blocks, nnx.List | list):
         xs = [x]
         for i, block in enumerate(blocks):
             xs.append(one(block, xs[-1], jax.tree.map(lambda a, i=i: a[i], each)))

@@ -1,0 +1,272 @@
+"""Stable Diffusion 3 against PyTorch: its transformer and ControlNets, and every pipeline of it."""
+
+import functools
+import sys
+
+import diffusers
+import jax
+import numpy as np
+import peers
+import pytest
+import torch
+
+import flaxdiff
+from flaxdiff.nn.stack import Runs
+
+rng = np.random.default_rng(0)
+normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+SIZES = dict(sample_size=8, num_attention_heads=2, attention_head_dim=12, caption_projection_dim=24)
+SIZES |= dict(joint_attention_dim=56, pooled_projection_dim=48, pos_embed_max_size=12)
+NEWER = dict(dual_attention_layers=(0, 1), qk_norm="rms_norm")  # what 3.5 has
+KEY = jax.random.key(0)
+
+
+@functools.cache
+def transformer(**options):
+    torch.manual_seed(0)
+    return peers.lively(diffusers.SD3Transformer2DModel(**SIZES | {"num_layers": 4} | options))
+
+
+@functools.cache
+def controlnet(seed=0, **options):
+    torch.manual_seed(seed)
+    return peers.lively(diffusers.SD3ControlNetModel(**SIZES | {"num_layers": 2} | options))
+
+
+# --- the networks ----------------------------------------------------------------------------------------------------
+
+HINDERED = {"skip": (np.float32([[0, 1, 0, 1], [0, 1, 0, 1]]),)}
+CASES = {
+    "3": ({}, True, {}, {}),
+    "3.5": (NEWER | {"num_layers": 5}, True, {}, {}),
+    "in a loop": (NEWER | {"num_layers": 5}, False, {}, {}),
+    "without some": ({}, True, {"skip_layers": [1, 3]}, {"perturb": HINDERED}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformer(case, tmp_path):
+    """Places of a part of the table, with what ControlNets add; and all times at once are each of them."""
+    net, scan, there, here = CASES[case]
+    peer = transformer(**net)
+    peer.save_pretrained(tmp_path)
+    spec, params = flaxdiff.SD3Transformer2DModel.from_pretrained(tmp_path, scan_layers=scan)
+    x, text, pooled, t = normal(2, 6, 12, 16), normal(2, 7, 56), normal(2, 48), np.float32([30, 901])
+    if not here:
+        added = normal(3, 2, 18, 24)
+        here, there = (
+            {"block_controlnet_hidden_states": added},
+            {"block_controlnet_hidden_states": [*map(torch.tensor, added)]},
+        )
+    with torch.no_grad():
+        theirs = peer(peers.nchw(x), *map(torch.tensor, (text, pooled, t)), **there).sample
+    run = jax.jit(lambda params, pooled, t: flaxdiff.apply(spec, params, x, text, pooled, t, **here))
+    assert peers.relative(run(params, pooled, t), peers.nhwc(theirs), of="SD3Transformer2DModel") < 1e-4
+    if case == "3":
+        told = flaxdiff.apply(spec, params, np.float32([[100], [700]]), pooled, method="times")
+        assert peers.relative(run(params, None, jax.tree.map(lambda a: a[1], told)), run(params, pooled, 700.0)) < 1e-5
+        flaxdiff.checkpoint.save_model(tmp_path / "ours", spec, params)
+        again = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "ours").state_dict()
+        assert all(torch.equal(value, again[name]) for name, value in peer.state_dict().items())
+
+
+def test_runs():
+    """Equal neighbours are stacked under the numbers of the blocks, and others are by themselves."""
+    spec = flaxdiff.SD3Transformer2DModel.from_config(SIZES | NEWER | {"num_layers": 6})
+    blocks = spec.module(spec.config).transformer_blocks
+    assert isinstance(blocks, Runs) and blocks.names == (("0-1",), ("2-4",), ("5",))
+    with pytest.raises(ValueError, match="14 x 4 patches are more than the 12 x 12 places"):
+        jax.eval_shape(
+            lambda p: flaxdiff.apply(spec, p, np.zeros((1, 28, 8, 16)), np.zeros((1, 5, 56)), np.zeros((1, 48)), 1.0),
+            flaxdiff.abstract(spec),
+        )
+
+
+NETS = {
+    "3": dict(extra_conditioning_channels=1),
+    "two kinds of blocks": NEWER | dict(dual_attention_layers=(0,), pos_embed_type=None),
+    "without a text": dict(joint_attention_dim=None, use_pos_embed=False),
+}
+
+
+@pytest.mark.parametrize(("case", "scan"), [("3", True), ("two kinds of blocks", True), ("without a text", False)])
+def test_controlnet(case, scan, tmp_path):
+    peer = controlnet(**NETS[case])
+    peer.save_pretrained(tmp_path)
+    spec, params = flaxdiff.SD3ControlNetModel.from_pretrained(tmp_path, scan_layers=scan)
+    seen = normal(2, 6, 12, 16 + spec.config.extra_conditioning_channels)
+    x = normal(2, 6, 12, 16) if spec.config.use_pos_embed else normal(2, 18, 24)
+    text = None if case == "without a text" else normal(2, 7, 56)
+    pooled, t = normal(2, 48), np.float32([30, 901])
+    with torch.no_grad():
+        there = peers.nchw(x) if x.ndim == 4 else torch.tensor(x)
+        told = None if text is None else torch.tensor(text)
+        theirs = peer(
+            there, peers.nchw(seen), 0.7, told, torch.tensor(pooled), torch.tensor(t)
+        ).controlnet_block_samples
+    ours = flaxdiff.apply(spec, params, x, seen, text, pooled, t, 0.7)
+    assert peers.relative(ours, torch.stack(theirs), of="SD3ControlNetModel") < 1e-4
+
+
+# --- the pipelines ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def parts(newer=False, t5=True, shift=0.1):
+    """The components of a pipeline."""
+    vae = peers.vae(
+        latent_channels=16, shift_factor=shift, scaling_factor=0.4, use_quant_conv=False, use_post_quant_conv=False
+    )
+    encoder = lambda seed: peers.lively(peers.text_encoder(projected=True, seed=seed))
+    return dict(
+        transformer=transformer(**NEWER if newer else {}),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            **{"use_dynamic_shifting": True} if newer else {"shift": 3.0}
+        ),
+        vae=peers.sure(vae),
+        text_encoder=encoder(0),
+        tokenizer=peers.tokenizer(),
+        text_encoder_2=encoder(1),
+        tokenizer_2=peers.tokenizer("!"),
+        text_encoder_3=peers.t5_encoder(width=56) if t5 else None,
+        tokenizer_3=peers.t5_tokenizer() if t5 else None,
+    )
+
+
+@functools.cache
+def folder(**options) -> str:
+    """Where a pipeline of these parts was saved."""
+    return peers.saved(functools.partial(diffusers.StableDiffusion3Pipeline, **parts(**options)))
+
+
+def load(name, nets=(), **options):
+    """Our pipeline and PyTorch's, of the same components and perhaps ControlNets."""
+    there = {"controlnet": nets[0] if len(nets) == 1 else [*nets]} if nets else {}
+    here = {"controlnet": [flaxdiff.SD3ControlNetModel.from_pretrained(saved(net)) for net in nets]} if nets else {}
+    pipe, params = getattr(flaxdiff, name).from_pretrained(folder(**options), **here)
+    peer = getattr(diffusers, name)(**parts(**options), **there)
+    peer.set_progress_bar_config(disable=True)
+    return pipe.replace(progress=False), params, peer
+
+
+@functools.cache
+def saved(net) -> str:
+    return peers.saved(lambda: net)
+
+
+SMALL = dict(prompt="a red dog", max_sequence_length=12, num_inference_steps=3, height=16, width=24)
+NOISE = normal(1, 8, 12, 16)
+IMAGE = rng.uniform(size=(1, 16, 24, 3)).astype(np.float32)
+MASK = np.zeros((1, 16, 24, 1), np.float32)
+MASK[:, 4:12, 6:18] = 1
+
+
+def agree(name, options, monkeypatch, **how):
+    """What a pipeline makes is what PyTorch's does."""
+    pipe, params, peer = load(name, **how)
+    options = SMALL | options
+    monkeypatch.setattr(
+        sys.modules[getattr(diffusers, name).__module__], "randn_tensor", lambda *a, **k: peers.nchw(NOISE)
+    )
+    ours = pipe(params, KEY, **options, latents=NOISE, output_type="np").images
+    there = {k: _there(k, v) for k, v in options.items()}
+    with torch.no_grad():
+        theirs = peer(**there, output_type="np").images
+    assert peers.relative(ours, theirs, of=name) < 1e-3
+
+
+def _there(name, value):
+    """An option as PyTorch takes it, where tensors of pictures to follow are in [-1, 1]."""
+    if name == "control_image":
+        return [peers.nchw(2 * v - 1) for v in value] if isinstance(value, list) else peers.nchw(2 * value - 1)
+    return peers.nchw(value) if isinstance(value, np.ndarray) else value
+
+
+NEGATIVES = dict(negative_prompt="ugly", negative_prompt_2="bad", negative_prompt_3="b")
+TEXTS = {
+    "of every encoder": (dict(prompt_2="cat", prompt_3="red", clip_skip=1, **NEGATIVES), {}),
+    "not guided, without T5, shifted": (dict(guidance_scale=1.0, mu=0.8), dict(newer=True, t5=False)),
+    "3.5, and blocks are skipped": (
+        dict(skip_guidance_layers=[1, 2], skip_layer_guidance_stop=0.5, skip_layer_guidance_scale=1.5),
+        dict(newer=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_text_to_image(case, monkeypatch):
+    options, how = TEXTS[case]
+    agree("StableDiffusion3Pipeline", options, monkeypatch, **how)
+
+
+TASKS = {
+    "two of three": ("StableDiffusion3Img2ImgPipeline", dict(image=IMAGE, strength=0.6), {}),
+    "inpaint": ("StableDiffusion3InpaintPipeline", dict(image=IMAGE, mask_image=MASK, strength=0.7), dict(shift=0.0)),
+    "all": ("StableDiffusion3InpaintPipeline", dict(image=IMAGE, mask_image=MASK, strength=1.0), dict(shift=0.0)),
+    "perturbed": ("StableDiffusion3PAGPipeline", dict(pag_scale=2.0), {}),
+    "perturbed, not guided": (
+        "StableDiffusion3PAGImg2ImgPipeline",
+        dict(image=IMAGE, strength=0.6, pag_scale=2.0, guidance_scale=1.0),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TASKS)
+def test_tasks(case, monkeypatch):
+    name, options, how = TASKS[case]
+    agree(name, options, monkeypatch, **how)
+
+
+LED = {
+    "one": ([{}], dict(control_guidance_end=0.5, controlnet_conditioning_scale=0.7)),
+    "two, one of them after the first step": (
+        [{}, {"seed": 1}],
+        dict(control_guidance_start=[0.0, 0.3], controlnet_conditioning_scale=[0.7, 0.4]),
+    ),
+    "told of the text as a whole": ([dict(force_zeros_for_pooled_projection=False)], {}),
+    "without a text": ([NETS["without a text"] | dict(force_zeros_for_pooled_projection=False)], {}),
+}
+
+
+@pytest.mark.parametrize("case", LED)
+def test_led(case, monkeypatch):
+    nets, options = LED[case]
+    seen = [IMAGE, 1 - IMAGE][: len(nets)]
+    options = dict(control_image=seen if len(nets) > 1 else IMAGE, **options)
+    agree("StableDiffusion3ControlNetPipeline", options, monkeypatch, nets=[controlnet(**net) for net in nets])
+
+
+def test_led_in_painting(monkeypatch):
+    options = dict(control_image=IMAGE, control_mask=MASK)
+    name = "StableDiffusion3ControlNetInpaintingPipeline"
+    agree(name, options, monkeypatch, nets=[controlnet(extra_conditioning_channels=1)])
+
+
+def test_there_and_back(tmp_path):
+    """PyTorch's diffusers loads what is saved, with and without T5."""
+    pipe, params = flaxdiff.load(folder())
+    flaxdiff.save(tmp_path / "whole", pipe, params)
+    again = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "whole")
+    theirs = parts()["transformer"].state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in again.transformer.state_dict().items())
+    less, mine = flaxdiff.load(folder(), text_encoder_3=None, tokenizer_3=None)
+    assert "text_encoder_3" not in mine and len(less.tokenizers) == 2
+
+
+def test_bad_input():
+    pipe, _ = flaxdiff.load(folder())
+    with pytest.raises(ValueError, match="max_sequence_length=600: T5 reads between 1 and 512"):
+        pipe.prepare_inputs(prompt="a", max_sequence_length=600)
+    with pytest.raises(ValueError, match="height=18, width=24: .* multiples of 4; the nearest are 16 and 24"):
+        pipe.prepare_inputs(**SMALL | {"height": 18})
+    with pytest.raises(ValueError, match="prompt_embeds and pooled_prompt_embeds go together"):
+        pipe.prepare_inputs(prompt_embeds=normal(1, 5, 56))
+    with pytest.raises(ValueError, match=r"No layer of SD3Transformer2DModel has .*9.* in its name"):
+        pipe.prepare_inputs(**SMALL, skip_guidance_layers=[9])
+    blur = lambda guidance_scale=7.0, layers=flaxdiff.guidance.Layers(["1"]): flaxdiff.guidance.seg(1.0, layers)
+    other = pipe.replace(guidance=blur)
+    inputs = other.prepare_inputs(**SMALL)
+    shapes = {name: flaxdiff.abstract(spec) for name, spec in other.specs}
+    with pytest.raises(ValueError, match="does not blur queries"):
+        jax.eval_shape(other.generate, shapes, KEY, inputs)
