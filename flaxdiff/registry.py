@@ -78,6 +78,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "LoraBaseMixin",
             "PeftAdapterMixin",
             "PushToHubMixin",
+            "SD3LoraLoaderMixin",
             "StableDiffusionLoraLoaderMixin",
             "StableDiffusionMixin",
             "StableDiffusionXLLoraLoaderMixin",

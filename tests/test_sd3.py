@@ -1,5 +1,6 @@
 """Stable Diffusion 3 against PyTorch: its transformer and ControlNets, and every pipeline of it."""
 
+import copy
 import functools
 import sys
 
@@ -7,6 +8,7 @@ import diffusers
 import jax
 import numpy as np
 import peers
+import peft
 import pytest
 import torch
 
@@ -252,6 +254,28 @@ def test_there_and_back(tmp_path):
     assert all(torch.equal(value, theirs[key]) for key, value in again.transformer.state_dict().items())
     less, mine = flaxdiff.load(folder(), text_encoder_3=None, tokenizer_3=None)
     assert "text_encoder_3" not in mine and len(less.tokenizers) == 2
+
+
+def test_lora(tmp_path):
+    """What PEFT trains in every run of blocks, as diffusers saves it; and back again."""
+    plain, peer = (copy.deepcopy(transformer(**NEWER)) for _ in range(2))
+    targets = ["to_q", "add_k_proj", "to_add_out", "to_out.0", "ff.net.2", "norm1.linear", "proj_out", "linear_1"]
+    peer.add_adapter(peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False))
+    layers = {k: v.contiguous() for k, v in peft.utils.get_peft_model_state_dict(peer).items()}
+    config = peer.peft_config["default"].to_dict()
+    save = functools.partial(diffusers.StableDiffusion3Pipeline.save_lora_weights, transformer_lora_layers=layers)
+    save(tmp_path / "theirs", transformer_lora_adapter_metadata=config)
+    pipe, params = flaxdiff.load(folder(newer=True))
+    params = pipe.load_lora_weights(params, tmp_path / "theirs")
+    flaxdiff.save_lora(tmp_path / "ours", pipe, flaxdiff.adapter_of(params))
+    again = diffusers.StableDiffusion3Pipeline(**parts(newer=True) | {"transformer": plain})
+    again.load_lora_weights(tmp_path / "ours")
+    told = normal(1, 6, 12, 16), normal(1, 7, 56), normal(1, 48), np.float32([300])
+    with torch.no_grad():
+        there = peers.nchw(told[0]), *map(torch.tensor, told[1:])
+        before, theirs, read = (peers.nhwc(net(*there).sample) for net in (transformer(**NEWER), peer, plain))
+    ours = flaxdiff.apply(pipe.transformer, params["transformer"], *told)
+    assert peers.relative(ours, theirs) < 1e-4 and peers.relative(read, theirs) < 1e-4 < peers.relative(before, theirs)
 
 
 def test_bad_input():

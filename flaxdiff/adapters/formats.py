@@ -36,6 +36,7 @@ PREFIXES = {  # component -> what its modules' names begin with, apart from the 
     + ("lora_unet_", "lora_transformer_"),
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
+    "text_encoder_3": ("lora_te3_",),
 }
 OLDER = ((r"\.to_out\.0$", ".to_out"), (r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1"))  # diffusers before PEFT
 _QKV, _BLOCK = (("q", "0:1"), ("k", "1:2"), ("v", "2:3")), r"transformer_blocks\.(\d+)\."
@@ -180,7 +181,8 @@ def configured(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors" and METADATA in (notes := safetensors.notes(path)):
             found = json.loads(notes[METADATA])
         elif path.stem.startswith("adapter_model") and beside.is_file():
-            found = {f"unet.{k}": v for k, v in json.loads(beside.read_text(encoding="utf-8")).items()}
+            said = json.loads(beside.read_text(encoding="utf-8")).items()
+            found = {f"{denoiser}.{k}": v for denoiser in ("unet", "transformer") for k, v in said}
         else:
             return {}
         return dict(found)

@@ -27,6 +27,7 @@ from flaxdiff.weights import LoRA
 
 Adapter = dict[str, dict[str, LoRA]]  # component -> parameter name -> an update without a base, scales [..., rank]
 Weight = Any  # a number, one for each image [B], or a dictionary of them by component and block
+ATTENTIONS = r"(unet|transformer)\..*attn.*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
 NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin")
 SHOWN = 12
 
@@ -149,16 +150,14 @@ def assemble(
     return adapter, Report(tuple(unexpected), tuple(misshapen))
 
 
-def init_lora(
-    pipe: Any, key: jax.Array, rank: int = 4, targets: str = r"unet\..*attn.*\.(to_[qkv]|to_out\.0)"
-) -> Adapter:
+def init_lora(pipe: Any, key: jax.Array, rank: int = 4, targets: str = ATTENTIONS) -> Adapter:
     """An adapter to train, that changes nothing yet: down is drawn from N(0, 1 / rank²), up is zero.
 
     Args:
       pipe: the pipeline, or component -> spec.
       key: a PRNG key.
       rank: of each update.
-      targets: regex of the modules, whole names with the component in front; by default the attentions of the U-Net.
+      targets: regex of the modules, whole names with the component in front; by default the attentions of the denoiser.
 
     Raises:
       ValueError: no module has such a name.
