@@ -117,6 +117,8 @@ def test_bad_input():
     pipe = load()[0]
     with pytest.raises(ValueError, match="prompt_embeds and prompt_attention_mask go together"):
         pipe.prepare_inputs(prompt_embeds=normal(1, 5, 16))
+    with pytest.raises(ValueError, match="clean_caption=True is not offered; give prompts as they are to be read"):
+        pipe.prepare_inputs(prompt="<b>a</b>", clean_caption=True)
     with pytest.raises(ValueError, match="height=72, width=64: .* multiples of 16; the nearest are 64 and 64"):
         pipe.prepare_inputs(prompt="a", height=72, width=64, use_resolution_binning=False)
     other = pipe.replace(transformer=pipe.transformer.replace(sample_size=40))

@@ -256,6 +256,19 @@ def test_there_and_back(tmp_path):
     assert "text_encoder_3" not in mine and len(less.tokenizers) == 2
 
 
+def test_tiny_autoencoder(tmp_path):
+    """TAESD3 takes the place of the large one: latents of 16 channels, neither scaled nor shifted."""
+    options = dict(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, shift_factor=0.0)
+    peer = peers.lively(diffusers.AutoencoderTiny(latent_channels=16, **options))
+    peer.save_pretrained(tmp_path)
+    spec, of_vae = flaxdiff.AutoencoderTiny.from_pretrained(tmp_path)
+    pipe = flaxdiff.load(folder())[0].replace(vae=spec)
+    with torch.no_grad():
+        theirs = peer.decode(peers.nchw(NOISE)).sample
+    ours = pipe.family.decode(pipe.program.networks({"vae": of_vae}), NOISE)
+    assert peers.relative(ours, peers.nhwc(theirs)) < 1e-4
+
+
 def test_lora(tmp_path):
     """What PEFT trains in every run of blocks, as diffusers saves it; and back again."""
     plain, peer = (copy.deepcopy(transformer(**NEWER)) for _ in range(2))

@@ -33,6 +33,7 @@ def prepare(
     negative_prompt_embeds: jax.Array | None = None,
     negative_prompt_attention_mask: jax.Array | None = None,
     max_sequence_length: int | None = None,
+    clean_caption: bool = False,
 ) -> dict[str, Any]:
     """The prompts as tokens, or as embeddings where those are given, and the size of the picture.
 
@@ -40,10 +41,13 @@ def prepare(
       prompt, negative_prompt: what to draw and what to avoid; one text or several.
       prompt_embeds, prompt_attention_mask, …: in their place, [B, N, D], and which of those words may be seen, [B, N].
       max_sequence_length: tokens of a prompt; what is beyond is not read. By default as the class was trained.
+      clean_caption: must be False; prompts are read as they are given.
 
     Raises:
-      ValueError: no prompt, or embeddings without a mask.
+      ValueError: no prompt, embeddings without a mask, or `clean_caption`.
     """
+    if clean_caption:
+        raise ValueError("clean_caption=True is not offered; give prompts as they are to be read, and leave it out.")
     prompts = check_prompts(pipe, prompt, prompt_embeds)
     sources = {"": (prompts, prompt_embeds, prompt_attention_mask)}
     if guided:
