@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flaxdiff import weights
 from flaxdiff.core import attention_backend
 from flaxdiff.nn import attention as module
-from flaxdiff.nn import flash
+from flaxdiff.nn import flash, rope
 from flaxdiff.nn.attention import attention
+from flaxdiff.nn.layers import RMSNorm
 from flaxdiff.parallel import make_mesh
 
 # batch, queries, keys, heads, head size, causal: a text of 77, lengths that no block divides, the heads of SD 1 and 2
@@ -110,6 +111,29 @@ def test_the_kernel_under_vmap(by):
 
 def test_blocks_waste_little():
     assert [flash._block(n) for n in (77, 128, 1000, 1024, 1100, 4096, 4608)] == [128, 128, 1024, 1024, 384, 1024, 768]
+
+
+def test_normalised_and_turned_in_one_pass(monkeypatch):
+    """The kernel does what norm and rotation do, on heads and tokens that fill no block, split, mapped, and back."""
+    x, weight = draw(2, 40, 40, 6, 128)[0], 1 + 0.1 * draw(1, 1, 1, 1, 128)[0].ravel()
+    turn = rope.rope(jnp.arange(80.0).reshape(40, 2), (48, 80))
+    plain = functools.partial(rope._plainly, 1e-6)
+    want = plain(x, weight, *turn)
+    layer = RMSNorm(128)
+    layer.weight.set_value(weight)
+    np.testing.assert_allclose(want, rope.rotate(layer(x), turn), atol=1e-5)
+    for size, most in {"TOKENS": 16, "HEADS": 4}.items():
+        monkeypatch.setattr(rope, size, most)
+    np.testing.assert_allclose(rope._by_kernel(1e-6, True, x, weight, *turn), want, atol=1e-5)
+    mesh = make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])
+    placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", None, "tensor")))
+    run = jax.jit(lambda x, weight: rope.normalised(x, weight, turn))
+    np.testing.assert_allclose(run(placed, weight), want, atol=1e-5)
+    np.testing.assert_allclose(jax.vmap(run, (0, None))(x[None], weight)[0], want, atol=1e-5)
+    np.testing.assert_allclose(jax.vmap(run, (None, 0))(x, weight[None])[0], want, atol=1e-5)
+    loss = lambda run: jax.grad(lambda x, w: (run(x, w) ** 3).sum(), (0, 1))(x, weight)
+    for ours, theirs in zip(loss(run), loss(lambda x, w: plain(x, w, *turn))):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
 def test_the_kernel_refuses_what_it_cannot_do(by):

@@ -68,9 +68,10 @@ def test_scripts(script, options, figures):
 
 
 @pytest.mark.slow
-def test_tpu():
+@pytest.mark.parametrize("script, chip", [("tpu.py", "v5e"), ("flux.py", "v6e")])
+def test_tpu(script, chip):
     pytest.importorskip("libtpu")
-    line = run("tpu.py", "--chip", "v5e")
+    line = run(script, "--chip", chip)
     assert line["ours"]["arithmetic, TFLOP"] > 0 and line["peer"] == {}
 
 

@@ -1,18 +1,17 @@
 """Attention by the Pallas kernel of TPUs, made fit for what the rest of the library does with it.
 
 The kernel is jax's splash attention. Here its arguments get the shapes that it wants, and it learns to live with
-transformations: XLA cannot split a kernel over devices by itself, so it is told that batch and heads may be split;
-`vmap` adds its axis to the batch; and the gradient runs the kernel's own backward pass, from Q, K and V alone.
+transformations: see kernels.py; and the gradient runs the kernel's own backward pass, from Q, K and V alone.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import NamedSharding, PartitionSpec
+
+from flaxdiff.nn.kernels import divisible
 
 LANES = 128  # what the sizes of blocks are multiples of
 BLOCK = 1024  # queries, and keys, that a block holds at most
@@ -73,47 +72,9 @@ def _backward(causal: bool, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Arr
     return jax.vjp(functools.partial(_forward, causal), q, k, v)[1](g)
 
 
-# --- transformations -------------------------------------------------------------------------------------------------
-
-
-def _divisible(function, takes: str, gives: str):
-    """A function of (causal, *arrays) whose batch and heads may lie on several devices, and be mapped over.
-
-    Its arrays are [B, positions, H, D]. `takes` and `gives` say of each whether the positions are those of queries
-    ("n") or of keys ("m"); each device gets all of them.
-    """
-    function = jax.jit(function, static_argnums=0)  # which keeps the mask's tables to itself
-    split = custom_partitioning(function, static_argnums=(0,))
-    spell = lambda letters: ", ".join(f"b {letter} h d" for letter in letters)
-
-    def partition(causal, mesh, arguments, results):
-        batch, _, heads, _ = (*arguments[0].sharding.spec, *[None] * 4)[:4]
-        place = NamedSharding(mesh, PartitionSpec(batch, None, heads, None))
-        everywhere = lambda tree: jax.tree.map(lambda array: place, tree)
-        return mesh, functools.partial(function, causal), everywhere(results), everywhere(arguments)
-
-    rule = f"{spell(takes)} -> {spell(gives)}"
-    split.def_partition(partition, sharding_rule=rule, need_replication_factors=("n", "d", "m"))
-
-    def apply(causal, *arrays):
-        @jax.custom_batching.custom_vmap
-        def run(*arrays):
-            return split(causal, *arrays)
-
-        @run.def_vmap
-        def mapped(size, batched, *arrays):
-            whole = [a if b else jnp.broadcast_to(a, (size, *a.shape)) for a, b in zip(arrays, batched)]
-            out = run(*(a.reshape(-1, *a.shape[2:]) for a in whole))
-            apart = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), out)
-            return apart, jax.tree.map(lambda a: True, apart)
-
-        return run(*arrays)
-
-    return apply
-
-
-_forward_anywhere = _divisible(_forward, takes="nmm", gives="n")
-_backward_anywhere = _divisible(_backward, takes="nmmn", gives="nmm")
+_heads = dict(n="b n h d", m="b m h d")
+_forward_anywhere = divisible(_forward, [_heads[axis] for axis in "nmm"], _heads["n"])
+_backward_anywhere = divisible(_backward, [_heads[axis] for axis in "nmmn"], [_heads[axis] for axis in "nmm"])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -12,9 +12,9 @@ from flax import nnx
 
 from flaxdiff.nn.attention import attention
 from flaxdiff.nn.feed_forward import FeedForward
-from flaxdiff.nn.layers import LayerNorm, Linear, RMSNorm
+from flaxdiff.nn.layers import LayerNorm, Linear, RMSNorm, value
 from flaxdiff.nn.modulation import AdaLayerNorm, vary
-from flaxdiff.nn.rope import Rope, rotate
+from flaxdiff.nn.rope import Rope, normalised, rotate
 from flaxdiff.parallel import constrain
 
 Tokens = tuple[jax.Array, jax.Array]  # of the text [B, M, D] and of the picture [B, N, D]
@@ -53,9 +53,15 @@ class JointAttention(nnx.Module):
         self.to_add_out = Linear(inner, width) if text and text_out else None
         self.heads = heads
 
-    def _heads(self, project: Linear, norm: RMSNorm | None, x: jax.Array) -> jax.Array:
+    def _heads(self, x: jax.Array, project: Linear, norm: RMSNorm | None = None, turn: Rope | None = None) -> jax.Array:
         h = project(x).reshape(*x.shape[:2], self.heads, -1)
-        return h if norm is None else norm(h)
+        if norm is not None and turn is not None:
+            return normalised(h, value(norm.weight), turn, norm.eps)
+        return rotate(h if norm is None else norm(h), turn)
+
+    def _queries_keys_values(self, x: jax.Array, layers: tuple, turn: Rope | None) -> tuple[jax.Array, ...]:
+        to_q, to_k, to_v, norm_q, norm_k = layers
+        return self._heads(x, to_q, norm_q, turn), self._heads(x, to_k, norm_k, turn), self._heads(x, to_v)
 
     def __call__(
         self,
@@ -68,18 +74,17 @@ class JointAttention(nnx.Module):
 
         `turn` is by place, and `mask` says as of `attention` who sees whom: of the text's tokens first.
         """
-        q, k = self._heads(self.to_q, self.norm_q, image), self._heads(self.to_k, self.norm_k, image)
-        v = self._heads(self.to_v, None, image)
+        m = 0 if text is None else text.shape[1]
+        of_text, of_image = (turn and tuple(a[part] for a in turn) for part in (slice(m), slice(m, None)))
+        own = self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k
+        q, k, v = self._queries_keys_values(image, own, of_image)
         if text is not None:
-            more = (
-                self._heads(self.add_q_proj, self.norm_added_q, text),
-                self._heads(self.add_k_proj, self.norm_added_k, text),
-                self._heads(self.add_v_proj, None, text),
-            )
+            added = self.add_q_proj, self.add_k_proj, self.add_v_proj, self.norm_added_q, self.norm_added_k
+            more = self._queries_keys_values(text, added, of_text)
             q, k, v = (jnp.concatenate(parts, 1) for parts in zip(more, (q, k, v)))
-        h = attention(rotate(q, turn), rotate(k, turn), v, mask=mask)
+        h = attention(q, k, v, mask=mask)
         h = h.reshape(*h.shape[:2], -1)
-        text, image = (None, h) if text is None else jnp.split(h, [text.shape[1]], 1)
+        text, image = (None, h) if text is None else jnp.split(h, [m], 1)
         image = image if self.to_out is None else self.to_out[0](image)
         return text if self.to_add_out is None else self.to_add_out(text), image
 

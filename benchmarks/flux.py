@@ -1,0 +1,64 @@
+"""The blocks of FLUX.1 dev on a TPU by the TPU compiler's own account; no TPU is needed.
+
+    python benchmarks/flux.py --chip v6e
+
+One block of each kind and the two ends, 1024 x 1024 and 512 words, bfloat16, compiled ahead of time for one chip (see
+docs/planning.md). The peer's column is cited, not measured here: MaxDiffusion's on the same chip, read from its
+compiled program in the same way. Cycles are the compiler's estimate beside Pallas kernels, for which it has none.
+"""
+
+import argparse
+import time
+
+import common
+
+PUBLISHED = {"cycles beside Pallas, M": 20.7, "arithmetic, TFLOP": 2.11, "traffic by XLA's count, GB": 5.6}
+
+
+def ours(args: argparse.Namespace) -> common.Figures:
+    import jax
+    import jax.numpy as jnp
+
+    import flaxdiff
+    from flaxdiff.core import abstract, apply
+    from flaxdiff.nn.packing import places
+    from flaxdiff.planning import chips, hlo, plan
+
+    blocks = {"num_layers": args.double, "num_single_layers": args.single, "guidance_embeds": True}
+    tiny = dict(num_attention_heads=2, joint_attention_dim=64, pooled_projection_dim=64) if args.tiny else {}
+    spec = flaxdiff.FluxTransformer2DModel.from_config({**blocks, **tiny})
+    side, words = (8, 16) if args.tiny else (64, 512)
+    place = jax.sharding.SingleDeviceSharding(chips.describe(f"{args.chip}:1x1").devices[0])
+    of = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    c, params = spec.config, {name: of(*a.shape) for name, a in abstract(spec).items()}
+    pooled, numbers = of(1, c.pooled_projection_dim), of(1, dtype=jnp.float32)
+    told = jax.eval_shape(lambda *a: apply(spec, *a, method="times"), params, numbers, pooled, numbers)
+    told = jax.tree.map(lambda a: of(*a.shape), told)  # worked out once for all steps
+
+    def step(params, x, text, told):
+        return apply(spec, params, x, text, None, told, places(side, side))
+
+    lowered = jax.jit(step).lower(params, of(1, side**2, 64), of(1, words, c.joint_attention_dim), told)
+    start = time.perf_counter()
+    with plan.unkept():
+        made = lowered.compile()
+    seconds, cost = time.perf_counter() - start, hlo.Program(made.as_text()).cost()
+    said = made.cost_analysis()
+    return {
+        "cycles beside Pallas, M": cost.cycles / 1e6,
+        "arithmetic, TFLOP": said["flops"] / 1e12,
+        "traffic by XLA's count, GB": said["bytes accessed"] / 1e9,
+        "traffic with HBM, GB": cost.bytes / 1e9,
+        "temporary memory, GB": made.memory_analysis().temp_size_in_bytes / 1e9,
+        "compile, s": seconds,
+    }
+
+
+def peer(args: argparse.Namespace) -> common.Figures:
+    return PUBLISHED if (args.chip, args.double, args.single, args.tiny) == ("v6e", 1, 1, False) else {}
+
+
+if __name__ == "__main__":
+    parser = common.arguments(__doc__, chip="v6e", double=1, single=1)
+    claim = "FLUX.1 dev, {double} double and {single} single block with the ends, 1024 x 1024, bfloat16, one {chip}"
+    common.compare(claim, parser, ours=ours, peer=peer)
