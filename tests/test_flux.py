@@ -166,8 +166,8 @@ def packed(x):
     return diffusers.FluxPipeline._pack_latents(peers.nchw(x), len(x), x.shape[-1], *x.shape[1:3])
 
 
-SMALL = dict(prompt="a red dog", max_sequence_length=12, num_inference_steps=2, height=16, width=24)
-NOISE = normal(1, 8, 12, 4)
+SMALL = dict(prompt=["a red dog", "cat"], max_sequence_length=12, num_inference_steps=2, height=16, width=24)
+NOISE = normal(2, 8, 12, 4)
 
 
 def agree(pipe, ours, theirs):
@@ -179,7 +179,7 @@ def test_text_to_image(true):
     """Also led away from a negative prompt; the strength of guidance, and that, are values of one program."""
     pipe, params, peer = load("FluxPipeline")
     options = SMALL | dict(guidance_scale=2.5)
-    options |= dict(true_cfg_scale=3.0, negative_prompt="ugly", negative_prompt_2="bad") if true else dict(prompt_2="a")
+    options |= TRUE | dict(negative_prompt_2=["bad", "red"]) if true else dict(prompt_2=["a", "bird"])
     ours = pipe(params, KEY, **options, latents=NOISE, output_type="np").images
     compiled = peers.programs()
     with torch.no_grad():
@@ -196,7 +196,7 @@ MASK[:, 4:12, 6:18] = 1
 OTHER = rng.uniform(size=(1, 20, 16, 3)).astype(np.float32)
 SEES = dict(in_channels=32, out_channels=16)  # a control image beside the sample
 START, PAINT, CONTROL = dict(image=IMAGE), dict(image=IMAGE, mask_image=MASK), dict(control_image=1 - IMAGE)
-TRUE = dict(true_cfg_scale=3.0, negative_prompt="ugly")
+TRUE = dict(true_cfg_scale=3.0, negative_prompt=["ugly", "bad"])
 ASKED = dict(_auto_resize=False, max_area=384)
 # pipeline, what its transformer has, what a call is given beside the text; three steps, of which strength runs some
 CASES = {
