@@ -30,7 +30,8 @@ def parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="memory, time and transfers of a run on TPUs that need not exist")
     add = plan.add_argument
-    add("--model", default="emoji", help="emoji, sd15, sd21, sdxl, sdxl-refiner, or a folder with configurations")
+    known = "emoji, sd15, sd21, sdxl, sdxl-refiner, flux-dev, flux-schnell"
+    add("--model", default="emoji", help=f"{known}, or a folder with configurations")
     add("--topology", required=True, help="kind of chip and shape of the slice, e.g. v5e:2x4")
     add("--preset", default="fsdp", help="dp, fsdp, tp, cp, or a product such as dp+fsdp or fsdp+tp=4 (default: fsdp)")
     add("--batch", type=int, help="pictures in all; one for each part that a batch is split into if left out")

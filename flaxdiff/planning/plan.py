@@ -54,8 +54,8 @@ def plan(
     """Compile a run ahead of time for TPUs that need not exist, and say whether it fits and what bounds its speed.
 
     Args:
-      model: "emoji", "sd15", "sd21", "sdxl", "sdxl-refiner", a folder in diffusers' layout, of which only
-        configurations are read, or a pipeline.
+      model: "emoji", "sd15", "sd21", "sdxl", "sdxl-refiner", "flux-dev", "flux-schnell", a folder in diffusers' layout,
+        of which only configurations are read, or a pipeline.
       topology: the slice, e.g. "v5e:2x4".
       preset: how weights and batch are split, see `parallel.preset`.
       batch: pictures in all; by default one for each part that the batch is split into.
