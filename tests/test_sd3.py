@@ -11,6 +11,9 @@ import peers
 import peft
 import pytest
 import torch
+from diffusers.loaders import single_file_utils
+from safetensors.torch import save_file
+from test_single_file import as_original
 
 import flaxdiff
 from flaxdiff.nn.stack import Runs
@@ -289,6 +292,63 @@ def test_lora(tmp_path):
         before, theirs, read = (peers.nhwc(net(*there).sample) for net in (transformer(**NEWER), peer, plain))
     ours = flaxdiff.apply(pipe.transformer, params["transformer"], *told)
     assert peers.relative(ours, theirs) < 1e-4 and peers.relative(read, theirs) < 1e-4 < peers.relative(before, theirs)
+
+
+@functools.cache
+def single() -> dict:
+    """What a single file of the newer kind holds."""
+    pipe, _ = flaxdiff.load(folder(newer=True))
+    state = lambda name: parts(newer=True)[name].state_dict()
+    of = lambda prefix, tensors: {prefix + k: v.clone().contiguous() for k, v in tensors.items()}
+    # what projects by convolutions in the attention of an autoencoder there
+    square = lambda k, v: v[..., None, None] if ".attn_1." in k and v.ndim == 2 else v
+    vae = {k: square(k, v) for k, v in as_original(pipe.vae, state("vae")).items()}
+    made = of("model.diffusion_model.", as_original(pipe.transformer, state("transformer")))
+    made |= of("first_stage_model.", vae) | of("text_encoders.t5xxl.transformer.", state("text_encoder_3"))
+    for name, component in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2")):
+        made |= of(f"text_encoders.{name}.transformer.", state(component))
+        made[f"text_encoders.{name}.logit_scale"] = torch.ones(())
+    return made
+
+
+def test_single_file(tmp_path):
+    """All parameters of the folder; the names are those that diffusers' own conversion expects."""
+    tensors = single()
+    state = transformer(**NEWER).state_dict()
+    back = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(
+        {k: v for k, v in tensors.items() if k.startswith("model.diffusion_model.")}
+    )
+    assert back.keys() == state.keys() and all(torch.equal(value, back[name]) for name, value in state.items())
+    save_file(tensors, tmp_path / "sd3.safetensors")
+    wanted, params = flaxdiff.load(folder(newer=True))
+    pipe, found = flaxdiff.StableDiffusion3Pipeline.from_single_file(
+        tmp_path / "sd3.safetensors", config=folder(newer=True)
+    )
+    assert dict(pipe.specs) == dict(wanted.specs) and dict(pipe.tokenizers) == dict(wanted.tokenizers)
+    assert pipe.scheduler == wanted.scheduler and jax.tree.structure(found) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    less, found = flaxdiff.DiffusionPipeline.from_single_file(
+        tmp_path / "sd3.safetensors", config=folder(newer=True), text_encoder_3=None
+    )
+    assert type(less) is type(pipe) and "text_encoder_3" not in found and len(less.tokenizers) == 2
+
+
+def test_what_follows_from_a_single_file(tmp_path):
+    """All that names and shapes can say, of a transformer alone and of the others."""
+    tensors = single()
+    bare = {k.removeprefix("model.diffusion_model."): v for k, v in tensors.items() if k.startswith("model.diff")}
+    save_file(bare, tmp_path / "bare.safetensors")
+    save_file(tensors, tmp_path / "whole.safetensors")
+    wanted, params = flaxdiff.load(folder(newer=True))
+    spec, found = flaxdiff.SD3Transformer2DModel.from_single_file(tmp_path / "bare.safetensors", sample_size=8)
+    assert spec == wanted.transformer
+    jax.tree.map(np.testing.assert_array_equal, found, params["transformer"])
+    spec, _ = flaxdiff.T5EncoderModel.from_single_file(tmp_path / "whole.safetensors")
+    assert spec == wanted.text_encoder_3
+    spec, _ = flaxdiff.AutoencoderKL.from_single_file(tmp_path / "whole.safetensors", norm_num_groups=8)
+    assert (spec.config.scaling_factor, spec.config.shift_factor) == (1.5305, 0.0609)
+    known = {k: leaf.shape for k, leaf in flaxdiff.layout(wanted.vae).items()}
+    assert known == {k: leaf.shape for k, leaf in flaxdiff.layout(spec).items()}
 
 
 def test_bad_input():

@@ -28,15 +28,17 @@ def as_original(spec, state):
     """A state dict with today's names as the original code wrote it; what is one tensor there is joined."""
     if spec.module.library == "transformers":  # version 5 leaves out of some what every file has
         state = {k if k.startswith("text_") else f"text_model.{k}": v for k, v in state.items()}
-    made = {}
+    made, parted = {}, {}
     for name, old in original.names(spec, state).items():
         if old.endswith(".T"):
             made[old[:-2]] = state[name].T.contiguous()
-        elif old.endswith("[0:1/3]"):
-            made[original.whole(old)] = torch.cat([state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
-        elif not old.endswith("]"):
+        elif old.endswith(".swapped"):
+            made[original.whole(old)] = torch.cat(state[name].chunk(2)[::-1])
+        elif old.endswith("]"):
+            parted.setdefault(original.whole(old), {})[old] = state[name]
+        else:
             made[old] = state[name]
-    return made
+    return made | {old: torch.cat([parts[i] for i in sorted(parts)]) for old, parts in parted.items()}
 
 
 def single(kind, extra=True):
@@ -112,8 +114,10 @@ PARTS = {
     "sd21": {"unet": "SD 2.1 UNet", "text_encoder": "SD 2.1 text encoder"},
     "sdxl": {"unet": "SDXL base UNet", "vae": "SDXL VAE", "text_encoder_2": "SDXL text encoder 2"},
     "sdxl-refiner": {"unet": "SDXL refiner UNet"},
+    "sd3": {"transformer": "SD3 medium transformer", "vae": "SD3 VAE"},
+    "sd35": {"transformer": "SD 3.5 medium transformer"},
 }
-KIND = {"sd15": 0, "sd21": 1, "sdxl": 2, "sdxl-refiner": 3}
+KIND = {"sd15": 0, "sd21": 1, "sdxl": 2, "sdxl-refiner": 3, "sd3": 4, "sd35": 4}
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -153,6 +157,8 @@ def test_full_size(name):
 
 def converted(class_name, model, old):
     """diffusers' own conversion of the original names."""
+    if class_name == "SD3Transformer2DModel":
+        return theirs.convert_sd3_transformer_checkpoint_to_diffusers(dict(old))
     prefix = next(prefix for prefix, _, name in reversed(single_file.PREFIXES) if name == class_name)
     old = {prefix + k: v for k, v in old.items()}
     if class_name == "UNet2DConditionModel":

@@ -126,6 +126,32 @@ FLUX: Rules = (
 )
 
 
+def _sd3(config: Any) -> Rules:
+    last = rf"^transformer_blocks\.{config.num_layers - 1}"
+    return (
+        (r"^pos_embed\.pos_embed$", "pos_embed"),
+        (r"^pos_embed\.proj\b", "x_embedder.proj"),
+        (r"^time_text_embed\.timestep_embedder\.linear_(\d)", lambda i: f"t_embedder.mlp.{2 * (i - 1)}"),
+        (r"^time_text_embed\.text_embedder\.linear_(\d)", lambda i: f"y_embedder.mlp.{2 * (i - 1)}"),
+        (r"^norm_out\.linear\.(\w+)$", r"final_layer.adaLN_modulation.1.\1.swapped"),
+        (r"^proj_out\b", "final_layer.linear"),
+        (rf"({last}\.norm1_context\.linear\.\w+)$", r"\1.swapped"),  # where nothing is gated
+        (r"\.norm1\.linear\b", ".x_block.adaLN_modulation.1"),
+        (r"\.norm1_context\.linear\b", ".context_block.adaLN_modulation.1"),
+        *((rf"\.(attn2?)\.to_{x}\.(\w+)$", rf".x_block.\1.qkv.\2[{part}/3]") for x, part in _QKV),
+        *((rf"\.attn\.add_{x}_proj\.(\w+)$", rf".context_block.attn.qkv.\1[{part}/3]") for x, part in _QKV),
+        (r"\.(attn2?)\.norm_([qk])\b", r".x_block.\1.ln_\2"),
+        (r"\.attn\.norm_added_([qk])\b", r".context_block.attn.ln_\1"),
+        (r"\.(attn2?)\.to_out\.0\b", r".x_block.\1.proj"),
+        (r"\.attn\.to_add_out\b", ".context_block.attn.proj"),
+        (r"\.ff\.net\.0\.proj\b", ".x_block.mlp.fc1"),
+        (r"\.ff\.net\.2\b", ".x_block.mlp.fc2"),
+        (r"\.ff_context\.net\.0\.proj\b", ".context_block.mlp.fc1"),
+        (r"\.ff_context\.net\.2\b", ".context_block.mlp.fc2"),
+        (r"^transformer_blocks\.", "joint_blocks."),
+    )
+
+
 RULES: dict[str, Callable[[Any], Rules]] = {
     "UNet2DConditionModel": _unet,
     "ControlNetModel": _unet,
@@ -133,6 +159,8 @@ RULES: dict[str, Callable[[Any], Rules]] = {
     "FluxTransformer2DModel": lambda config: FLUX,
     "CLIPTextModel": lambda config: OPEN_CLIP,
     "CLIPTextModelWithProjection": lambda config: OPEN_CLIP,
+    "SD3Transformer2DModel": _sd3,
+    "T5EncoderModel": lambda config: (),
     "InceptionV3": lambda config: (),
 }
 

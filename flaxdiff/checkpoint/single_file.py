@@ -32,8 +32,12 @@ PREFIXES = (  # (what names begin with, component, class)
     ("conditioner.embedders.0.transformer.", "text_encoder", "CLIPTextModel"),
     ("conditioner.embedders.1.model.", "text_encoder_2", "CLIPTextModelWithProjection"),
     ("conditioner.embedders.0.model.", "text_encoder_2", "CLIPTextModelWithProjection"),
+    ("text_encoders.clip_l.transformer.", "text_encoder", "CLIPTextModelWithProjection"),
+    ("text_encoders.clip_g.transformer.", "text_encoder_2", "CLIPTextModelWithProjection"),
+    ("text_encoders.t5xxl.transformer.", "text_encoder_3", "T5EncoderModel"),
 )
 BARE = (  # (a name in a file of one network alone, component, class), the first that is there
+    (r"joint_blocks\.0\.x_block\.attn\.qkv\.weight", "transformer", "SD3Transformer2DModel"),
     (r"(input_hint_block\.0|controlnet_cond_embedding\.conv_in)\.weight", "controlnet", "ControlNetModel"),
     (r"(input_blocks\.0\.0|down_blocks\.0\.resnets\.0\.conv1)\.weight", "unet", "UNet2DConditionModel"),
     (r"double_blocks\.0\.img_attn\.qkv\.weight", "transformer", "FluxTransformer2DModel"),
@@ -53,6 +57,8 @@ class Kind(NamedTuple):
     scheduler: tuple[str, Mapping[str, Any]]
     settings: Mapping[str, Any] = {}
     scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    denoiser: str = "unet"
 
 
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -86,6 +92,19 @@ KINDS = (
         _EULER,
         {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True},
         0.13025,
+    ),
+    *(
+        Kind(
+            "StableDiffusion3Pipeline",
+            frozenset(f"text_encoders.{name}.transformer." for name in encoders),
+            "stabilityai/stable-diffusion-3-medium-diffusers",
+            ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+            {},
+            1.5305,
+            0.0609,
+            "transformer",
+        )
+        for encoders in (("clip_l", "clip_g", "t5xxl"), ("clip_l", "clip_g"))
     ),
 )
 
@@ -162,6 +181,46 @@ def _autoencoder(shapes: Shapes, kind: Kind | None) -> dict[str, Any]:
         "down_block_types": ["DownEncoderBlock2D"] * stages,
         "up_block_types": ["UpDecoderBlock2D"] * stages,
         "scaling_factor": kind.scaling_factor if kind else 0.18215,
+        "shift_factor": kind.shift_factor if kind else None,
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+    }
+
+
+def _sd3(shapes: Shapes, kind: Kind | None) -> dict[str, Any]:
+    layers, width = _blocks(shapes, "joint_blocks"), shapes["x_embedder.proj.weight"][0]
+    head = shapes.get("joint_blocks.0.x_block.attn.ln_q.weight", (64,))[0]
+    words, pooled = shapes["context_embedder.weight"], shapes["y_embedder.mlp.0.weight"][1]
+    return {
+        "patch_size": (patch := shapes["x_embedder.proj.weight"][-1]),
+        "in_channels": shapes["x_embedder.proj.weight"][1],
+        "out_channels": shapes["final_layer.linear.weight"][0] // patch**2,
+        "num_layers": layers,
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": words[1],
+        "caption_projection_dim": words[0],
+        "pooled_projection_dim": pooled,
+        "pos_embed_max_size": round(shapes["pos_embed"][1] ** 0.5),
+        "dual_attention_layers": [i for i in range(layers) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes],
+        "qk_norm": "rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in shapes else None,
+    }
+
+
+def _t5(shapes: Shapes, kind: Kind | None) -> dict[str, Any]:
+    entries, width = shapes["shared.weight"]
+    first = "encoder.block.0.layer.{}."
+    inner, heads = first.format(0) + "SelfAttention.q.weight", "SelfAttention.relative_attention_bias.weight"
+    buckets, heads = shapes[first.format(0) + heads]
+    return {
+        "vocab_size": entries,
+        "d_model": width,
+        "d_kv": shapes[inner][0] // heads,
+        "d_ff": shapes[first.format(1) + "DenseReluDense.wi_0.weight"][0],
+        "num_layers": _count(shapes, "encoder.block.{}.layer.0.layer_norm.weight"),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu",
     }
 
 
@@ -171,6 +230,8 @@ def _text_encoder(shapes: Shapes, kind: Kind | None) -> dict[str, Any]:
         layers, act = _count(shapes, "text_model.encoder.layers.{}.mlp.fc1.weight"), "quick_gelu"
         inner = shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0]
         places, projection = shapes[f"{root}position_embedding.weight"][0], None
+        if "text_projection.weight" in shapes:
+            projection, act = shapes["text_projection.weight"][0], "quick_gelu" if inner < 4096 else "gelu"
     else:
         root = ""
         layers, act = _count(shapes, "transformer.resblocks.{}.mlp.c_fc.weight"), "gelu"
@@ -215,6 +276,8 @@ CONFIGS: dict[str, Callable[[Shapes, Kind | None], dict[str, Any]]] = {
     "FluxTransformer2DModel": _flux,
     "CLIPTextModel": _text_encoder,
     "CLIPTextModelWithProjection": _text_encoder,
+    "SD3Transformer2DModel": _sd3,
+    "T5EncoderModel": _t5,
     "InceptionV3": lambda shapes, kind: {},
 }
 
@@ -363,21 +426,24 @@ def load_pipeline(
     """
     path = Path(source).expanduser()
     parts, kind = open_file(path)
-    if kind is None or "unet" not in parts:
+    if kind is None or kind.denoiser not in parts:
         there = sorted(part.class_name for part in parts.values())
         raise ValueError(f"{path} holds {there}, which is no whole pipeline; load it by from_single_file of its class.")
     _check_class(cls, kind, path)
-    if config is None and "label_emb.weight" in parts["unet"].tensors:
+    if config is None and "label_emb.weight" in parts[kind.denoiser].tensors:
         raise ValueError(f"{path} is an upscaler, whose schedules do not follow from it; give config=, a folder.")
     cls = cls.resolve(kind.pipeline, changes)
     asked = pipelines.asked_for(cls, changes)
 
     download = dict(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
-    names = [component.replace("text_encoder", "tokenizer") for component in parts if component.startswith("text")]
-    more = "scheduler", "controlnet", pipelines.CHECKER
+    texts = [name for name, part in parts.items() if name.startswith("text") and changes.get(name, part) is not None]
+    names = [name.replace("text_encoder", "tokenizer") for name in texts]
+    names += [name for name in changes if name.startswith("tokenizer") and changes[name] and name not in names]
+    more = "scheduler", "controlnet", pipelines.CHECKER, "text_encoder_3", "tokenizer_3"
     given = {name: changes.pop(name) for name in list(changes) if name in (*parts, *names, *more)}
     wanted = [f"{name}/{file}" for name in names if name not in given for file in pipelines.TOKENIZER]
-    components, settings = dict.fromkeys(names, "CLIPTokenizer"), dict(kind.settings)
+    kinds = {name: "T5TokenizerFast" if name.endswith("_3") else "CLIPTokenizer" for name in names}
+    components, settings = kinds, dict(kind.settings)
     if config is not None:
         wanted += [files.PIPELINE, f"*/{files.CONFIG}", f"*/{pipelines.SCHEDULER}"]
     root = hub.fetch(config or kind.tokenizers, wanted, **download) if wanted else None
@@ -413,5 +479,5 @@ def load_pipeline(
 
 def _check_class(cls: type["DiffusionPipeline"], kind: Kind, path: Path) -> None:
     """Whether the file is for such a pipeline: the families tell themselves by name. Raises ValueError."""
-    if hasattr(cls, "family") and ("XL" in cls.__name__) != ("XL" in kind.pipeline):
+    if hasattr(cls, "family") and any((kin in cls.__name__) != (kin in kind.pipeline) for kin in ("XL", "Diffusion3")):
         raise ValueError(f"{path} is for {kind.pipeline} and its kin, not for {cls.__name__}.")
