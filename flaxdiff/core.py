@@ -177,6 +177,17 @@ class Pairs(tuple):
     """What `frozen` makes of an object: its keys and values."""
 
 
+def thawed(value: Any) -> Any:
+    """What `frozen` makes of JSON, as JSON again.
+
+    >>> thawed(frozen({"a": {"b": [1]}}))
+    {'a': {'b': [1]}}
+    """
+    if isinstance(value, Pairs):
+        return {k: thawed(v) for k, v in value}
+    return list(map(thawed, value)) if isinstance(value, tuple) else value
+
+
 # --- parameters inside a module -------------------------------------------------------------------------------------
 
 

@@ -137,21 +137,29 @@ def nearest(array: np.ndarray, height: int | None = None, width: int | None = No
     return array[:, rows][:, :, columns]
 
 
-def cubic(old: int, new: int) -> np.ndarray:
-    """The matrix [new, old] that brings `old` samples to `new` by a cubic (a = -0.75) of the four about each.
+def cubic(old: int, new: int, low_pass: bool = False) -> np.ndarray:
+    """The matrix [new, old] that brings `old` samples to `new` by a cubic of the four about each.
 
-    Edges are repeated, and pixels are areas, as in PyTorch's bicubic interpolation; there is no low pass.
+    Pixels are areas. As in PyTorch's bicubic interpolation the cubic has a = -0.75, and edges are repeated; with a
+    `low_pass`, as with its `antialias`, a = -0.5, fewer samples are means over more, and there is nothing beyond edges.
 
     >>> cubic(4, 2)[0]
     array([ 0.5  ,  0.59375, -0.09375,  0.     ])
     """
-    a, center = -0.75, (np.arange(new) + 0.5) * old / new - 0.5
-    first = np.floor(center).astype(int)
-    matrix = np.zeros((new, old))
-    for offset in (-1, 0, 1, 2):
-        x = np.abs(center - first - offset)
+    a, center = -0.5 if low_pass else -0.75, (np.arange(new) + 0.5) * old / new - 0.5
+
+    def weigh(x: np.ndarray) -> np.ndarray:
+        x = np.abs(x)
         inner, outer = ((a + 2) * x - (a + 3)) * x * x + 1, ((x - 5) * x + 8) * x * a - 4 * a
-        np.add.at(matrix, (np.arange(new), np.clip(first + offset, 0, old - 1)), np.where(x <= 1, inner, outer))
+        return np.where(x <= 1, inner, np.where(x < 2, outer, 0))
+
+    if low_pass:
+        matrix = weigh((np.arange(old) - center[:, None]) / max(old / new, 1))
+        return matrix / matrix.sum(1, keepdims=True)
+    first, matrix = np.floor(center).astype(int), np.zeros((new, old))
+    for offset in (-1, 0, 1, 2):
+        source = np.clip(first + offset, 0, old - 1)
+        np.add.at(matrix, (np.arange(new), source), weigh(center - first - offset))
     return matrix
 
 

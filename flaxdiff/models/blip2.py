@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flaxdiff.core import Config, Model, param
+from flaxdiff.core import Config, Model, param, thawed
 from flaxdiff.models.bert import BertAttention, BertConfig, BertEmbeddings, BertIntermediate, BertResidual
 from flaxdiff.models.clip import CLIPEncoder, CLIPEncoderLayer
 from flaxdiff.models.clip_vision import patches
@@ -187,7 +187,7 @@ class Blip2QFormerModel(Model):
     def to_config(cls, config: Blip2Config) -> dict[str, Any]:
         """transformers' form, in which the parts are objects."""
         keys, parts = super().to_config(config), {"vision_config": "vision_model", "qformer_config": "qformer"}
-        of = lambda part: {**dict(getattr(config, part) or ()), "model_type": f"blip_2_{parts[part]}"}
+        of = lambda part: {**(thawed(getattr(config, part)) or {}), "model_type": f"blip_2_{parts[part]}"}
         return keys | {part: of(part) for part in parts}
 
     def __init__(self, config: Blip2Config):

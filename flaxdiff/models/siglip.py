@@ -1,7 +1,6 @@
-"""SiglipVisionModel: the image encoder of Flux Redux, of HunyuanVideo and others.
+"""SiglipVisionModel: an image encoder whose every patch is of use, as Flux Redux reads them.
 
-A transformer over the patches of a picture, without a token for the whole; where there is a `head`, that asks all
-patches at once what they show.
+CLIP's layers without a token for the whole of a picture; a learned query attends to the patches in its place.
 
 Reference: Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023.
 """
@@ -13,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flaxdiff import weights
 from flaxdiff.core import Config, Model, param
 from flaxdiff.models.clip import CLIPMLP, CLIPEncoder
+from flaxdiff.models.clip_vision import patches
 from flaxdiff.nn.attention import attention
-from flaxdiff.nn.layers import Conv, Embedding, LayerNorm, Linear, normal, uniform, value
+from flaxdiff.nn.layers import Conv, Embedding, LayerNorm, Linear, normal, uniform, value, zeros
 from flaxdiff.nn.stack import states
+from flaxdiff.weights import dot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +41,12 @@ class SiglipVisionOutput(NamedTuple):
     """What the encoder has to say."""
 
     last_hidden_state: jax.Array  # [B, N, D], normalised
-    hidden_states: jax.Array  # [L + 1, B, N, D]: the embeddings, then each layer's output
-    pooler_output: jax.Array | None  # [B, D], of the head
+    pooler_output: jax.Array | None  # [B, D], where the network has a query for it
+    hidden_states: jax.Array  # [L + 1, B, N, D]: the embeddings, then each layer's output, not normalised
 
 
 class SiglipVisionEmbeddings(nnx.Module):
-    """Patches of a picture [B, S, S, C] with their positions."""
+    """Patches of a picture [B, H, W, C] with their positions."""
 
     def __init__(self, c: SiglipVisionConfig):
         self.patch_embedding = Conv(c.num_channels, c.hidden_size, c.patch_size, c.patch_size, padding=0)
@@ -54,43 +54,34 @@ class SiglipVisionEmbeddings(nnx.Module):
         self.image_size = c.image_size
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        if pixels.shape[1:3] != (self.image_size,) * 2:
-            raise ValueError(
-                f"The image encoder reads pictures of {self.image_size} x {self.image_size} pixels, and was given "
-                f"{pixels.shape[1]} x {pixels.shape[2]}; see flaxdiff.images.square_pixels."
-            )
-        position = value(self.position_embedding.weight)
-        patches = self.patch_embedding(pixels.astype(position.dtype))
-        return patches.reshape(len(pixels), *position.shape) + position
+        return patches(self.patch_embedding, pixels, self.image_size) + value(self.position_embedding.weight)
 
 
-class PackedAttention(nnx.Module):
-    """Multi-head attention whose three projections are one parameter, as PyTorch's own layer has them."""
+class MultiheadAttention(nnx.Module):
+    """PyTorch's: queries, keys and values by one matrix."""
 
     def __init__(self, width: int, heads: int):
         self.in_proj_weight = param((width, 3 * width), "linear", uniform(width))
-        self.in_proj_bias = param((3 * width,), "raw", uniform(width))
-        self.out_proj, self.heads = Linear(width, width), heads
+        self.in_proj_bias, self.out_proj = param((3 * width,), "raw", zeros), Linear(width, width)
+        self.heads = heads
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        """Tokens [B, N, D] to those of a context [B, M, D] -> [B, N, D]."""
-        weight, bias = weights.dense(value(self.in_proj_weight)), value(self.in_proj_bias)
-        parts = zip(jnp.split(weight, 3, -1), jnp.split(bias, 3), (x, context, context))
-        split = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
-        h = attention(*(split(y @ w + b) for w, b, y in parts))
-        return self.out_proj(h.reshape(x.shape))
+        """[B, N, D] to a context [B, M, D]."""
+        weight, bias = value(self.in_proj_weight), jnp.split(value(self.in_proj_bias), 3)
+        parts = (jnp.split(dot(a, weight), 3, -1)[i] + bias[i] for i, a in enumerate((x, context, context)))
+        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in parts)
+        return self.out_proj(attention(q, k, v).reshape(x.shape))
 
 
 class SiglipMultiheadAttentionPoolingHead(nnx.Module):
-    """One question to all patches, and a feed-forward."""
+    """What a learned query finds in the patches: [B, N, D] -> [B, D]."""
 
     def __init__(self, c: SiglipVisionConfig):
         self.probe = param((1, 1, c.hidden_size), "raw", normal)
-        self.attention = PackedAttention(c.hidden_size, c.num_attention_heads)
+        self.attention = MultiheadAttention(c.hidden_size, c.num_attention_heads)
         self.layernorm, self.mlp = LayerNorm(c.hidden_size, c.layer_norm_eps), CLIPMLP(c)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, N, D] -> [B, D]."""
         probe = value(self.probe)
         h = self.attention(jnp.broadcast_to(probe, (len(x), *probe.shape[1:])), x)
         return (h + self.mlp(self.layernorm(h)))[:, 0]
@@ -107,7 +98,7 @@ class SiglipVisionTransformer(nnx.Module):
     def __call__(self, pixels: jax.Array) -> SiglipVisionOutput:
         hidden = states(self.encoder.layers, self.embeddings(pixels))
         last = self.post_layernorm(hidden[-1])
-        return SiglipVisionOutput(last, hidden, None if self.head is None else self.head(last))
+        return SiglipVisionOutput(last, None if self.head is None else self.head(last), hidden)
 
 
 class SiglipVisionModel(Model):
@@ -115,8 +106,8 @@ class SiglipVisionModel(Model):
 
     >>> import flaxdiff
     >>> spec = SiglipVisionModel.from_config(
-    ...     {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8})
-    >>> out = flaxdiff.apply(spec, flaxdiff.init(spec, jax.random.key(0)), jnp.zeros((1, 16, 16, 3)))
+    ...     {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32})
+    >>> out = flaxdiff.apply(spec, flaxdiff.init(spec, jax.random.key(0)), jnp.zeros((1, 32, 32, 3)))
     >>> out.last_hidden_state.shape, out.pooler_output.shape
     ((1, 4, 32), (1, 32))
     """

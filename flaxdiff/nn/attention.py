@@ -60,6 +60,7 @@ def attention(
     bias: jax.Array | None = None,
     causal: bool = False,
     scale: float | None = None,
+    cap: float | None = None,
     split: str = "context",
 ) -> jax.Array:
     """softmax(scale QKᵀ + bias)V over the keys that may be seen, softmax in float32.
@@ -72,6 +73,7 @@ def attention(
       bias: broadcasts against the scores, added to them.
       causal: whether position n sees only positions up to n.
       scale: of the scores; 1/√D if None.
+      cap: a bound that scores s approach, as cap · tanh(s / cap).
       split: over which axes of the mesh in context the queries are split, see `parallel.splits` and nn/context.py.
         Causal attention is not: a device that has a part of the positions does not know which come before.
 
@@ -95,24 +97,34 @@ def attention(
         bias = jnp.where(mask, 0 if bias is None else bias.astype(jnp.float32), MASKED)
     if bias is not None:
         bias = bias.astype(jnp.float32).reshape((1,) * (4 - bias.ndim) + bias.shape)
-    alone = functools.partial(_alone, backend, causal)
+    alone = functools.partial(_alone, backend, causal, cap)
     return context.spread(alone, q, k, v, bias, None if causal else split)
 
 
-def _alone(backend: str, causal: bool, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
+def _alone(
+    backend: str,
+    causal: bool,
+    cap: float | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+) -> jax.Array:
     """Attention of scaled queries on one device, or on many as XLA sees fit."""
     (b, n, h, d), m = q.shape, k.shape[1]
     kernel = functools.partial(flash.attention, causal=causal)
+    if cap is not None and backend in ("flash", "cudnn"):
+        raise ValueError(f"attention={backend!r} knows no bound of scores; use 'auto', 'plain' or 'sliced'.")
     if backend == "flash":
         if bias is not None:
             raise ValueError("attention='flash' knows neither masks nor biases; use 'auto', 'plain' or 'sliced'.")
         return kernel(q, k, v)
     if backend == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, bias, is_causal=causal, scale=1.0, implementation="cudnn")
-    plain, sliced = functools.partial(_plain, causal=causal), functools.partial(_sliced, causal=causal)
+    plain, sliced = (functools.partial(way, causal=causal, cap=cap) for way in (_plain, _sliced))
     if backend == "plain" or backend == "auto" and b * h * n * m <= LARGE:
         return plain(q, k, v, bias)
-    if backend == "sliced":
+    if backend == "sliced" or cap is not None:
         return sliced(q, k, v, bias)
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and d <= 128 and d % 8 == 0:
         return jax.nn.dot_product_attention(q, k, v, bias, is_causal=causal, scale=1.0, implementation="cudnn")
@@ -120,15 +132,23 @@ def _alone(backend: str, causal: bool, q: jax.Array, k: jax.Array, v: jax.Array,
     return jax.lax.platform_dependent(q, k, v, bias, tpu=on_tpu, default=sliced)
 
 
-def _plain(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, causal: bool) -> jax.Array:
-    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
+def _plain(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, causal: bool, cap: float | None
+) -> jax.Array:
+    scores = _bounded(jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32), cap)
     scores = scores if bias is None else scores + bias
     if causal:
         scores = jnp.where(jnp.tri(*scores.shape[-2:], dtype=bool), scores, MASKED)
     return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
-def _sliced(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, causal: bool) -> jax.Array:
+def _bounded(scores: jax.Array, cap: float | None) -> jax.Array:
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+
+def _sliced(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, causal: bool, cap: float | None
+) -> jax.Array:
     (b, n, h, d), m = q.shape, k.shape[1]
     rows, keys = min(ROWS, n), min(KEYS, m)
     over_n, over_m = -n % rows, -m % keys
@@ -149,7 +169,7 @@ def _sliced(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, ca
             @jax.checkpoint  # scores are computed again on the way back, not kept
             def add(carry, j):
                 top, total, mean = carry
-                scores = jnp.einsum("nd,md->nm", q[i], k[j], preferred_element_type=jnp.float32)
+                scores = _bounded(jnp.einsum("nd,md->nm", q[i], k[j], preferred_element_type=jnp.float32), cap)
                 row, key = i * rows + jnp.arange(rows)[:, None], j * keys + jnp.arange(keys)
                 if bias is not None:
                     start = (i * rows if bias.shape[0] > 1 else 0, j * keys)

@@ -134,11 +134,13 @@ def _moments(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]
     return first, jnp.maximum(second - jnp.square(first), 0)
 
 
-def _scaled(norm: nnx.Module, h: jax.Array, mean: jax.Array, variance: jax.Array, x: jax.Array) -> jax.Array:
+def _scaled(
+    norm: nnx.Module, h: jax.Array, mean: jax.Array, variance: jax.Array, x: jax.Array, around: float = 0.0
+) -> jax.Array:
     """(h - mean) / √(variance + eps), scaled and shifted where the norm does, in float32; then as x was."""
     given = lambda variable, other: other if variable is None else value(variable).astype(jnp.float32)
     weight, bias = given(norm.weight, 1.0), given(norm.bias, 0.0)
-    a = weight * jax.lax.rsqrt(variance + norm.eps)
+    a = (around + weight) * jax.lax.rsqrt(variance + norm.eps)
     return (h * a + (bias - mean * a)).reshape(x.shape).astype(x.dtype)
 
 
@@ -157,18 +159,18 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / √(mean of x² over the last axis + eps); `affine`: then scaled.
+    """x / √(mean of x² over the last axis + eps); `affine`: then scaled, by `around` more than the weights say.
 
     Reference: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.
     """
 
-    def __init__(self, channels: int, eps: float = 1e-6, affine: bool = True):
-        self.weight = param((channels,), "norm", ones) if affine else None
-        self.bias, self.eps = None, eps
+    def __init__(self, channels: int, eps: float = 1e-6, affine: bool = True, around: float = 0.0):
+        self.weight = param((channels,), "norm", zeros if around else ones) if affine else None
+        self.bias, self.eps, self.around = None, eps, around
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = x.astype(jnp.float32)
-        return _scaled(self, h, jnp.zeros(()), jnp.square(h).mean(-1, keepdims=True), x)
+        return _scaled(self, h, jnp.zeros(()), jnp.square(h).mean(-1, keepdims=True), x, self.around)
 
 
 class Embedding(nnx.Module):

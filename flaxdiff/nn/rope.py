@@ -5,7 +5,9 @@ Reference: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedd
 """
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +38,93 @@ def rope(places: jax.Array, widths: Sequence[int], theta: float = 10_000.0) -> R
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: jax.Array, turn: Rope | None) -> jax.Array:
-    """Queries or keys [B, N, H, D] turned; unchanged without a turn."""
+def frequencies(width: int, said: Mapping[str, Any]) -> tuple[np.ndarray, float]:
+    """The angle by which each pair of channels turns from one place to the next, and a factor of cosines and sines.
+
+    Args:
+      width: channels that turn.
+      said: transformers' `rope_parameters`: `rope_theta`, `rope_type`, and what scales angles for longer texts.
+
+    Raises:
+      ValueError: an unknown `rope_type`.
+
+    >>> frequencies(4, {"rope_theta": 100.0})[0]
+    array([1. , 0.1], dtype=float32)
+
+    Reference: Peng et al., YaRN: Efficient Context Window Extension of Large Language Models, 2023.
+    """
+    theta, kind = said["rope_theta"], said.get("rope_type", "default")
+    omega, factor = theta ** (-np.arange(0, width, 2) / width), said.get("factor", 1.0)
+    share, scale = np.zeros(len(omega)), 1.0  # how much of each angle stays as it is
+    known = ("default", "mrope", "dynamic", "linear", "llama3", "yarn")
+    if kind not in known:
+        raise ValueError(f"rope_type={kind!r} is not known; use one of {list(known)}.")
+    if kind in ("default", "mrope", "dynamic"):  # the last changes what is longer than the network was trained for
+        return omega.astype(np.float32), scale
+    if kind == "llama3":  # slow ones are divided by the factor, fast ones are not
+        low, high = said["low_freq_factor"], said["high_freq_factor"]
+        turned = said["original_max_position_embeddings"] * omega / (2 * math.pi)
+        share = np.clip((turned - low) / (high - low), 0, 1)
+    if kind == "yarn":
+        longest = said["original_max_position_embeddings"]
+        at = lambda turned: width * math.log(longest / (turned * 2 * math.pi)) / (2 * math.log(theta))
+        low, high = at(said.get("beta_fast") or 32), at(said.get("beta_slow") or 1)
+        low, high = (math.floor(low), math.ceil(high)) if said.get("truncate", True) else (low, high)
+        low, high = max(low, 0), min(high, width - 1)
+        share = 1 - np.clip((np.arange(len(omega)) - low) / max(high - low, 1e-3), 0, 1)
+        larger = lambda by: 0.1 * (by or 0) * math.log(factor) + 1 if factor > 1 else 1.0
+        both = said.get("mscale") and said.get("mscale_all_dim")
+        plain = larger(said["mscale"]) / larger(said["mscale_all_dim"]) if both else larger(1)
+        scale = plain if said.get("attention_factor") is None else said["attention_factor"]
+    return (omega * (share + (1 - share) / factor)).astype(np.float32), scale
+
+
+def turns(
+    places: jax.Array,
+    omega: np.ndarray,
+    width: int,
+    halves: bool = True,
+    sections: Sequence[int] | None = None,
+    factor: float = 1.0,
+) -> Rope:
+    """The cosines and sines of a head [..., N, D], those of channels that do not turn being 1 and 0.
+
+    Args:
+      places: where each token stands, [N] or [B, N]; or along three axes, [3, B, N].
+      omega: as of `frequencies`, [D / 2] or fewer.
+      width: channels of a head, D.
+      halves: as of `rotate`.
+      sections: how many pairs of channels each axis has.
+      factor: of both.
+
+    >>> cos, sin = turns(jnp.arange(5), np.ones(2, np.float32), 6, halves=False)
+    >>> cos.shape, sin[0].max(), cos[:, 4:].min()
+    ((5, 6), Array(0., dtype=float32), Array(1., dtype=float32))
+    """
+    places = jnp.asarray(places, jnp.float32)
+    if places.ndim == 3:
+        axes = np.repeat(np.arange(len(sections)) % 3, sections)
+        places = jnp.moveaxis(places[axes], 0, -1)
+    else:
+        places = places[..., None]
+    angle = places * omega
+    both = lambda a: jnp.concatenate([a, a], -1) if halves else jnp.repeat(a, 2, -1)
+    still = [(0, 0)] * (angle.ndim - 1) + [(0, width - 2 * len(omega))]
+    cos, sin = (factor * both(wave(angle)) for wave in (jnp.cos, jnp.sin))
+    return jnp.pad(cos, still, constant_values=1.0), jnp.pad(sin, still)
+
+
+def rotate(x: jax.Array, turn: Rope | None, halves: bool = False) -> jax.Array:
+    """Queries or keys [B, N, H, D] turned; unchanged without a turn.
+
+    A channel turns with its neighbour; `halves`: with the one half a head further.
+    """
     if turn is None:
         return x
-    cos, sin = (a[:, None] for a in turn)
+    cos, sin = (a[..., None, :] for a in turn)
     # (x₀, x₁) -> (-x₁, x₀): as a product, for a TPU moves nothing along the channels as fast as its matrix unit
-    swap = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]])
+    pair, every = np.array([[0, 1], [-1, 0]]), np.eye(x.shape[-1] // 2)
+    swap = np.kron(pair, every) if halves else np.kron(every, pair)
     h = x.astype(jnp.float32)
     across = jnp.einsum("bnhd,de->bnhe", x, swap.astype(x.dtype), preferred_element_type=jnp.float32)
     return (h * cos + across * sin).astype(x.dtype)

@@ -101,13 +101,13 @@ def over(blocks: Blocks, function: Callable[..., Any], *each: Any) -> Any:
 def states(blocks: Blocks, x: Any, *args: Any, each: Any = None) -> Any:
     """As `run`, but returns x before the first block and after each, [depth + 1, *x.shape]; also of several arrays.
 
-    Without `each` blocks are called without an entry of it.
+    Blocks read their entry of `each` where there is one.
     """
     one = remat(lambda block, x, extra: block(x, *(() if each is None else (extra,)), *args))
     if isinstance(blocks, nnx.List | list):
         xs = [x]
         for i, block in enumerate(blocks):
             xs.append(one(block, xs[-1], jax.tree.map(lambda a, i=i: a[i], each)))
-        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *xs)
+        return jnp.stack(xs)
     ys = jax.lax.scan(lambda x, step: (one(step[0], x, step[1]),) * 2, x, (blocks, each))[1]
-    return jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), x, ys)
+    return jnp.concatenate([x[None], ys])
