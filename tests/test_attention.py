@@ -75,6 +75,16 @@ def test_masks_and_biases_as_pytorch(by, backend):
 
 
 @pytest.mark.parametrize("backend", ["plain", "sliced"])
+def test_scores_approach_a_bound(by, backend):
+    """Before anything is masked."""
+    q, k, v = draw(2, 100, 70, 3, 16)
+    seen = jnp.asarray(np.random.default_rng(0).random((2, 1, 100, 70)) < 0.7)
+    scores = 0.9 * jnp.tanh(jnp.einsum("bnhd,bmhd->bhnm", q, k) / 4 / 0.9)
+    want = jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)), v)
+    np.testing.assert_allclose(by(backend, mask=seen, cap=0.9)(q, k, v), want, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["plain", "sliced"])
 def test_who_sees_nothing_gets_a_finite_mean(by, backend):
     q, k, v = draw(1, 40, 40, 1, 8)
     out = by(backend, mask=jnp.zeros((1, 1, 1, 40), bool))(q, k, v)
@@ -140,6 +150,8 @@ def test_the_kernel_refuses_what_it_cannot_do(by):
     q, k, v = draw(1, 8, 8, 1, 8)
     with pytest.raises(ValueError, match="'flash' knows neither masks nor biases; use 'auto'"):
         by("flash", mask=jnp.ones((8, 8), bool))(q, k, v)
+    with pytest.raises(ValueError, match="'flash' knows no bound of scores; use 'auto'"):
+        by("flash", cap=1.0)(q, k, v)
     with pytest.raises(ValueError, match="attention='slow' is not known; use one of"):
         by("slow")(q, k, v)
 

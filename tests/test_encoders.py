@@ -197,6 +197,25 @@ OF_PICTURES = {
 }
 
 
+SPLIT = {  # class -> what makes channels of its own on each device, and what adds up over devices
+    "BertModel": (r"self\.(query|key|value)|intermediate\.dense", r"output\.dense"),
+    "Dinov2Model": (r"attention\.(query|key|value)|fc1", r"output\.dense|fc2"),
+    "LlamaModel": (r"[qkv]_proj|gate_proj|up_proj|embed_tokens", r"o_proj|down_proj"),
+    "SiglipVisionModel": (r"[qkv]_proj|fc1", r"layers.*out_proj|head\.attention\.out_proj|fc2"),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_tensors_are_split_in_pairs(name):
+    shapes = flaxdiff.abstract(getattr(flaxdiff, name).from_config(dict(num_hidden_layers=2)))
+    mesh = flaxdiff.make_mesh({"tensor": 2}, jax.devices()[:2])
+    first, second = ({k for k in shapes if re.search(rf"({names})\.weight$", k)} for names in SPLIT[name])
+    for k, place in flaxdiff.shardings(shapes, mesh).items():
+        if k.endswith("weight") and len(shapes[k].shape) > 1:
+            spec = [*place.spec, *[None] * (len(shapes[k].shape) - len(place.spec))]
+            assert (spec[-1] == "tensor") == (k in first) and (spec[-2] == "tensor") == (k in second), k
+
+
 @pytest.mark.parametrize("name", OF_PICTURES)
 def test_language_models_that_read_pictures(name, tmp_path):
     """Their halves for texts, from files as they are published and as the class is built today."""
@@ -259,7 +278,7 @@ IN_FILES = {  # today's attributes -> names in files
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_full_size(name):
-    """Names and shapes are those of PyTorch's class, without memory."""
+    """Names and shapes are those of PyTorch's class, and a call computes, without memory."""
     kind, config = PUBLISHED[name]
     with torch.device("meta"):
         given = {k: v for k, v in config.items() if v is not None or k == "sliding_window"}
@@ -272,5 +291,12 @@ def test_full_size(name):
         theirs = {k: (2 * shape[0], *shape[1:]) if k in doubled else shape for k, shape in theirs.items()}
         for old, new in IN_FILES.items():
             theirs = {re.sub(old, new, k): shape for k, shape in theirs.items() if ".up_proj." not in k}
-    leaves = flaxdiff.layout(getattr(flaxdiff, f"{kind}Model").from_config(given)).items()
+    spec = getattr(flaxdiff, f"{kind}Model").from_config(given)
+    leaves = flaxdiff.layout(spec).items()
     assert {n: convert.shape_in_file(leaf) for own, leaf in leaves for n in convert.names_in_file(own, leaf)} == theirs
+    side = getattr(spec.config, "image_size", None)
+    read = jax.ShapeDtypeStruct((2, 8192), np.int32) if side is None else jax.ShapeDtypeStruct((2, side, side, 3), "f4")
+    run = lambda params, read: flaxdiff.apply(spec, params, read)
+    out = jax.eval_shape(run, flaxdiff.abstract(spec, "bfloat16"), read)
+    assert out.hidden_states.shape[0] == spec.config.num_hidden_layers + 1
+    assert out.last_hidden_state.dtype == "bfloat16" and out.last_hidden_state.shape[-1] == spec.config.hidden_size

@@ -259,11 +259,11 @@ class Decoder(nnx.Module):
 
     def _masks(self, kinds: tuple[str, ...], n: int, mask: jax.Array | None) -> dict[str, jax.Array | None]:
         seen = None if mask is None else jnp.asarray(mask, bool)[:, None, None]
-        if kinds == (FULL,):
-            return {FULL: seen}
-        row = np.arange(n)
-        near = (row[:, None] - row < (self.config.sliding_window or n))[None, None]
-        seen = np.ones((1, 1, 1, n), bool) if seen is None else seen
+        window = self.config.sliding_window or n
+        if n <= window:
+            return dict.fromkeys(kinds, seen)
+        row, seen = np.arange(n), np.ones((1, 1, 1, n), bool) if seen is None else seen
+        near = (row[:, None] - row < window)[None, None]
         return {FULL: jnp.broadcast_to(seen, (len(seen), 1, n, n)), SLIDING: seen & near}
 
 
