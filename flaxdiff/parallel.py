@@ -100,13 +100,13 @@ class Split:
 
 
 # What an autoencoder is made of: its attention has one head, which is not worth splitting.
-_VAE = r"(^|\.)(en|de)coder\.(?!layers?\.)"
+_VAE = r"(^|\.)(en|de)coder\.(?!layers?\.|block\.)"
 # The first layer of a pair computes a part of the channels on each device, the second adds the parts up.
-_FIRST = r"(to_[qkv]|[qkv]_proj|query|key|value|gate_proj|up_proj|fc1|proj_mlp|norm1?(_context)?\.linear|"
-_FIRST += r"ff(_context)?\.net\.0\.proj|intermediate(_query)?\.dense|token_embedding|embed_tokens|"
-_FIRST += r"resnets\.\d+\.(conv1|time_emb_proj))\."
-_SECOND = r"(to_out\.0|to_add_out|out_proj|o_proj|down_proj|fc2|ff(_context)?\.net\.2|output(_query)?\.dense|"
-_SECOND += r"resnets\.\d+\.conv2)\.weight"
+_FIRST = r"(to_[qkv]|[qkv]_proj|query|key|value|SelfAttention\.[qkv]|gate_proj|up_proj|proj_mlp|fc1|wi(_\d)?|"
+_FIRST += r"ff(_context)?\.net\.0\.proj|intermediate(_query)?\.dense|norm1?(_context)?\.linear|"
+_FIRST += r"token_embedding|embed_tokens|resnets\.\d+\.(conv1|time_emb_proj))\."
+_SECOND = r"(to_out\.0|to_add_out|out_proj|o_proj|SelfAttention\.o|down_proj|fc2|wo|"
+_SECOND += r"ff(_context)?\.net\.2|output(_query)?\.dense|resnets\.\d+\.conv2)\.weight"
 RULES: Rules = (
     (rf"norm\w*\.(weight|bias)$|{_VAE}.*bias$", whole),
     (_VAE, Split({"fsdp": None})),
