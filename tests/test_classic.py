@@ -313,13 +313,15 @@ def test_unidiffuser_text_decoder(options, scan, tmp_path):
     generate = jax.jit(lambda end: flaxdiff.apply(spec, params, ours, end, method="generate"))
     for end in ends:
         made = generate(end)
-        for words, length, row in zip(*made, encoded):  # one by one: PyTorch's stacks only what is equally long
+        for words, length, row in zip(*made, encoded):  # one by one: PyTorch's stacks only what is equally long, slowly
             with torch.no_grad():
                 tokens, lengths = peer.generate_captions(row[None], int(end), "cpu")
             n = int(lengths[0])
             assert length == n and (words[:n] == tokens[0, :n].numpy()).all()
             seen.add(n)
-            ends += tokens[0, [2, 7, 20]].tolist() if end == 41 else []
+            ends += tokens[0, [2, 20]].tolist() if end == 41 and len(ends) == 1 else []
+            if end != 41:
+                break
     assert min(seen) < 67 == max(seen)
 
 
