@@ -350,11 +350,18 @@ def _named(family: str) -> dict[str, str]:
 
 # the classes that do the same with other beginnings: what each of them is for -> its name, also with ControlNets or PAG
 COUNTERPARTS: tuple[dict[str, str], ...] = tuple(
-    _named(family) for family in ("Amused", "Flux", "PixArtSigma", "StableDiffusion", "StableDiffusionXL")
+    _named(family)
+    for family in ("Amused", "Flux", "FluxControl", "PixArtSigma", "StableDiffusion", "StableDiffusionXL")
 ) + (
     {**_named("StableDiffusion3"), "inpainting" + LED: "StableDiffusion3ControlNetInpaintingPipeline"},
     {"text2image": "LatentConsistencyModelPipeline", "image2image": "LatentConsistencyModelImg2ImgPipeline"},
     {"text2image": "PixArtAlphaPipeline"},
+    {
+        "text2image": "FluxKontextPipeline",
+        "image2image": "FluxKontextPipeline",
+        "inpainting": "FluxKontextInpaintPipeline",
+    },
+    {"inpainting": "FluxFillPipeline"},
 )
 PUBLIC = {
     name: module

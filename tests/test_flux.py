@@ -18,6 +18,7 @@ from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL import Image
 
 import flaxdiff
+from flaxdiff import registry
 from flaxdiff.checkpoint import original
 from flaxdiff.pipelines.tasks import blank_inputs
 
@@ -295,6 +296,20 @@ def test_what_is_refused(name, net, options, message):
         pipe.prepare_inputs(**SMALL | options)
 
 
+@pytest.mark.parametrize(
+    ("name", "purpose", "found"),
+    [
+        ("FluxPipeline", "image2image", "FluxImg2ImgPipeline"),
+        ("FluxControlNetPipeline", "inpainting", "FluxControlNetInpaintPipeline"),
+        ("FluxControlPipeline", "inpainting", "FluxControlInpaintPipeline"),
+        ("FluxKontextPipeline", "image2image", "FluxKontextPipeline"),
+        ("FluxFillPipeline", "inpainting", "FluxFillPipeline"),
+    ],
+)
+def test_counterparts(name, purpose, found):
+    assert registry.counterpart(name, purpose) == found
+
+
 def test_embeddings_go_together():
     pipe, _, _ = load("FluxPipeline")
     with pytest.raises(ValueError, match="prompt_embeds and pooled_prompt_embeds go together"):
@@ -500,5 +515,7 @@ def test_redux(tmp_path):
     with torch.no_grad():
         again = diffusers.FluxPriorReduxPipeline.from_pretrained(tmp_path / "saved")(images, **options)
     assert peers.relative(ours.prompt_embeds, again.prompt_embeds) < 1e-3
+    with pytest.raises(TypeError, match="FluxPriorReduxPipeline has no loop"):
+        pipe.generate(params, KEY, {})
     with pytest.raises(ValueError, match="prompt_embeds_scale has 3 entries for 2 pictures"):
         pipe(params, image=images, prompt_embeds_scale=[1.0, 2.0, 3.0])

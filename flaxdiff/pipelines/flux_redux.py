@@ -4,7 +4,7 @@ Reference: Black Forest Labs, FLUX.1 Tools, 2024.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,10 @@ class FluxPriorReduxPipeline(DiffusionPipeline):
 
     family, sampler, reads = flux.FLUX, None, ("image_encoder",)
     defaults = {}
+
+    @property
+    def program(self) -> NoReturn:
+        raise TypeError(f"{type(self).__name__} has no loop: call it, and give a pipeline of Flux what it returns.")
 
     def prepare_inputs(
         self,
