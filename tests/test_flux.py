@@ -335,7 +335,7 @@ def test_tiny_autoencoder():
     tiny |= dict(num_encoder_blocks=[1, 1], num_decoder_blocks=[1, 1])
     vae = flaxdiff.AutoencoderTiny.from_config(tiny)
     pipe, params = pipe.replace(vae=vae), {**params, "vae": flaxdiff.init(vae, KEY)}
-    assert jax.eval_shape(pipe.generate, params, KEY, pipe.prepare_inputs(**SMALL)).shape == (1, 16, 24, 3)
+    assert jax.eval_shape(pipe.generate, params, KEY, pipe.prepare_inputs(**SMALL)).shape == (2, 16, 24, 3)
 
 
 # --- files of others -------------------------------------------------------------------------------------------------
