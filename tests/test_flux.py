@@ -107,7 +107,7 @@ def test_controlnet(union, scan, tmp_path):
         assert mine is None and its is None or peers.relative(mine, torch.stack(its), "FluxControlNetModel") < 1e-4
 
 
-@pytest.mark.parametrize("preset", ["fsdp=2+tp", "fsdp=2+cp"])
+@pytest.mark.parametrize("preset", [pytest.param("fsdp=2+tp", marks=pytest.mark.slow), "fsdp=2+cp"])
 def test_on_several_devices(preset):
     """Weights and pictures over some, heads or tokens over others: the numbers of one device."""
     sizes = SIZES | dict(num_attention_heads=4, num_layers=1, num_single_layers=2)

@@ -20,17 +20,23 @@ import numpy as np
 from PIL import Image
 
 from flaxdiff import images as pictures
+from flaxdiff import weights
 from flaxdiff.adapters import lora
 from flaxdiff.adapters.control import named
 from flaxdiff.checkpoint import hub, pickles, reading, safetensors
 from flaxdiff.checkpoint.tensors import Tensors
 from flaxdiff.core import Params, Spec, abstract
 from flaxdiff.models.clip_vision import CLIPVisionModelWithProjection
+from flaxdiff.models.flux_transformer_2d import FluxConfig
 from flaxdiff.models.ip_adapter import HEAD, IPAdapter
 from flaxdiff.nn.attention import KeysValues
-from flaxdiff.pipelines.generate import Inputs, Networks, Size
+from flaxdiff.pipelines.generate import Inputs, Networks, Size, denoiser
 
 KIND = "ip_adapter"
+XLABS = (  # their names for Flux
+    (r"^ip_adapter_proj_model\.", "image_proj."),
+    (r"^double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_(k|v)_proj\.", r"ip_adapter.\1.to_\2_ip."),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +50,9 @@ class Transformer:
 
 
 def transformers(config: Any) -> list[Transformer]:
-    """Those of a U-Net in the order of their use: down, middle, up."""
+    """Those of a U-Net in the order of their use: down, middle, up; of Flux each block with a text of its own."""
+    if isinstance(config, FluxConfig):
+        return [Transformer(f"transformer_blocks.{i}", config.width, 1, 0) for i in range(config.num_layers)]
     widths, depths = config.block_out_channels, config.per_stage("transformer_layers_per_block")
     last = len(widths) - 1
 
@@ -62,7 +70,7 @@ def transformers(config: Any) -> list[Transformer]:
 
 def filed(config: Any) -> list[Transformer]:
     """The same in the order of the files: down, up, middle."""
-    return sorted(transformers(config), key=lambda t: ("down", "up_b", "mid_").index(t.name[:4]))
+    return sorted(transformers(config), key=lambda t: ("tran", "down", "up_b", "mid_").index(t.name[:4]))
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -100,10 +108,11 @@ def load_ip_adapter(
     )
     path = hub.locate(source, names[: 2 - bool(weight_name)], **download)
     specs, params = dict(pipe.specs), dict(params)
-    tensors, config = _read(path), specs["unet"].config
+    tensors, config = _read(path), pipe.denoiser.config
     updates = {k: t for k, t in tensors.items() if "_lora." in k}
     tensors = {k: t for k, t in tensors.items() if k not in updates}
-    spec, dtype = _spec(tensors, config, shortcut, str(path)), params["unet"]["conv_in.bias"].dtype
+    spec, own = _spec(tensors, config, shortcut, str(path)), params[denoiser(specs)]
+    dtype = weights.dtype(next(iter(own.values())))
     count = len(named(specs, KIND))
     name = f"{KIND}_{count}" if count else KIND
     params[name] = reading.place(spec, tensors, abstract(spec, dtype), None, str(path))
@@ -134,6 +143,8 @@ def _read(path: Any) -> Tensors:
         nested = pickles.contents(path)
         parts = {k: v for k, v in nested.items() if isinstance(v, dict)} if isinstance(nested, dict) else {}
         tensors = {f"{part}.{name}": t for part, names in parts.items() for name, t in names.items()}
+    for pattern, new in XLABS:
+        tensors = {re.sub(pattern, new, k): t for k, t in tensors.items()}
     tensors = {k: t for k, t in tensors.items() if k.split(".")[0] in ("image_proj", "ip_adapter")}
     if len({k.split(".")[0] for k in tensors}) < 2:
         raise ValueError(f"{path} is no IP-Adapter: it lacks the tensors image_proj.… and ip_adapter.… of one.")
@@ -166,13 +177,15 @@ def _spec(tensors: Tensors, config: Any, shortcut: bool, source: str) -> Spec:
         found = dict(kind="plus", image_dim=read, hidden_dim=hidden, tokens=shape("latents")[1], **resampler(""))
     else:
         raise ValueError(f"{source} is an IP-Adapter of an unknown form; its projection has {sorted(tensors)[:6]}.")
-    if width != config.cross_attention_dim:
+    flux = isinstance(config, FluxConfig)
+    own = config.joint_attention_dim if flux else config.cross_attention_dim
+    if width != own:
         raise ValueError(
-            f"{source} is an IP-Adapter for a U-Net that attends to {width} channels, and this one attends to "
-            f"{config.cross_attention_dim}: it was made for another base model."
+            f"{source} is an IP-Adapter for a network that attends to {width} channels, and this one attends to {own}: "
+            "it was made for another base model."
         )
-    attentions = [(t.width, t.depth) for t in filed(config)]
-    return IPAdapter.from_config(found | {"cross_attention_dim": width, "attentions": attentions})
+    found |= {"cross_attention_dim": width, "attentions": [(t.width, t.depth) for t in filed(config)]}
+    return IPAdapter.from_config(found | {"bias": flux, "every": flux})
 
 
 # --- on the host -----------------------------------------------------------------------------------------------------
@@ -196,7 +209,8 @@ def prepare(
       ip_adapter_image_embeds: in their place, one array for each adapter: [B, I, D] (or [B, I, N, D]) for I pictures,
         with guidance the negative ones first, then the positive, [2 B, I, D].
       ip_adapter_clip_embeds: for FaceID Plus, the patches beside the embeddings of faces, likewise.
-      ip_adapter_scale: how much each adapter counts: a number, or by transformer, such as
+      ip_adapter_scale: how much each adapter counts: a number; for Flux also a list with one for each block; or by
+        transformer, such as
         `{"down": {"block_2": [0.0, 1.0]}, "up": {"block_0": [0.0, 1.0, 0.0]}}`, where what is not named counts for
         nothing; of several adapters a list of such; with masks also a list of numbers, one for each picture.
       ip_adapter_masks: for each adapter the masks of its pictures: Pillow pictures, or an array [I, H, W]; a picture
@@ -231,11 +245,16 @@ def prepare(
             raise ValueError(f"{name} reads embeddings of faces; give ip_adapter_image_embeds= in place of pictures.")
         if faces == "faceid_plus" and f"{name}_patches" not in arrays:
             raise ValueError(f"{name} reads patches beside faces; give ip_adapter_clip_embeds=.")
-    scales = _each("ip_adapter_scale", ip_adapter_scale, names, every=not isinstance(ip_adapter_scale, list))
+    config, scale = pipe.denoiser.config, ip_adapter_scale
+    by_block = isinstance(config, FluxConfig) and len(names) == 1  # whose lists are of numbers, one for each block
+    scales = _each("ip_adapter_scale", scale, names, every=by_block or not isinstance(scale, list))
+    if ip_adapter_masks is not None and isinstance(config, FluxConfig):
+        raise ValueError("Flux sees whole pictures; leave ip_adapter_masks out.")
     masks = _each("ip_adapter_masks", ip_adapter_masks, names, every=ip_adapter_masks is None)
     for name, scale, mask in zip(names, scales, masks):
         shown = arrays.get(f"{name}_embeds", arrays.get(f"{name}_image")).shape[1]
-        arrays[f"{name}_scale"] = np.stack([by_layer(pipe.unet.config, s) for s in _list(scale)])[None]
+        of_pictures = [scale] if isinstance(config, FluxConfig) else _list(scale)
+        arrays[f"{name}_scale"] = np.stack([by_layer(config, s) for s in of_pictures])[None]
         if mask is not None:
             arrays[f"{name}_masks"] = np.stack([_mask(m, size) for m in mask])[None]
             if arrays[f"{name}_masks"].shape[1] != shown:
@@ -266,12 +285,16 @@ def _mask(mask: Any, size: Size) -> np.ndarray:
 
 
 def by_layer(config: Any, scale: Any) -> np.ndarray:
-    """A scale for each transformer of a U-Net in the order of its use.
+    """A scale for each transformer of a U-Net in the order of its use, or for each block of Flux.
 
     Raises:
-      ValueError: a block that the U-Net has not, or not as many numbers as it has transformers.
+      ValueError: a block that the U-Net has not, or not as many numbers as there are transformers.
     """
     found = transformers(config)
+    if isinstance(scale, list | tuple):
+        if len(scale) != len(found):
+            raise ValueError(f"The network has {len(found)} blocks that see pictures; {len(scale)} scales were given.")
+        return np.asarray(scale, np.float32)
     if not isinstance(scale, Mapping):
         return np.full(len(found), scale, np.float32)
     scales: dict[str, float] = {}
@@ -305,12 +328,12 @@ def encode(
 
     Args:
       branch: "negative" sees empty pictures.
-      text: what the U-Net makes of the text.
+      text: what the network makes of the text.
       latent: (height, width, …) of the latents.
     """
     names = [name for name in named(networks.specs, KIND) if f"{name}_scale" in inputs]
     for name in names:
-        c = networks.config("unet")
+        c = networks.config(denoiser(networks.specs))
         order = [t.name for t in filed(c)]
         filed_pairs = networks(name, *_seen(networks, inputs, name, branch))
         pairs = [filed_pairs[order.index(t.name)] for t in transformers(c)]
@@ -338,6 +361,10 @@ def _seen(networks: Networks, inputs: Inputs, name: str, branch: str) -> tuple[j
         )
     pixels = jnp.asarray(inputs[f"{name}_image"])
     flat = pixels.reshape(-1, *pixels.shape[2:])
+    if prefix and networks.config(name).every:  # Flux is shown a black picture
+        black = -np.float32(pictures.CLIP_MEAN) / np.float32(pictures.CLIP_STD)
+        seen = networks("image_encoder", jnp.broadcast_to(black, flat.shape)).image_embeds
+        return (seen.reshape(*pixels.shape[:2], -1),)
     whole = networks.config(name).kind == "base"
     out = networks("image_encoder", flat * 0 if prefix and not whole else flat)
     seen = out.image_embeds if whole else out.hidden_states[-2]

@@ -162,7 +162,7 @@ class FluxControlNetModel(FluxBlocks):
         turn, texts = self.turn(img_ids, text.shape[1], txt_ids), text.shape[1]
 
         scaled = lambda linear, x: linear(x) * scale[:, None, None].astype(x.dtype)
-        seen = states(self.transformer_blocks, (text, image), turn, each=(told.double, None))
+        seen = states(self.transformer_blocks, (text, image), turn, each=(told.double, None, ()))
         double = over(self.controlnet_blocks, scaled, seen[1][1:])
         if not self.config.num_single_layers:
             return FluxControlNetOutput(double, None)

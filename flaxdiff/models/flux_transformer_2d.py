@@ -81,13 +81,23 @@ class Residuals(NamedTuple):
         return jnp.pad(self.added[i], ((0, 0), (texts, 0), (0, 0)))
 
 
+Seen = tuple[tuple[jax.Array, ...], ...]  # keys and values [B, T, D] of other pictures, and how much they count [B, 1]
+
+
 class FluxTransformerBlock(JointTransformerBlock):
-    """Text and picture attend jointly; behind that a residual of the picture, where there is one."""
+    """Text and picture attend jointly; behind that come what is found in other pictures, and a residual, if any."""
 
     def __call__(
-        self, x: Tokens, told: tuple[Tokens, jax.Array | None], turn: Rope, more: Residuals | None = None
+        self,
+        x: Tokens,
+        told: tuple[Tokens, jax.Array | None, Seen],
+        turn: Rope,
+        more: Residuals | None = None,
     ) -> Tokens:
         text, image = super().__call__(x, told[0], turn)
+        for k, v, weight in told[2]:
+            found = self.attn.look(self.norm1(x[1], told[0][1])[0], k, v)
+            image = image + weight[:, None].astype(image.dtype) * found
         return text, image if more is None else image + more.behind(told[1])
 
 
@@ -201,6 +211,7 @@ class FluxTransformer2DModel(FluxBlocks):
         controlnet_block_samples: jax.Array | None = None,
         controlnet_single_block_samples: jax.Array | None = None,
         controlnet_blocks_repeat: bool = False,
+        pictures: Seen = (),
     ) -> jax.Array:
         """Run the network.
 
@@ -215,6 +226,7 @@ class FluxTransformer2DModel(FluxBlocks):
           guidance: the strength of guidance [B], for networks that were distilled with it.
           controlnet_block_samples, controlnet_single_block_samples: what ControlNets add behind the blocks of each
             kind, [K, B, N, D]; each serves several blocks in a row, or, with controlnet_blocks_repeat, they begin anew.
+          pictures: what IP-Adapters add to the blocks of the first kind, [B, blocks, …]: see `adapters.ip_adapter`.
 
         Returns:
           The velocity [B, N, C], in the dtype of the parameters.
@@ -228,7 +240,8 @@ class FluxTransformer2DModel(FluxBlocks):
         turn, texts = self.turn(img_ids, text.shape[1], txt_ids), text.shape[1]
 
         more = Residuals.spread(controlnet_block_samples, self.transformer_blocks, controlnet_blocks_repeat)
-        each = told.double, None if more is None else more.which
+        first = jax.tree.map(lambda a: a.swapaxes(0, 1), pictures)
+        each = told.double, None if more is None else more.which, first
         text, image = run(self.transformer_blocks, (text, image), each, turn, more)
 
         x = constrain(jnp.concatenate([text, image], 1), "batch", "context")

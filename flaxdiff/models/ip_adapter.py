@@ -36,6 +36,8 @@ class IPAdapterConfig(Config):
     depth: int = 4
     shortcut: bool = False  # version 2 of FaceID Plus adds what the face alone gives
     attentions: tuple[tuple[int, int], ...] = ()
+    bias: bool = False  # of the keys and values
+    every: bool = False  # whether no other attentions, which look at no pictures, are counted in the file
 
 
 class PerceiverAttention(nnx.Module):
@@ -122,8 +124,8 @@ class FacePlus(nnx.Module):
 class TokenKeysValues(nnx.Module):
     """What one attention makes of the tokens."""
 
-    def __init__(self, fan_in: int, width: int):
-        self.to_k_ip, self.to_v_ip = Linear(fan_in, width, False), Linear(fan_in, width, False)
+    def __init__(self, fan_in: int, width: int, bias: bool):
+        self.to_k_ip, self.to_v_ip = Linear(fan_in, width, bias), Linear(fan_in, width, bias)
 
 
 PROJECTIONS: Mapping[str, Callable[[IPAdapterConfig], nnx.Module]] = {
@@ -152,10 +154,9 @@ class IPAdapter(Model):
     def __init__(self, config: IPAdapterConfig):
         self.image_proj = PROJECTIONS[config.kind](config)
         blocks = [width for width, depth in config.attentions for _ in range(depth)]
-        pairs = [TokenKeysValues(config.cross_attention_dim, width) for width in blocks]
-        self.ip_adapter = nnx.List(
-            [part for pair in pairs for part in (None, pair)]
-        )  # self-attentions have a number too
+        pairs = [TokenKeysValues(config.cross_attention_dim, width, config.bias) for width in blocks]
+        others = () if config.every else (None,)  # self-attentions have a number too
+        self.ip_adapter = nnx.List([part for pair in pairs for part in (*others, pair)])
         self.config = config
 
     def __call__(self, embeds: jax.Array, patches: jax.Array | None = None) -> list[KeysValues]:
@@ -165,9 +166,10 @@ class IPAdapter(Model):
           embeds: of I pictures, [B, I, D], or their patches [B, I, N, D].
           patches: [B, I, N, D], beside the embeddings of faces.
         """
-        batch, dtype = embeds.shape[:2], self.ip_adapter[1].to_k_ip.weight.get_value().dtype
+        pairs = [pair for pair in self.ip_adapter if pair is not None]
+        batch, dtype = embeds.shape[:2], pairs[0].to_k_ip.weight.get_value().dtype
         flat = [x.astype(dtype).reshape(-1, *x.shape[2:]) for x in (embeds, patches) if x is not None]
-        tokens, pairs = self.image_proj(*flat), iter(self.ip_adapter[1::2])
+        tokens, pairs = self.image_proj(*flat), iter(pairs)
 
         def stacked(blocks: list[TokenKeysValues]) -> KeysValues:
             each = [(block.to_k_ip(tokens), block.to_v_ip(tokens)) for block in blocks]

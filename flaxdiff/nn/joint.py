@@ -88,6 +88,11 @@ class JointAttention(nnx.Module):
         image = image if self.to_out is None else self.to_out[0](image)
         return text if self.to_add_out is None else self.to_add_out(text), image
 
+    def look(self, image: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """What the picture's tokens [B, N, C] find, wherever they are, among keys and values [B, T, C] of others."""
+        heads = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
+        return attention(self._heads(image, self.to_q, self.norm_q), heads(k), heads(v)).reshape(image.shape)
+
 
 class JointTransformerBlock(nnx.Module):
     """Attention of text and picture to each other, then a feed-forward for each, shifted, scaled and gated.

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from flaxdiff import images as pictures
+from flaxdiff.adapters import ip_adapter
 from flaxdiff.guidance import true_cfg
 from flaxdiff.nn.packing import pack, places, unpack
 from flaxdiff.pipelines import flow
@@ -99,6 +100,11 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
             text = networks("text_encoder_2", inputs[f"{prefix}prompt_ids_2"])
             pooled = networks("text_encoder", inputs[f"{prefix}prompt_ids"]).pooler_output
         cond[branch] = {"text": text, "pooled": pooled}
+        if ip_adapter.named(networks.specs, ip_adapter.KIND):
+            nothing = ((),) * networks.config("transformer").num_layers
+            blocks = ip_adapter.encode(networks, inputs, branch, nothing, ())
+            side_by_side = lambda *arrays: jnp.concatenate(arrays, 1)
+            cond[branch]["pictures"] = tuple(jax.tree.map(side_by_side, *adapter) for adapter in zip(*blocks))
     if "reference" in inputs:
         latents = encode_mean(networks, jnp.asarray(inputs["reference"]), inputs["keys"])
         cond = {branch: {**told, "reference": latents} for branch, told in cond.items()}
@@ -125,7 +131,8 @@ def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond, added: tuple =
     """
     further = [cond["reference"].astype(x.dtype)] if "reference" in cond else []
     tokens, where = seen([x, *further])
-    velocity = networks("transformer", tokens, cond["text"], None, t, where, None, None, *added)
+    more = {"pictures": cond["pictures"]} if "pictures" in cond else {}
+    velocity = networks("transformer", tokens, cond["text"], None, t, where, None, None, *added, **more)
     return unpack(velocity[:, : x.shape[1] * x.shape[2] // PACK**2], *x.shape[1:3])
 
 
