@@ -108,6 +108,6 @@ def states(blocks: Blocks, x: Any, *args: Any, each: Any = None) -> Any:
         xs = [x]
         for i, block in enumerate(blocks):
             xs.append(one(block, xs[-1], jax.tree.map(lambda a, i=i: a[i], each)))
-        return jnp.stack(xs)
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *xs)
     ys = jax.lax.scan(lambda x, step: (one(step[0], x, step[1]),) * 2, x, (blocks, each))[1]
-    return jnp.concatenate([x[None], ys])
+    return jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), x, ys)
