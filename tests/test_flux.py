@@ -314,6 +314,9 @@ def test_embeddings_go_together():
     pipe, _, _ = load("FluxPipeline")
     with pytest.raises(ValueError, match="prompt_embeds and pooled_prompt_embeds go together"):
         pipe.prepare_inputs(prompt_embeds=normal(1, 5, 24))
+    with pytest.raises(ValueError, match="The prompt has 5 tokens and its negative 512; give both as many"):
+        given = dict(prompt_embeds=normal(1, 5, 24), pooled_prompt_embeds=normal(1, 16))
+        pipe.prepare_inputs(**given, true_cfg_scale=2.0, negative_prompt="ugly")
 
 
 def test_pytorch_reads_what_is_saved(tmp_path):

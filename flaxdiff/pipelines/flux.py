@@ -65,7 +65,8 @@ def prepare(
       max_sequence_length: of the text, in tokens of T5.
 
     Raises:
-      ValueError: no prompt, embeddings of one encoder only, or a text of more than 512 tokens.
+      ValueError: no prompt, embeddings of one encoder only, a text of more than 512 tokens, or a negative one of
+        another length.
     """
     check_prompts(pipe, prompt, prompt_embeds)
     if not 0 < max_sequence_length <= LONGEST:
@@ -87,6 +88,10 @@ def prepare(
             )
         else:
             arrays |= {f"{prefix}prompt_embeds": embeds, f"{prefix}pooled_prompt_embeds": pooled}
+    of = lambda prefix: arrays.get(f"{prefix}prompt_embeds", arrays.get(f"{prefix}prompt_ids_2"))
+    lengths = [np.shape(of(prefix))[1] for prefix in sources]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"The prompt has {lengths[0]} tokens and its negative {lengths[1]}; give both as many.")
     return arrays
 
 
