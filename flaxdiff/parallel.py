@@ -104,7 +104,7 @@ _VAE = r"(^|\.)(en|de)coder\.(?!layers?\.|block\.)"
 # The first layer of a pair computes a part of the channels on each device, the second adds the parts up.
 _FIRST = r"(to_[qkv]|[qkv]_proj|query|key|value|SelfAttention\.[qkv]|gate_proj|up_proj|proj_mlp|fc1|wi(_\d)?|"
 _FIRST += r"ff(_context)?\.net\.0\.proj|intermediate(_query)?\.dense|norm1?(_context)?\.linear|"
-_FIRST += r"token_embedding|embed_tokens|resnets\.\d+\.(conv1|time_emb_proj))\."
+_FIRST += r"token_embedding|embed_tokens|shared|resnets\.\d+\.(conv1|time_emb_proj))\."
 _SECOND = r"(to_out\.0|to_add_out|out_proj|o_proj|SelfAttention\.o|down_proj|fc2|wo|"
 _SECOND += r"ff(_context)?\.net\.2|output(_query)?\.dense|resnets\.\d+\.conv2)\.weight"
 RULES: Rules = (

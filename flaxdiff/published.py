@@ -92,6 +92,10 @@ COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
             projection_dim=1280,
         ),
     ),
+    "SD3 text encoder": (
+        "CLIPTextModelWithProjection",
+        dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
+    ),
     "T5 v1.1 XXL text encoder": ("T5EncoderModel", _T5_XXL),
     "UMT5 XXL text encoder": ("UMT5EncoderModel", dict(_T5_XXL, vocab_size=256384)),
     "CompVis/ldm-text2im-large-256 text encoder": ("LDMBertModel", {}),
@@ -274,6 +278,12 @@ COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 _FLUX = {"vae": "FLUX.1 VAE", "text_encoder": "SD 1.5 text encoder", "text_encoder_2": "T5 v1.1 XXL text encoder"}
+_SD3_PARTS = {
+    "vae": "SD3 VAE",
+    "text_encoder": "SD3 text encoder",
+    "text_encoder_2": "SDXL text encoder 2",
+    "text_encoder_3": "T5 v1.1 XXL text encoder",
+}
 # short name -> (class of the pipeline, component -> name above, settings of the pipeline)
 MODELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "sd15": (
@@ -306,5 +316,18 @@ MODELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         "FluxPipeline",
         {**_FLUX, "transformer": "FLUX.1 schnell transformer"},
         {"defaults": (("num_inference_steps", 4),)},
+    ),
+    **{
+        f"sd3{name}": ("StableDiffusion3Pipeline", {**_SD3_PARTS, "transformer": f"SD{title} transformer"}, {})
+        for name, title in (("-medium", "3 medium"), ("5-medium", " 3.5 medium"), ("5-large", " 3.5 large"))
+    },
+    "pixart-sigma": (
+        "PixArtSigmaPipeline",
+        {
+            "vae": "SDXL VAE",
+            "text_encoder": "T5 v1.1 XXL text encoder",
+            "transformer": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS transformer",
+        },
+        {},
     ),
 }

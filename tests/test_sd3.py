@@ -17,6 +17,8 @@ from test_single_file import as_original
 
 import flaxdiff
 from flaxdiff.nn.stack import Runs
+from flaxdiff.pipelines.tasks import blank_inputs
+from flaxdiff.planning import plan
 
 rng = np.random.default_rng(0)
 normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
@@ -349,6 +351,20 @@ def test_what_follows_from_a_single_file(tmp_path):
     assert (spec.config.scaling_factor, spec.config.shift_factor) == (1.5305, 0.0609)
     known = {k: leaf.shape for k, leaf in flaxdiff.layout(wanted.vae).items()}
     assert known == {k: leaf.shape for k, leaf in flaxdiff.layout(spec).items()}
+
+
+@pytest.mark.parametrize("name", ["sd3-medium", "sd35-medium", "sd35-large", "pixart-sigma"])
+def test_published_pipelines(name):
+    """At full size, by shapes alone, what the planner compiles."""
+    pipe = plan.pipeline(name)
+    shapes = {component: flaxdiff.abstract(spec, jax.numpy.bfloat16) for component, spec in pipe.specs}
+    images = jax.eval_shape(pipe.generate, shapes, KEY, blank_inputs(pipe, batch=2))
+    assert images.shape == (2, 1024, 1024, 3)
+
+
+def test_blank_inputs_of_painting_by_controlnets():
+    pipe, *_ = load("StableDiffusion3ControlNetInpaintingPipeline", [controlnet(extra_conditioning_channels=1)])
+    assert blank_inputs(pipe, height=16, width=24)["control_mask"].shape == (1, 16, 24, 1)
 
 
 def test_bad_input():

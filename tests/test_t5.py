@@ -48,6 +48,18 @@ def test_buckets(count, furthest):
     assert np.array_equal(buckets(600, count, furthest), theirs)
 
 
+def test_split_over_devices():
+    """The layers of a pair over the axis of tensors, as in all transformers."""
+    spec = flaxdiff.T5EncoderModel.from_config(TINY | {"feed_forward_proj": "gated-gelu"})
+    mesh = flaxdiff.make_mesh({"tensor": 1}, jax.devices()[:1])
+    found = flaxdiff.shardings({"text_encoder_3": flaxdiff.abstract(spec)}, mesh)["text_encoder_3"]
+    split = lambda name: tuple(found[f"encoder.block.layer.{name}.weight"].spec)
+    for name in ("0.SelfAttention.q", "0.SelfAttention.v", "1.DenseReluDense.wi_0", "1.DenseReluDense.wi_1"):
+        assert split(name) == (None, None, "tensor"), name
+    assert split("0.SelfAttention.o") == split("1.DenseReluDense.wo") == (None, "tensor", None)
+    assert split("0.layer_norm") == ()
+
+
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
 
 TEXTS = ["a red dog", "", "Red?  dogs <extra_id_0> ed", "a " * 30]  # the last two are long

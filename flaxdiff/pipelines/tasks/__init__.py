@@ -186,6 +186,8 @@ def blank_inputs(pipe: "DiffusionPipeline", batch: int = 1, **options: Any) -> d
     if nets or pipe.controls:
         led_by = "image" if "image" in takes and "strength" not in pipe.defaults else "control_image"
         options[led_by] = [blank] * nets if nets > 1 else blank
+        if any("control_mask" in inspect.signature(more).parameters for more in pipe.extras):
+            options["control_mask"] = Image.new("L", (1, 1))
     return pipe.prepare_inputs(**options)
 
 
