@@ -188,6 +188,13 @@ def thawed(value: Any) -> Any:
     return list(map(thawed, value)) if isinstance(value, tuple) else value
 
 
+def part(whole: Config, made: type[Config], pairs: Any) -> Any:
+    """The configuration of a part of a model: what `pairs` say of it, and the settings of the whole."""
+    fields = {f.name for f in dataclasses.fields(made)}
+    settings = {f.name: getattr(whole, f.name) for f in dataclasses.fields(Config)}
+    return made(**settings | {k: v for k, v in dict(pairs or ()).items() if k in fields})
+
+
 # --- parameters inside a module -------------------------------------------------------------------------------------
 
 

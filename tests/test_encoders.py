@@ -1,8 +1,10 @@
 """Encoders of texts and pictures that transformers has, against PyTorch's classes."""
 
+import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peers
 import pytest
@@ -12,6 +14,7 @@ import transformers
 
 import flaxdiff
 from flaxdiff.checkpoint import convert
+from flaxdiff.models import qwen2_5_vl
 from flaxdiff.nn.rope import frequencies
 
 rng = np.random.default_rng(0)
@@ -238,11 +241,54 @@ def test_language_models_that_read_pictures(name, tmp_path):
     again, read = type(peer).__name__, safetensors.numpy.load_file(tmp_path / "again" / "model.safetensors")
     assert getattr(flaxdiff, again).from_pretrained(tmp_path / "again")[0] == spec
     state = {k: v.numpy() for k, v in peer.state_dict().items()}
-    renamed = {k.replace("model.language_model.", spec.module.renames[0][1]): v for k, v in state.items()}
+    inside = {"model.language_model.": spec.module.renames[0][1], "model.visual.": "visual."}
+    renamed = {functools.reduce(lambda k, old: k.replace(old, inside[old]), inside, k): v for k, v in state.items()}
     assert all(np.array_equal(renamed[k], v) for k, v in read.items())
     safetensors.numpy.save_file(state, tmp_path / "model.safetensors")
     for k, v in spec.module.from_pretrained(tmp_path)[1].items():
         assert np.array_equal(v, params[k])
+
+
+@pytest.mark.parametrize("sides", [((56, 84), (140, 28)), ((112, 140), (28, 28))])
+def test_qwen_looks_at_pictures(sides, tmp_path):
+    """Of sizes that windows do not divide, two of them among the words of one text."""
+    torch.manual_seed(0)
+    text = {k: v for k, v in (TEXT | MROPE).items() if k != "head_dim"} | dict(hidden_size=32)
+    vision = dict(depth=3, hidden_size=32, intermediate_size=24, num_heads=2, out_hidden_size=32, window_size=56)
+    vision |= dict(fullatt_block_indexes=[1])
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=9)
+    peer = moved(transformers.Qwen2_5_VLForConditionalGeneration(config))
+    spec, params, run = loaded(peer, tmp_path)
+    images = [normal(1, *side, 3) for side in sides]
+    grids = [tuple(n // 28 for n in side) for side in sides]
+    flat, tokens = [], []
+    for image in images:
+        h, w = (n // 28 for n in image.shape[1:3])
+        a = image.reshape(h, 2, 14, w, 2, 14, 3).transpose(0, 3, 1, 4, 6, 2, 5)  # units, patches, channels, pixels
+        flat.append(torch.tensor(np.repeat(a.reshape(-1, 3, 1, 14, 14), 2, 2).reshape(-1, 3 * 2 * 14 * 14)))
+        tokens.append(jax.jit(lambda params, x: flaxdiff.apply(spec, params, x, method="look"))(params, image))
+    grid = torch.tensor([[1, 2 * h, 2 * w] for h, w in grids])
+    with torch.no_grad():
+        seen = peer.model.visual(torch.cat(flat), grid_thw=grid).pooler_output
+    assert peers.relative(jnp.concatenate(tokens, 1)[0], seen, type(peer).__name__) < 1e-4
+
+    words = [5, 6] + [9] * (grids[0][0] * grids[0][1]) + [7] + [9] * (grids[1][0] * grids[1][1]) + [8, 10]
+    ids, mask = np.array([words + [3] * 2]), np.arange(len(words) + 2)[None] < len(words)
+    with torch.no_grad():
+        theirs = peer(
+            input_ids=torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
+            pixel_values=torch.cat(flat),
+            image_grid_thw=grid,
+            mm_token_type_ids=torch.tensor(ids == 9).int(),
+            output_hidden_states=True,
+        )
+    places = qwen2_5_vl.positions(ids, mask, grids, 9)
+    ours = run(params, ids, mask, places, jnp.concatenate(tokens, 1))
+    theirs, n = torch.stack(theirs.hidden_states), len(words)
+    assert peers.relative(ours.hidden_states[:, :, :n], theirs[:, :, :n], type(peer).__name__) < 1e-4
+    with pytest.raises(ValueError, match="Pictures of 30 x 28 pixels; give multiples of 28"):
+        flaxdiff.apply(spec, params, normal(1, 30, 28, 3), method="look")
 
 
 # --- full size -------------------------------------------------------------------------------------------------------
@@ -300,3 +346,21 @@ def test_full_size(name):
     out = jax.eval_shape(run, flaxdiff.abstract(spec, "bfloat16"), read)
     assert out.hidden_states.shape[0] == spec.config.num_hidden_layers + 1
     assert out.last_hidden_state.dtype == "bfloat16" and out.last_hidden_state.shape[-1] == spec.config.hidden_size
+
+
+def test_qwen_at_full_size():
+    """Qwen/Qwen2.5-VL-7B-Instruct."""
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584)
+    config = dict(text_config=of(152064, 3584, 18944, 28, 28, 4), vision_config=vision)
+    with torch.device("meta"):
+        theirs = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(**config)).state_dict()
+    theirs = {
+        k.replace("model.language_model", "model").replace("model.visual", "visual"): v for k, v in theirs.items()
+    }
+    spec = flaxdiff.Qwen2_5_VLForConditionalGeneration.from_config(config)
+    leaves = flaxdiff.layout(spec).items()
+    ours = {n: convert.shape_in_file(leaf) for own, leaf in leaves for n in convert.names_in_file(own, leaf)}
+    assert ours == {k: tuple(v.shape) for k, v in theirs.items() if k != "lm_head.weight"}
+    look = lambda params, x: flaxdiff.apply(spec, params, x, method="look")
+    pixels = jax.ShapeDtypeStruct((1, 1036, 1372, 3), np.float32)
+    assert jax.eval_shape(look, flaxdiff.abstract(spec, "bfloat16"), pixels).shape == (1, 37 * 49, 3584)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flaxdiff.core import Config, Model, param, thawed
+from flaxdiff.core import Config, Model, param, part, thawed
 from flaxdiff.models.bert import BertAttention, BertConfig, BertEmbeddings, BertIntermediate, BertResidual
 from flaxdiff.models.clip import CLIPEncoder, CLIPEncoderLayer
 from flaxdiff.models.clip_vision import patches
@@ -60,19 +60,13 @@ class Blip2Config(Config):
     @property
     def vision(self) -> Blip2VisionConfig:
         """The settings of the image encoder."""
-        return self.part(Blip2VisionConfig, self.vision_config)
+        return part(self, Blip2VisionConfig, self.vision_config)
 
     @property
     def qformer(self) -> Blip2QFormerConfig:
         """The settings of the Q-Former."""
         width = {"encoder_hidden_size": self.vision.hidden_size}
-        return dataclasses.replace(self.part(Blip2QFormerConfig, self.qformer_config), **width)
-
-    def part(self, made: type[Config], pairs: Any) -> Any:
-        """A part's configuration, of its own pairs and of the settings of the whole."""
-        fields = {f.name for f in dataclasses.fields(made)}
-        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(Config)}
-        return made(**settings | {k: v for k, v in dict(pairs or ()).items() if k in fields})
+        return dataclasses.replace(part(self, Blip2QFormerConfig, self.qformer_config), **width)
 
 
 # --- the picture -----------------------------------------------------------------------------------------------------
@@ -187,8 +181,8 @@ class Blip2QFormerModel(Model):
     def to_config(cls, config: Blip2Config) -> dict[str, Any]:
         """transformers' form, in which the parts are objects."""
         keys, parts = super().to_config(config), {"vision_config": "vision_model", "qformer_config": "qformer"}
-        of = lambda part: {**(thawed(getattr(config, part)) or {}), "model_type": f"blip_2_{parts[part]}"}
-        return keys | {part: of(part) for part in parts}
+        of = lambda name: {**(thawed(getattr(config, name)) or {}), "model_type": f"blip_2_{parts[name]}"}
+        return keys | {name: of(name) for name in parts}
 
     def __init__(self, config: Blip2Config):
         c = config.qformer

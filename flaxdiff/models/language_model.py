@@ -152,14 +152,13 @@ class DecoderAttention(nnx.Module):
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
 
-class DecoderMLP(nnx.Module):
-    """Expand, one half gating the other, contract."""
+class GatedMLP(nnx.Module):
+    """Expand, one half gating the other, contract; `fused`: the first two projections are one."""
 
-    def __init__(self, c: LanguageConfig):
-        width, inner, fused = c.hidden_size, c.intermediate_size, c.traits.fused
-        self.gate_up_proj = Linear(width, 2 * inner, bias=False) if fused else None
-        self.gate_proj, self.up_proj = (None if fused else Linear(width, inner, bias=False) for _ in range(2))
-        self.down_proj, self.activation = Linear(inner, width, bias=False), c.activation
+    def __init__(self, width: int, inner: int, activation: str, bias: bool = False, fused: bool = False):
+        self.gate_up_proj = Linear(width, 2 * inner, bias) if fused else None
+        self.gate_proj, self.up_proj = (None if fused else Linear(width, inner, bias) for _ in range(2))
+        self.down_proj, self.activation = Linear(inner, width, bias), activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.gate_up_proj is None:
@@ -174,7 +173,8 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, c: LanguageConfig):
         norm = lambda: RMSNorm(c.hidden_size, c.rms_norm_eps, around=c.traits.around)
-        self.self_attn, self.mlp = DecoderAttention(c), DecoderMLP(c)
+        self.self_attn = DecoderAttention(c)
+        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, c.activation, fused=c.traits.fused)
         self.input_layernorm, self.post_attention_layernorm = norm(), norm()
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = (
             norm() if c.traits.after else None for _ in range(2)
@@ -226,7 +226,11 @@ class Decoder(nnx.Module):
         self.config = c
 
     def __call__(
-        self, input_ids: jax.Array, mask: jax.Array | None = None, positions: jax.Array | None = None
+        self,
+        input_ids: jax.Array,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        pictures: jax.Array | None = None,
     ) -> LanguageOutput:
         """What the network makes of texts.
 
@@ -235,11 +239,16 @@ class Decoder(nnx.Module):
           mask: bool [B, N], which of them may be seen.
           positions: where each stands, [N] or [B, N], or for networks that read pictures in three axes [3, B, N]; by
             default one after the other.
+          pictures: [B, M, D], what stands for tokens that say there is a picture, in their order.
         """
         c, n = self.config, input_ids.shape[1]
         x = self.embed_tokens(input_ids)
         if c.traits.scaled:
             x = x * jnp.asarray(c.hidden_size**0.5, weights.dtype(value(self.embed_tokens.weight)))
+        if pictures is not None:
+            there = input_ids == c.image_token_id
+            nth = jnp.clip(jnp.cumsum(there, 1) - 1, 0, pictures.shape[1] - 1)
+            x = jnp.where(there[..., None], jnp.take_along_axis(pictures.astype(x.dtype), nth[..., None], 1), x)
         each = {}
         if any(c.near):
             each["near"] = jnp.asarray(c.near)
@@ -543,9 +552,10 @@ class SmolLM3ForCausalLM(LlamaForCausalLM):
 
 
 class ForConditionalGeneration(LlamaForCausalLM):
-    """A language model that reads pictures as well, of which the half for texts is read."""
+    """A language model that reads pictures as well; the half for texts, where no subclass has the other."""
 
     half: ClassVar[str]  # what transformers calls its configuration
+    whole: ClassVar[tuple[str, ...]] = ()  # keys that are not in that
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Spec:
@@ -559,31 +569,8 @@ class ForConditionalGeneration(LlamaForCausalLM):
     def to_config(cls, config: LanguageConfig) -> dict[str, Any]:
         """transformers' form, in which the half for texts is an object."""
         text = super().to_config(config)
-        own = {name: text.pop(name) for name in ("architectures", "model_type")}
+        own = {name: text.pop(name) for name in ("architectures", "model_type", *cls.whole) if name in text}
         return own | {"text_config": {"model_type": cls.half, **text}}
-
-
-@dataclasses.dataclass(frozen=True)
-class Qwen25VLTextConfig(Qwen2Config):
-    """transformers' keys and defaults, as far as the network reads them."""
-
-    theta = 1_000_000.0
-
-    vocab_size: int = 152064
-    hidden_size: int = 8192
-    intermediate_size: int = 29568
-    num_hidden_layers: int = 80
-    num_attention_heads: int = 64
-    num_key_value_heads: int | None = 8
-    rms_norm_eps: float = 1e-5
-    max_window_layers: int = 80
-
-
-class Qwen2_5_VLForConditionalGeneration(ForConditionalGeneration):
-    """Qwen 2.5 VL's half for texts."""
-
-    config_class, model_type, half = Qwen25VLTextConfig, "qwen2_5_vl", "qwen2_5_vl_text"
-    ignored = rf"{LlamaModel.ignored}|(model\.)?visual\..*"
 
 
 class Gemma3ForConditionalGeneration(ForConditionalGeneration):
