@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxdiff.nn.perturb import Given
+from flaxdiff.nn.skipping import Skip
 
 
 class Answer(NamedTuple):
@@ -39,13 +40,14 @@ class Network(Protocol):
     depths: tuple[int, ...]
 
     def __call__(
-        self, branches: Iterable[str] | None = None, notes: Iterable[str] = (), **told: Any
+        self, branches: Iterable[str] | None = None, notes: Iterable[str] = (), skip: Skip | None = None, **told: Any
     ) -> tuple[Answer, dict[str, list]]:
         """Ask.
 
         Args:
           branches: some of them; all by default.
           notes: the kinds of value to bring along, see `core.note`.
+          skip: what decides whether its blocks are run.
           **told: instead of what the branches, side by side in one batch, tell it under these names.
         """
 
@@ -55,12 +57,12 @@ class Cache(NamedTuple):
 
     Attributes:
       first: network -> (answer, memory): the evaluation that fills the memory.
-      later: (memory, network) -> answer: one that uses it.
+      later: (memory, network) -> (answer, memory): one that uses it.
       due: index of the evaluation [] -> bool: whether it is to be the first kind.
     """
 
     first: Callable[[Network], tuple[Answer, Any]]
-    later: Callable[[Any, Network], Answer]
+    later: Callable[[Any, Network], tuple[Answer, Any]]
     due: Callable[[jax.Array], jax.Array]
 
 
@@ -73,7 +75,8 @@ def evaluate(cache: Cache, kept: tuple[Answer, Any], network: Network, index: ja
     """The answer at an evaluation, and what is kept of it for the next."""
 
     def later(kept: tuple[Answer, Any]) -> tuple[Answer, Any]:
-        return cache.later(kept[1], network)._replace(seen=kept[0].seen), kept[1]
+        answer, memory = cache.later(kept[1], network)
+        return answer._replace(seen=kept[0].seen), memory
 
     return jax.lax.cond(cache.due(index), lambda kept: cache.first(network), later, kept)
 
@@ -88,7 +91,7 @@ def deep_cache(cache_interval: jax.Array | float = 3) -> Cache:
         answer, notes = network(notes=["up"])
         return answer, notes["up"][-1]
 
-    return Cache(first, lambda deep, network: network(deep=deep)[0], _every(cache_interval))
+    return Cache(first, lambda deep, network: (network(deep=deep)[0], deep), _every(cache_interval))
 
 
 def branch_cache(cache_interval: jax.Array | float = 3) -> Cache:
@@ -102,7 +105,7 @@ def branch_cache(cache_interval: jax.Array | float = 3) -> Cache:
     def later(differences, network):
         answer, _ = network(["positive"])
         positive = answer.predictions["positive"]
-        return Answer({name: positive + difference for name, difference in differences.items()}, answer.seen)
+        return Answer({name: positive + d for name, d in differences.items()}, answer.seen), differences
 
     return Cache(first, later, _every(cache_interval))
 
@@ -123,9 +126,30 @@ def tgate(gate_step: jax.Array | float = 10) -> Cache:
 
     def later(given, network):
         answer, _ = network(["positive"], text=given)
-        return Answer(dict.fromkeys(network.branches, answer.predictions["positive"]), answer.seen)
+        return Answer(dict.fromkeys(network.branches, answer.predictions["positive"]), answer.seen), given
 
     return Cache(first, later, lambda index: index < jnp.asarray(gate_step).astype(index.dtype))
+
+
+def first_block(threshold: jax.Array | float = 0.05) -> Cache:
+    """Run the first block of a transformer, and the others only if it adds something else than when they last ran.
+
+    If not, they are taken to add what they added then. Something else is a mean absolute difference of more than so
+    large a share of what it added; there is one decision for all images and branches.
+
+    Raises:
+      ValueError: the network is no row of blocks, as a U-Net is not.
+
+    Reference: Cheng, ParaAttention: First Block Cache, 2024.
+    """
+
+    def asked(memory: Any, network: Network) -> tuple[Answer, Any]:
+        answer, notes = network(notes=["skipped"], skip=Skip(threshold, memory))
+        if not notes["skipped"]:
+            raise ValueError("first_block is for transformers that are rows of blocks; use deep_cache for a U-Net.")
+        return answer, notes["skipped"][-1]
+
+    return Cache(lambda network: asked(None, network), asked, lambda index: index == 0)
 
 
 def _every(interval: jax.Array | float) -> Callable[[jax.Array], jax.Array]:

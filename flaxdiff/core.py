@@ -30,6 +30,8 @@ rematerialised: contextvars.ContextVar[str] = contextvars.ContextVar("rematerial
 # passes through them, by kind: "up", the inputs of the blocks of up stages; "cross", what attention to a text gives.
 watched: contextvars.ContextVar[list | None] = contextvars.ContextVar("watched", default=None)
 noted: contextvars.ContextVar[dict[str, list] | None] = contextvars.ContextVar("noted", default=None)
+# What decides whether blocks are run at all, where somebody wants that; see nn/skipping.py.
+skipping: contextvars.ContextVar[Any] = contextvars.ContextVar("skipping", default=None)
 
 
 @contextlib.contextmanager

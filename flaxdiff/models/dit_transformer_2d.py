@@ -20,6 +20,7 @@ from flaxdiff.nn.feed_forward import FeedForward
 from flaxdiff.nn.layers import Embedding, LayerNorm, Linear
 from flaxdiff.nn.modulation import WAVES, AdaLayerNorm, vary
 from flaxdiff.nn.patches import PatchEmbed, unpatched
+from flaxdiff.nn.skipping import settled
 from flaxdiff.nn.stack import over, run, stack
 from flaxdiff.parallel import constrain
 
@@ -134,4 +135,6 @@ class DiTTransformer2DModel(Model):
         told = over(self.transformer_blocks, lambda block: block.norm1.emb(t, class_labels))  # [L, B, D]
         x = run(self.transformer_blocks, constrain(x, "batch", "context"), told)
         shift, scale = jnp.split(self.proj_out_1(jax.nn.silu(told[0]))[:, None], 2, -1)
-        return unpatched(self.proj_out_2(vary(self.norm_out(x), shift, scale)), height, width, self.config.patch_size)
+        return unpatched(
+            self.proj_out_2(vary(self.norm_out(settled(x)), shift, scale)), height, width, self.config.patch_size
+        )

@@ -23,6 +23,7 @@ from flaxdiff.nn.joint import JointAttention, JointTransformerBlock, Tokens
 from flaxdiff.nn.layers import Linear, value
 from flaxdiff.nn.modulation import AdaLayerNorm, CombinedTimestepTextProjEmbeddings
 from flaxdiff.nn.rope import Rope, rope
+from flaxdiff.nn.skipping import settled
 from flaxdiff.nn.stack import Blocks, depth, over, run, stack
 from flaxdiff.parallel import constrain
 
@@ -248,4 +249,4 @@ class FluxTransformer2DModel(FluxBlocks):
         more = Residuals.spread(controlnet_single_block_samples, self.single_transformer_blocks)
         each = told.single, None if more is None else more.which
         x = run(self.single_transformer_blocks, x, each, turn, more, texts)
-        return self.proj_out(self.norm_out(x[:, texts:], told.out)[0])
+        return self.proj_out(self.norm_out(settled(x[:, texts:]), told.out)[0])

@@ -27,6 +27,7 @@ from flaxdiff.nn.layers import LayerNorm, Linear, normal, value
 from flaxdiff.nn.modulation import WAVES, vary
 from flaxdiff.nn.patches import PatchEmbed, unpatched
 from flaxdiff.nn.perturb import Given, Perturbed, perturbed, rows
+from flaxdiff.nn.skipping import settled
 from flaxdiff.nn.stack import over, run, stack
 from flaxdiff.parallel import constrain
 
@@ -203,4 +204,6 @@ class PixArtTransformer2DModel(Model):
         x = constrain(self.pos_embed(hidden_states), "batch", "context")
         x = run(self.transformer_blocks, x, contexts, told, mask, sides)
         shift, scale = jnp.split(value(self.scale_shift_table) + y[:, None], 2, -2)
-        return unpatched(self.proj_out(vary(self.norm_out(x), shift, scale)), height, width, self.config.patch_size)
+        return unpatched(
+            self.proj_out(vary(self.norm_out(settled(x)), shift, scale)), height, width, self.config.patch_size
+        )

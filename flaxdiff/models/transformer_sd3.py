@@ -24,6 +24,7 @@ from flaxdiff.nn.layers import LayerNorm, Linear, value
 from flaxdiff.nn.modulation import AdaLayerNorm, CombinedTimestepTextProjEmbeddings, vary
 from flaxdiff.nn.patches import PatchEmbed, unpatched
 from flaxdiff.nn.perturb import alone, rows
+from flaxdiff.nn.skipping import settled
 from flaxdiff.nn.stack import Runs, depth, over, run
 from flaxdiff.parallel import constrain
 
@@ -215,5 +216,5 @@ class SD3Transformer2DModel(SD3Blocks):
             told = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), told)
             hindered = {kind: flags[0].T[here] for kind, flags in (perturb or {}).items()}
             x = run(blocks, x, (told, hindered, None if more is None else more.which[here]), more)
-        y = self.proj_out(self.norm_out(x[1], timestep.out)[0])
+        y = self.proj_out(self.norm_out(settled(x[1]), timestep.out)[0])
         return unpatched(y, height, width, self.config.patch_size)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flaxdiff.core import noted, rematerialised, stacked, watched
+from flaxdiff.core import noted, rematerialised, skipping, stacked, watched
 from flaxdiff.nn.layers import PRODUCTS
 
 Blocks = nnx.Module | nnx.List | list  # the last in passing, of blocks that lie elsewhere
@@ -79,6 +79,10 @@ def depth(blocks: Blocks) -> int:
 def run(blocks: Blocks, x: jax.Array, each: Any, *args: Any) -> jax.Array:
     """x through every block: x ← block(x, each[i], *args), where the arrays of `each` have an entry a block."""
     one = remat(lambda block, x, extra: block(x, extra, *args))
+    if (skip := skipping.get()) is not None:
+        if isinstance(blocks, nnx.List | list):
+            blocks = jax.tree.map(lambda *a: jnp.stack(a), *blocks)
+        return skip.run(lambda x, step: one(step[0], x, step[1]), x, (blocks, each))
     spied = watched.get() is not None or "cross" in (
         noted.get() or ()
     )  # what is seen of a block may not stay in a scan

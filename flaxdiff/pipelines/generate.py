@@ -37,6 +37,7 @@ from flaxdiff.caching import Answer, Cache, blank, evaluate
 from flaxdiff.guidance import At, Guidance, standard
 from flaxdiff.guidance.perturbed import levelled
 from flaxdiff.guidance.rules import blocks
+from flaxdiff.nn.skipping import Skip
 from flaxdiff.parallel import constrain
 from flaxdiff.pipelines.beside import KNOWN, tell
 from flaxdiff.pipelines.blend import Known, Passed, blend
@@ -399,10 +400,11 @@ class Evaluation(NamedTuple):
         return tuple(map(len, self.stacks))
 
     def __call__(
-        self, branches: Iterable[str] | None = None, notes: Iterable[str] = (), **told: Any
+        self, branches: Iterable[str] | None = None, notes: Iterable[str] = (), skip: Skip | None = None, **told: Any
     ) -> tuple[Answer, dict[str, list]]:
         branches = self.branches if branches is None else tuple(sorted(branches))
-        return self._ask(self.sampler.sample, branches, notes, told)
+        with core.setting_of(core.skipping, skip):
+            return self._ask(self.sampler.sample, branches, notes, told)
 
     def another(self, x: jax.Array, branches: Iterable[str]) -> Answer:
         """What the network says of another sample."""
