@@ -6,6 +6,7 @@ the run. A pipeline has a function of strengths, which are options of a call, th
     pipe.replace(cache=flaxdiff.caching.deep_cache)(params, key, prompt="…", cache_interval=3)
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -34,10 +35,12 @@ class Network(Protocol):
     Attributes:
       branches: the names of what it is asked.
       depths: of its stacks of blocks that attend.
+      index: of the evaluation, [].
     """
 
     branches: tuple[str, ...]
     depths: tuple[int, ...]
+    index: jax.Array
 
     def __call__(
         self, branches: Iterable[str] | None = None, notes: Iterable[str] = (), skip: Skip | None = None, **told: Any
@@ -56,29 +59,30 @@ class Cache(NamedTuple):
     """A way to save work.
 
     Attributes:
-      first: network -> (answer, memory): the evaluation that fills the memory.
+      first: (memory, network) -> (answer, memory): the evaluation that fills the memory, which is None where only its
+        shapes are wanted.
       later: (memory, network) -> (answer, memory): one that uses it.
       due: index of the evaluation [] -> bool: whether it is to be the first kind.
     """
 
-    first: Callable[[Network], tuple[Answer, Any]]
+    first: Callable[[Any, Network], tuple[Answer, Any]]
     later: Callable[[Any, Network], tuple[Answer, Any]]
     due: Callable[[jax.Array], jax.Array]
 
 
 def blank(cache: Cache, network: Network) -> Any:
     """A memory with nothing in it, of the right shapes."""
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(lambda: cache.first(network)))
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(lambda: cache.first(None, network)))
 
 
-def evaluate(cache: Cache, kept: tuple[Answer, Any], network: Network, index: jax.Array) -> tuple[Answer, Any]:
+def evaluate(cache: Cache, kept: tuple[Answer, Any], network: Network) -> tuple[Answer, Any]:
     """The answer at an evaluation, and what is kept of it for the next."""
 
     def later(kept: tuple[Answer, Any]) -> tuple[Answer, Any]:
         answer, memory = cache.later(kept[1], network)
         return answer._replace(seen=kept[0].seen), memory
 
-    return jax.lax.cond(cache.due(index), lambda kept: cache.first(network), later, kept)
+    return jax.lax.cond(cache.due(network.index), lambda kept: cache.first(kept[1], network), later, kept)
 
 
 def deep_cache(cache_interval: jax.Array | float = 3) -> Cache:
@@ -87,7 +91,7 @@ def deep_cache(cache_interval: jax.Array | float = 3) -> Cache:
     Reference: Ma et al., DeepCache: Accelerating Diffusion Models for Free, 2023.
     """
 
-    def first(network):
+    def first(memory, network):
         answer, notes = network(notes=["up"])
         return answer, notes["up"][-1]
 
@@ -97,7 +101,7 @@ def deep_cache(cache_interval: jax.Array | float = 3) -> Cache:
 def branch_cache(cache_interval: jax.Array | float = 3) -> Cache:
     """Ask all branches every so many evaluations, and between them the positive one: the others differ as they did."""
 
-    def first(network):
+    def first(memory, network):
         answer, _ = network()
         positive = answer.predictions["positive"]
         return answer, {name: output - positive for name, output in answer.predictions.items()}
@@ -118,7 +122,7 @@ def tgate(gate_step: jax.Array | float = 10) -> Cache:
     Reference: Zhang et al., Cross-Attention Makes Inference Cumbersome in Text-to-Image Diffusion Models, 2024.
     """
 
-    def first(network):
+    def first(memory, network):
         answer, notes = network(notes=["cross"])
         of_images = lambda a: a.reshape(-1, len(network.branches), *a.shape[1:]).mean(1)
         outputs = iter([of_images(a) for a in notes["cross"]])
@@ -149,7 +153,58 @@ def first_block(threshold: jax.Array | float = 0.05) -> Cache:
             raise ValueError("first_block is for transformers that are rows of blocks; use deep_cache for a U-Net.")
         return answer, notes["skipped"][-1]
 
-    return Cache(lambda network: asked(None, network), asked, lambda index: index == 0)
+    return Cache(lambda memory, network: asked(None, network), asked, lambda index: index == 0)
+
+
+ORDERS = 3  # derivatives that a Taylor series may have
+
+
+def taylor_seer(
+    cache_interval: jax.Array | float = 5,
+    disable_cache_before_step: jax.Array | float = 3,
+    max_order: jax.Array | float = 1,
+) -> Cache:
+    """Run the network every so many evaluations, and between them go on from what it said by a Taylor series.
+
+    Σ_k y⁽ᵏ⁾ Δᵏ / k! over k up to max_order, at most 3, with derivatives by divided differences of the evaluations at
+    which it ran. It always runs at the first few.
+
+    Reference: Liu et al., From Reusable to Forecasting: Accelerating Diffusion Models with TaylorSeers, 2025; of what
+    the network says as a whole, the lighter of its forms.
+    """
+
+    def first(memory, network):
+        answer, _ = network()
+        if memory is None:
+            blank = lambda y: jnp.zeros((ORDERS + 1, *y.shape), y.dtype)
+            memory = jax.tree.map(blank, dict(answer.predictions)), jnp.int32(0), jnp.int32(0)
+        series, last, count = memory
+        gap = jnp.maximum(network.index - last, 1)
+
+        def renewed(y: jax.Array, old: jax.Array) -> jax.Array:
+            new = [y]
+            for order in range(ORDERS):  # a difference needs one evaluation more than the last
+                new.append(jnp.where(count > order, (new[-1] - old[order]) / gap.astype(y.dtype), 0))
+            return jnp.stack(new)
+
+        series = {branch: renewed(y, series[branch]) for branch, y in answer.predictions.items()}
+        return answer, (series, network.index.astype(jnp.int32), count + 1)
+
+    def later(memory, network):
+        series, last, _ = memory
+        order, ahead = jnp.arange(ORDERS + 1), (network.index - last).astype(jnp.float32)
+        factors = ahead ** order.astype(jnp.float32) / jnp.array(
+            [math.factorial(k) for k in range(ORDERS + 1)], jnp.float32
+        )
+        factors = jnp.where(order <= jnp.asarray(max_order).astype(order.dtype), factors, 0)
+        sums = {branch: jnp.tensordot(factors.astype(y.dtype), y, 1) for branch, y in series.items()}
+        return Answer(sums, None), memory
+
+    def due(index):
+        before, interval = (jnp.asarray(n).astype(index.dtype) for n in (disable_cache_before_step, cache_interval))
+        return (index < before) | ((index - before - 1) % jnp.maximum(interval, 1) == 0)
+
+    return Cache(first, later, due)
 
 
 def _every(interval: jax.Array | float) -> Callable[[jax.Array], jax.Array]:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import NamedTuple
 
 import diffusers
 import jax
@@ -11,6 +12,7 @@ import peers
 import pytest
 import tomesd
 import torch
+from diffusers.models.cache_utils import CacheMixin
 
 import flaxdiff
 from flaxdiff import caching, core, guidance
@@ -258,7 +260,7 @@ def test_first_block(scan, tmp_path):
     peer.save_pretrained(tmp_path)
     peer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
     spec, params = flaxdiff.FluxTransformer2DModel.from_pretrained(tmp_path, scan_layers=scan)
-    text, pooled, ids, x, far = normal(2, 5, 24), normal(2, 16), normal(6, 3), normal(2, 6, 16), normal(2, 6, 16)
+    text, pooled, ids, near, far = (normal(*shape) for shape in [(2, 5, 24), (2, 16), (6, 3), (2, 6, 16), (2, 6, 16)])
     there = functools.partial(torch.tensor)
 
     @jax.jit
@@ -268,7 +270,7 @@ def test_first_block(scan, tmp_path):
         return y, notes["skipped"][-1]
 
     memory, left_out = None, []
-    for x in (x, x + 0.001, x + 0.002, far, far + 0.001, x):
+    for x in (near, near + 0.001, near + 0.002, far, far + 0.001, near):
         with torch.no_grad(), peer.cache_context("one"):
             theirs = peer(*map(there, (x, text, pooled, np.full(2, 0.5, np.float32), ids)), torch.zeros(5, 3)).sample
         ours, new = run(memory, x)
@@ -276,6 +278,48 @@ def test_first_block(scan, tmp_path):
         left_out.append(memory is not None and bool((new[0] == memory[0]).all()))
         memory = new
     assert left_out == [False, True, True, False, True, False]
+
+
+class Layer(torch.nn.Module, CacheMixin):
+    """Something that hooks may be put on."""
+
+
+class Network(NamedTuple):
+    """One branch, as a cache asks it."""
+
+    y: jax.Array
+    index: jax.Array
+    branches = ("positive",)
+
+    def __call__(self):
+        return caching.Answer({"positive": self.y}, None), {}
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_taylor_seer(order):
+    """diffusers' hook around a layer, whose outputs are a curve that no series of these follows."""
+    curve = [np.sin(0.7 * i + np.arange(6.0, dtype=np.float32)).reshape(1, 6) for i in range(14)]
+    layer = Layer()
+    layer.proj_out = torch.nn.Identity()
+    config = diffusers.TaylorSeerCacheConfig(
+        cache_interval=3,
+        disable_cache_before_step=2,
+        max_order=order,
+        taylor_factors_dtype=torch.float32,
+        use_lite_mode=True,
+    )
+    layer.enable_cache(config)
+    cache = caching.taylor_seer(cache_interval=3, disable_cache_before_step=2, max_order=order)
+    kept = caching.blank(cache, Network(jnp.zeros((1, 6)), jnp.int32(0)))
+    run = jax.jit(lambda kept, y, i: caching.evaluate(cache, kept, Network(y, i)))
+    exact = []
+    for i, y in enumerate(curve):
+        with layer.cache_context("one"):
+            theirs = layer.proj_out(torch.tensor(y))
+        kept = run(kept, y, i)
+        np.testing.assert_allclose(kept[0].predictions["positive"], theirs, atol=1e-4)
+        exact.append(bool(np.allclose(theirs, y)))
+    assert exact == [i < 2 or i % 3 == 0 for i in range(14)]
 
 
 def test_first_block_of_a_pipeline():

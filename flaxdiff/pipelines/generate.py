@@ -345,7 +345,7 @@ class Program:
         if self.cache is None:
             answer, _ = network()
         else:
-            answer, _ = kept = evaluate(self.cache(**conditions.saving), kept, network, sampler.index)
+            answer, _ = kept = evaluate(self.cache(**conditions.saving), kept, network)
         at = at._replace(seen=answer.seen)
         predictions = of_sample(answer.predictions, sampler.sample)
         guess, memory = rule.combine(state.guidance, predictions["positive"], predictions, at)
@@ -394,6 +394,10 @@ class Evaluation(NamedTuple):
     def stacks(self) -> tuple[tuple[str, ...], ...]:
         """The names of the blocks that attend, stack by stack."""
         return blocks(dict(self.program.specs)[denoiser(self.program.specs)])
+
+    @property
+    def index(self) -> jax.Array:
+        return self.sampler.index
 
     @property
     def depths(self) -> tuple[int, ...]:
