@@ -221,7 +221,14 @@ def test_flux(count, tmp_path):
     processor = transformers.CLIPImageProcessorPil(size=32, crop_size=32)
     peer = diffusers.FluxPipeline(**parts, image_encoder=peers.image_encoder(), feature_extractor=processor)
     peer.set_progress_bar_config(disable=True)
-    peer.image_encoder.save_pretrained(tmp_path / "image_encoder")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    halves = dict(vision_config=peer.image_encoder.config.to_dict(), text_config=sizes | dict(vocab_size=99))
+    clip = transformers.CLIPModel(transformers.CLIPConfig(**halves, projection_dim=20))  # whole, as it is published
+    missing, _ = clip.load_state_dict(peer.image_encoder.state_dict(), strict=False)
+    assert not any(name.startswith("vi") for name in missing)
+    clip.save_pretrained(tmp_path / "clip")
+    seen = dict(image_encoder_pretrained_model_name_or_path=tmp_path / "clip")
     states = [flux_adapter(peer.transformer, seed) for seed in range(count)]
     for i, state in enumerate(states):
         theirs = {f"ip_adapter_proj_model.{k}": t for k, t in state["image_proj"].items()}
@@ -230,7 +237,7 @@ def test_flux(count, tmp_path):
             name = f"ip_adapter_double_stream_{part[3]}_proj.{kind}"
             theirs[f"double_blocks.{block}.processor.{name}"] = tensor
         save_file(theirs, tmp_path / f"adapter{i}.safetensors")
-        pipe, params = flaxdiff.load_ip_adapter(pipe, params, tmp_path / f"adapter{i}.safetensors")
+        pipe, params = flaxdiff.load_ip_adapter(pipe, params, tmp_path / f"adapter{i}.safetensors", **seen)
     options = dict(image_encoder_pretrained_model_name_or_path=None, low_cpu_mem_usage=False)
     peer.load_ip_adapter(states, [""] * count, **options)
     scale = [0.4, 0.9] if count == 1 else [0.7, 0.5]

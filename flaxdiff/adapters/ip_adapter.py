@@ -84,6 +84,7 @@ def load_ip_adapter(
     weight_name: str | None = None,
     subfolder: str = "",
     image_encoder_folder: str | None = "image_encoder",
+    image_encoder_pretrained_model_name_or_path: str | os.PathLike[str] | None = None,
     shortcut: bool = False,
     **download: Any,
 ) -> tuple[Any, dict[str, Params]]:
@@ -95,6 +96,7 @@ def load_ip_adapter(
       weight_name, subfolder: which file of a folder.
       image_encoder_folder: of the folder or repository (beside the file, or a path from its root); None to do without:
         then calls need `ip_adapter_image_embeds`. A pipeline that has an image encoder keeps it.
+      image_encoder_pretrained_model_name_or_path: another folder or repository that has it, or a whole CLIP.
       shortcut: for version 2 of FaceID Plus.
       **download: as of `hub.fetch`.
 
@@ -117,11 +119,15 @@ def load_ip_adapter(
     name = f"{KIND}_{count}" if count else KIND
     params[name] = reading.place(spec, tensors, abstract(spec, dtype), None, str(path))
     specs[name] = spec
-    if "image_encoder" not in specs and image_encoder_folder is not None and not spec.config.kind.startswith("face"):
-        folder = image_encoder_folder if "/" in image_encoder_folder else os.path.join(subfolder, image_encoder_folder)
-        root = path.parent if os.path.isfile(source) else source
-        found = CLIPVisionModelWithProjection.from_pretrained(root, subfolder=folder, dtype=dtype, **download)
-        specs["image_encoder"], params["image_encoder"] = found
+    if "image_encoder" not in specs and not spec.config.kind.startswith("face"):
+        where, folder = image_encoder_pretrained_model_name_or_path, image_encoder_folder
+        if where is None and folder is not None:
+            where = path.parent if os.path.isfile(source) else source
+            folder = folder if "/" in folder else os.path.join(subfolder, folder)
+            download = {**download, "subfolder": folder}
+        if where is not None:
+            found = CLIPVisionModelWithProjection.from_pretrained(where, dtype=dtype, **download)
+            specs["image_encoder"], params["image_encoder"] = found
     if updates:  # FaceID comes with a LoRA of the U-Net
         blocks = [
             f"{t.name}.transformer_blocks.{i}.attn{n}" for t in filed(config) for i in range(t.depth) for n in (1, 2)

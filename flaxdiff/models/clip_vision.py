@@ -7,14 +7,15 @@ Reference: Radford et al., Learning Transferable Visual Models From Natural Lang
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from flaxdiff import weights
-from flaxdiff.core import Config, Model, param
+from flaxdiff.core import Config, Model, Spec, param
 from flaxdiff.models.clip import CLIPEncoder
 from flaxdiff.nn.layers import Conv, Embedding, LayerNorm, Linear, normal, value
 from flaxdiff.nn.stack import states
@@ -97,7 +98,16 @@ class CLIPVisionModelWithProjection(Model):
 
     config_class = CLIPVisionConfig
     library, model_type = "transformers", "clip_vision_model"
-    ignored = r"vision_model\.embeddings\.position_ids"
+    ignored = r"(text|vision)_model\.embeddings\.position_ids|text_(model|projection)\..*|logit_scale"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Spec:
+        """The spec of a `config.json`, also of a whole CLIP, of which this is the half that sees."""
+        vision = config.get("vision_config")
+        if isinstance(vision, Mapping):
+            shared = {k: v for k, v in config.items() if k in ("projection_dim", "scan_layers", "attention", "remat")}
+            config = {**vision, **shared}
+        return super().from_config(config)
 
     def __init__(self, config: CLIPVisionConfig):
         self.vision_model = CLIPVisionTransformer(config)
