@@ -375,6 +375,8 @@ def test_bad_input():
         pipe.prepare_inputs(**SMALL | {"height": 18})
     with pytest.raises(ValueError, match="prompt_embeds and pooled_prompt_embeds go together"):
         pipe.prepare_inputs(prompt_embeds=normal(1, 5, 56))
+    flags = pipe.prepare_inputs(**SMALL, skip_guidance_layers=2)["guidance"]["skip_guidance_layers"]
+    assert flags[0].tolist() == [0, 0, 1, 0]
     with pytest.raises(ValueError, match=r"No layer of SD3Transformer2DModel has .*9.* in its name"):
         pipe.prepare_inputs(**SMALL, skip_guidance_layers=[9])
     blur = lambda guidance_scale=7.0, layers=flaxdiff.guidance.Layers(["1"]): flaxdiff.guidance.seg(1.0, layers)

@@ -220,7 +220,8 @@ def strengths(
         if value is None or value is inspect.Parameter.empty:
             continue
         if isinstance(parameter.default, Layers):
-            arrays |= {name: chosen(spec, value)} if len(value) else {}
+            layers = [value] if isinstance(value, str | int) else list(value)
+            arrays |= {name: chosen(spec, layers)} if layers else {}
             continue
         arrays[name] = np.asarray(value, np.float32)
         if isinstance(parameter.default, Each):

@@ -13,18 +13,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from flaxdiff import weights
 from flaxdiff.core import Config, Model
 from flaxdiff.nn.activations import ACTIVATIONS
-from flaxdiff.nn.joint import JointAttention, JointTransformerBlock, Tokens
+from flaxdiff.nn.joint import JointAttention, JointTransformerBlock, Residuals, Tokens
 from flaxdiff.nn.layers import Linear, value
 from flaxdiff.nn.modulation import AdaLayerNorm, CombinedTimestepTextProjEmbeddings
 from flaxdiff.nn.rope import Rope, rope
 from flaxdiff.nn.skipping import settled
-from flaxdiff.nn.stack import Blocks, depth, over, run, stack
+from flaxdiff.nn.stack import over, run, stack
 from flaxdiff.parallel import constrain
 
 
@@ -61,25 +60,6 @@ class Told(NamedTuple):
     double: Tokens  # to the text and to the picture
     single: jax.Array | None
     out: jax.Array | None
-
-
-class Residuals(NamedTuple):
-    """What is added to the picture's tokens behind the blocks: [K, B, N, D], and which of the K behind each block."""
-
-    added: jax.Array
-    which: np.ndarray
-
-    @classmethod
-    def spread(cls, added: jax.Array | None, blocks: Blocks, cycle: bool = False) -> "Residuals | None":
-        """Fewer of them than blocks: each serves several in a row, or with `cycle` they begin anew."""
-        if added is None:
-            return None
-        n, k = depth(blocks), len(added)
-        return cls(jnp.asarray(added), np.arange(n) % k if cycle else np.arange(n) // -(-n // k))
-
-    def behind(self, i: jax.Array, texts: int = 0) -> jax.Array:
-        """What is added behind block i, to so many tokens of a text nothing."""
-        return jnp.pad(self.added[i], ((0, 0), (texts, 0), (0, 0)))
 
 
 Seen = tuple[tuple[jax.Array, ...], ...]  # keys and values [B, T, D] of other pictures, and how much they count [B, 1]

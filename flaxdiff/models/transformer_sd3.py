@@ -17,9 +17,8 @@ from flax import nnx
 
 from flaxdiff import weights
 from flaxdiff.core import Config, Model, only
-from flaxdiff.models.flux_transformer_2d import Residuals
 from flaxdiff.nn.feed_forward import FeedForward
-from flaxdiff.nn.joint import JointAttention, JointTransformerBlock, Tokens
+from flaxdiff.nn.joint import JointAttention, JointTransformerBlock, Residuals, Tokens
 from flaxdiff.nn.layers import LayerNorm, Linear, value
 from flaxdiff.nn.modulation import AdaLayerNorm, CombinedTimestepTextProjEmbeddings, vary
 from flaxdiff.nn.patches import PatchEmbed, unpatched

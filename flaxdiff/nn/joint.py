@@ -1,13 +1,17 @@
 """Text and image tokens that attend to each other at eye level, each with weights of its own.
 
 Stable Diffusion 3, Flux and those after them have no attention to a text: its tokens and those of the picture make one
-sequence, text first, that attends to itself. `JointTransformerBlock` is the block that they share.
+sequence, text first, that attends to itself. `JointTransformerBlock` is the block that they share; behind it
+ControlNets may add to the picture's tokens.
 
 Reference: Esser et al., Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from flaxdiff.nn.attention import attention
@@ -15,9 +19,29 @@ from flaxdiff.nn.feed_forward import FeedForward
 from flaxdiff.nn.layers import LayerNorm, Linear, RMSNorm, value
 from flaxdiff.nn.modulation import AdaLayerNorm, vary
 from flaxdiff.nn.rope import Rope, normalised, rotate
+from flaxdiff.nn.stack import Blocks, depth
 from flaxdiff.parallel import constrain
 
 Tokens = tuple[jax.Array, jax.Array]  # of the text [B, M, D] and of the picture [B, N, D]
+
+
+class Residuals(NamedTuple):
+    """What is added to the picture's tokens behind the blocks: [K, B, N, D], and which of the K behind each block."""
+
+    added: jax.Array
+    which: np.ndarray
+
+    @classmethod
+    def spread(cls, added: jax.Array | None, blocks: Blocks, cycle: bool = False) -> "Residuals | None":
+        """Fewer of them than blocks: each serves several in a row, or with `cycle` they begin anew."""
+        if added is None:
+            return None
+        n, k = depth(blocks), len(added)
+        return cls(jnp.asarray(added), np.arange(n) % k if cycle else np.arange(n) // -(-n // k))
+
+    def behind(self, i: jax.Array, texts: int = 0) -> jax.Array:
+        """What is added behind block i, to so many tokens of a text nothing."""
+        return jnp.pad(self.added[i], ((0, 0), (texts, 0), (0, 0)))
 
 
 class JointAttention(nnx.Module):
