@@ -114,7 +114,9 @@ def test_sizes_of_training(side):
 
 
 def test_bad_input():
-    pipe = load()[0]
+    pipe, params, _ = load()
+    with pytest.raises(ValueError, match="by T5EncoderModel, and words are weighed for CLIP's text encoders alone"):
+        flaxdiff.encode_prompts(pipe, params, "a (red)1.5 dog")
     with pytest.raises(ValueError, match="prompt_embeds and prompt_attention_mask go together"):
         pipe.prepare_inputs(prompt_embeds=normal(1, 5, 16))
     with pytest.raises(ValueError, match="clean_caption=True is not offered; give prompts as they are to be read"):

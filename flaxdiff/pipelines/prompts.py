@@ -25,6 +25,7 @@ import numpy as np
 
 from flaxdiff import core
 from flaxdiff.core import Params
+from flaxdiff.models.clip import CLIPTextModel
 from flaxdiff.pipelines.text import texts
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def encode_prompts(
       `negative_pooled_prompt_embeds` [B, P] where a second text encoder has them.
 
     Raises:
-      ValueError: prompts that do not parse.
+      ValueError: prompts that do not parse, or a text encoder that is not CLIP's.
 
     >>> import flaxdiff, jax
     >>> pipe, params = flaxdiff.load()
@@ -173,6 +174,13 @@ def encode_prompts(
     >>> embeds["prompt_embeds"].shape == embeds["negative_prompt_embeds"].shape
     True
     """
+    for name, _ in pipe.tokenizers:
+        network = dict(pipe.specs)[name.replace("tokenizer", "text_encoder")].module
+        if not issubclass(network, CLIPTextModel):
+            raise ValueError(
+                f"{type(pipe).__name__} reads prompts by {network.__name__}, and words are weighed for CLIP's text "
+                "encoders alone; give the prompt itself."
+            )
     encoders = [_Encoder(pipe, params, i) for i in range(len(pipe.tokenizers))]
     pairs = [("", texts(prompt)), ("negative_", texts(negative_prompt))]
     parsed = {prefix: [parse(text) for text in many] for prefix, many in pairs}
