@@ -226,13 +226,14 @@ def test_tasks(case, monkeypatch):
 
 
 LED = {
-    "one": ([{}], dict(control_guidance_end=0.5, controlnet_conditioning_scale=0.7)),
     "two, one of them after the first step": (
         [{}, {"seed": 1}],
         dict(control_guidance_start=[0.0, 0.3], controlnet_conditioning_scale=[0.7, 0.4]),
     ),
-    "told of the text as a whole": ([dict(force_zeros_for_pooled_projection=False)], {}),
-    "without a text": ([NETS["without a text"] | dict(force_zeros_for_pooled_projection=False)], {}),
+    "without a text, up to the second step": (
+        [NETS["without a text"] | dict(force_zeros_for_pooled_projection=False)],
+        dict(control_guidance_end=0.7),
+    ),
 }
 
 

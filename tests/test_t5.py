@@ -86,9 +86,9 @@ def sentencepiece(vocab, charsmap=b"") -> bytes:
 def test_tokenizer(name, folder):
     options = dict(padding="max_length", max_length=12, truncation=True)
     theirs = peers.t5_tokenizer()(TEXTS, **options)["input_ids"]
-    with pytest.warns(UserWarning, match="longer than 12 tokens; its end is not read: ….*a a") as said:
+    with pytest.warns(UserWarning, match="longer than 12 tokens; its end is not read: …") as said:
         assert np.array_equal(text.Tokenizer(str(folder), name)(TEXTS, 12), theirs)
-    assert len(said) == 2
+    assert [str(warning.message)[-4:] for warning in said] == [" ed'", " a '"]
 
 
 @pytest.mark.filterwarnings("ignore:The prompt is longer")
