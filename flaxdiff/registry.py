@@ -73,6 +73,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.pipelines.ldm3d": ("LDM3DPipelineOutput",),
         "flaxdiff.pipelines.unidiffuser": ("ImageTextPipelineOutput",),
         "flaxdiff.pipelines.mixins": (
+            "AmusedLoraLoaderMixin",
             "FromSingleFileMixin",
             "IPAdapterMixin",
             "LoraBaseMixin",

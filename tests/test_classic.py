@@ -8,6 +8,7 @@ import diffusers
 import jax
 import numpy as np
 import peers
+import peft
 import pytest
 import torch
 import transformers
@@ -161,6 +162,24 @@ def test_uvit_2d(options, scan, tmp_path):
         theirs = peer(*map(torch.tensor, (ids, text, pooled, told)))
     ours = flaxdiff.apply(spec, params, ids, text, pooled, told)
     assert peers.relative(ours, peers.nhwc(theirs), of="UVit2DModel") < 1e-5
+
+
+def test_lora_of_amused(tmp_path):
+    """What PEFT trains in the transformer, as diffusers saves it."""
+    peer = uvit()
+    peer.save_pretrained(tmp_path / "plain")
+    spec, params = flaxdiff.UVit2DModel.from_pretrained(tmp_path / "plain")
+    targets = ["to_q", "to_out.0", "ff.net.2", "conv1.channelwise_linear_1"]
+    peer.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False))
+    layers = {k: v.contiguous() for k, v in peft.utils.get_peft_model_state_dict(peer).items()}
+    diffusers.loaders.AmusedLoraLoaderMixin.save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
+    on = flaxdiff.load_lora({"transformer": spec}, {"transformer": params}, tmp_path / "lora")["transformer"]
+    ids, text, pooled = rng.integers(0, 32, (2, 6, 8), np.int32), normal(2, 5, 16), normal(2, 24)
+    told = np.float32([[512, 256, 0, 3, 6], [64, 64, 1, 0, 5]])
+    with torch.no_grad():
+        theirs = peers.nhwc(peer(*map(torch.tensor, (ids, text, pooled, told))))
+    ask = lambda params: flaxdiff.apply(spec, params, ids, text, pooled, told)
+    assert peers.relative(ask(on), theirs) < 1e-4 < peers.relative(ask(params), theirs)
 
 
 def amused(name="AmusedPipeline"):

@@ -106,6 +106,19 @@ def test_strengths_may_differ_by_image():
     assert peers.relative(both[1], guess(chain(cfg(4.0), rescale(0.5)))[1]) < 1e-6
 
 
+def test_a_sweep_of_scales():
+    """Strengths are values: `vmap` goes over them in one program, which is that of any of them."""
+    pipe, params = load(peers.stable_diffusion_1, "StableDiffusionPipeline")
+    inputs = pipe.prepare_inputs(prompt="a cat", num_inference_steps=2, height=16, width=16, guidance_scale=2.0)
+    scaled = lambda scale: {**inputs, "guidance": {**inputs["guidance"], "guidance_scale": scale}}
+    scales = jnp.float32([1.5, 3.0, 7.5])
+    sweep = jax.jit(jax.vmap(lambda scale: pipe.generate(params, KEY, scaled(scale))))(scales)
+    one = jax.jit(lambda scale: pipe.generate(params, KEY, scaled(scale)))
+    for image, scale in zip(sweep, scales):
+        np.testing.assert_allclose(image, one(scale), atol=5e-6)
+    assert one._cache_size() == 1 and np.abs(sweep[0] - sweep[2]).max() > 1e-3
+
+
 def test_a_rule_may_remember():
     """The state goes from step to step through a chain."""
     count = Guidance(lambda n, g, p, at: (g + n.astype(g.dtype), n + 1), lambda x: jnp.int32(0))

@@ -54,6 +54,10 @@ class StableDiffusionXLLoraLoaderMixin(StableDiffusionLoraLoaderMixin):
     """LoRAs of the U-Net and both text encoders."""
 
 
+class AmusedLoraLoaderMixin(StableDiffusionLoraLoaderMixin):
+    """LoRAs of the transformer and the text encoder."""
+
+
 class SD3LoraLoaderMixin(LoraBaseMixin):
     """LoRAs of the transformer and the text encoders."""
 
