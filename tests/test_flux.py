@@ -5,6 +5,7 @@ import functools
 import sys
 
 import diffusers
+import gguf
 import jax
 import numpy as np
 import peers
@@ -379,6 +380,14 @@ def test_single_file(tmp_path):
         made, params = flaxdiff.FluxTransformer2DModel.from_single_file(path, axes_dims_rope=(4, 4, 4))
         assert made.replace(out_channels=None) == spec
         assert all((params[name] == wanted[name]).all() for name in wanted)
+
+    writer = gguf.GGUFWriter(tmp_path / "flux.gguf", "flux")
+    for name, value in state.items():
+        writer.add_tensor(name, value.contiguous().numpy())
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+    writer.close()
+    _, params = flaxdiff.FluxTransformer2DModel.from_single_file(tmp_path / "flux.gguf", axes_dims_rope=(4, 4, 4))
+    assert all((params[name] == wanted[name]).all() for name in wanted)
 
 
 def far(spec, params, peer, channels=16):

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from flaxdiff.checkpoint import convert, hub, pickles, safetensors
+from flaxdiff.checkpoint import convert, files, hub
 from flaxdiff.core import Params, layout
 
 NAMES = ("pytorch_custom_diffusion_weights.safetensors", "pytorch_custom_diffusion_weights.bin")
@@ -40,7 +40,7 @@ def load_custom_diffusion(
       ValueError: it holds other things, or weights of other shapes.
     """
     path = hub.locate(source, NAMES if weight_name is None else (weight_name,), **download)
-    tensors = safetensors.read(path) if path.suffix == ".safetensors" else pickles.read(path)
+    tensors = files.open_alone(path)
     rename = lambda key: re.sub(r"\.processor\.(to_\w+?)_custom_diffusion\.", r".\1.", key)
     found = {rename(key): tensor for key, tensor in tensors.items()}
     own, fits = dict(params["unet"]), set()

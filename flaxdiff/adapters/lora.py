@@ -20,7 +20,7 @@ import numpy as np
 
 from flaxdiff import weights
 from flaxdiff.adapters import formats
-from flaxdiff.checkpoint import convert, files, hub, original, pickles, safetensors
+from flaxdiff.checkpoint import convert, files, hub, original, safetensors
 from flaxdiff.checkpoint.tensors import Tensors
 from flaxdiff.core import Leaf, Params, Spec, layout
 from flaxdiff.weights import LoRA
@@ -95,7 +95,7 @@ def read_lora(
       ValueError: keys without a place, or of another shape (a LoRA for another model), all listed; or a damaged file.
     """
     path = hub.locate(source, NAMES if weight_name is None else (weight_name,), "adapter_config.json", **download)
-    tensors = safetensors.read(path) if path.suffix == ".safetensors" else pickles.read(path)
+    tensors = files.open_alone(path)
     adapter, report = assemble(dict(getattr(pipe, "specs", pipe)), tensors, formats.configured(path), str(path))
     if not strict:
         return adapter, report

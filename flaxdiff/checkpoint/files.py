@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flaxdiff.checkpoint import msgpack, pickles, safetensors
+from flaxdiff.checkpoint import gguf, msgpack, pickles, safetensors
 from flaxdiff.checkpoint.tensors import Tensor, damaged
 
 CONFIG, PIPELINE = "config.json", "model_index.json"
@@ -90,6 +90,11 @@ def patterns(library: str, format: str, variant: str | None = None) -> list[str]
     part = "-?????-of-?????"
     weights = [f"{stem}{v}.{format}", f"{stem}{v}{part}.{format}", f"{stem}{part}{v}.{format}"]
     return sorted({*weights, f"{stem}{v}.{format}.index.json", f"{stem}.{format}.index{v}.json"})
+
+
+def open_alone(path: Path) -> dict[str, Tensor]:
+    """What a weight file that stands for itself holds, by its ending; no number is read yet. Raises as its reader."""
+    return {".safetensors": safetensors.read, ".gguf": gguf.read}.get(path.suffix, pickles.read)(path)
 
 
 def open_weights(path: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flaxdiff import registry
-from flaxdiff.checkpoint import convert, files, hub, original, pickles, pipelines, reading, safetensors
+from flaxdiff.checkpoint import convert, files, hub, original, pipelines, reading
 from flaxdiff.checkpoint.tensors import Tensors
 from flaxdiff.core import Model, Params, Spec, layout
 
@@ -300,8 +300,10 @@ def open_file(path: Path) -> tuple[dict[str, Part], Kind | None]:
       ValueError: it is damaged, or holds no network that is known.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}; give a .safetensors or .ckpt (folders: from_pretrained).")
-    tensors = safetensors.read(path) if path.suffix == ".safetensors" else pickles.read(path)
+        raise FileNotFoundError(
+            f"There is no file {path}; give a .safetensors, .gguf or .ckpt; folders: from_pretrained."
+        )
+    tensors = files.open_alone(path)
     found, prefixes = {}, set()
     for prefix, component, class_name in PREFIXES:
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
