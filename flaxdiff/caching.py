@@ -93,6 +93,8 @@ def deep_cache(cache_interval: jax.Array | float = 3) -> Cache:
 
     def first(memory, network):
         answer, notes = network(notes=["up"])
+        if not notes["up"]:
+            raise ValueError("deep_cache is for U-Nets; use first_block for a transformer.")
         return answer, notes["up"][-1]
 
     return Cache(first, lambda deep, network: (network(deep=deep)[0], deep), _every(cache_interval))
@@ -124,6 +126,8 @@ def tgate(gate_step: jax.Array | float = 10) -> Cache:
 
     def first(memory, network):
         answer, notes = network(notes=["cross"])
+        if not network.depths or len(notes["cross"]) != sum(network.depths):
+            raise ValueError("tgate is for networks whose blocks attend to a text apart; use first_block.")
         of_images = lambda a: a.reshape(-1, len(network.branches), *a.shape[1:]).mean(1)
         outputs = iter([of_images(a) for a in notes["cross"]])
         return answer, tuple(Given(jnp.stack([next(outputs) for _ in range(n)], 1)) for n in network.depths)

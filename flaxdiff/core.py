@@ -93,6 +93,9 @@ def only(default: Any, *others: Any) -> Any:
     return dataclasses.field(default=default, metadata={"only": (default, *others)})
 
 
+PACKING = "quantization_config"  # the key that says how numbers lie in the file, which says so itself
+
+
 class Model(nnx.Module):
     """The base of every network: how a `config.json` becomes a `Spec`, and back."""
 
@@ -123,7 +126,7 @@ class Model(nnx.Module):
         known = {k: frozen(v) for k, v in config.items() if k in fields}
         if cls.library == "diffusers":  # transformers writes dozens of generic keys that no network reads
             for key, value in config.items():
-                if key not in fields and not key.startswith("_") and value not in (None, False, [], {}):
+                if key not in (*fields, PACKING) and not key.startswith("_") and value not in (None, False, [], {}):
                     near = difflib.get_close_matches(key, fields, 3)
                     hint = (
                         f"did you mean {' or '.join(near)}?"

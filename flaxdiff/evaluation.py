@@ -75,8 +75,9 @@ def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
     """
     x, y = _features(x, y, 2)
     a, b = ((f - f.mean(0)) / np.sqrt(len(f) - 1) for f in (x, y))
+    a, b = (np.linalg.qr(f, "r") if len(f) > f.shape[1] else f for f in (a, b))  # aᵀa stays what it is
     # tr (Σ_x Σ_y)^½ sums the roots of the eigenvalues of aᵀa bᵀb, which are the singular values of a bᵀ: no more than
-    # there are pictures, and exact where the covariances have no inverse.
+    # there are pictures or channels, and exact where the covariances have no inverse.
     together = np.linalg.svd(a @ b.T, compute_uv=False).sum()
     spread = np.square(a).sum() + np.square(b).sum() - 2 * together
     return float(np.square(x.mean(0) - y.mean(0)).sum() + max(spread, 0))
@@ -208,6 +209,8 @@ def evaluate(
     Traceback (most recent call last):
     ValueError: 1 pictures and 2 prompts; give one for each.
     """
+    if not len(pictures):
+        raise ValueError("There are no pictures; give some.")
     for name, given in {"prompts": prompts, "pictures before": before, "prompts before": before_prompts}.items():
         if given is not None and len(given) != len(pictures):
             raise ValueError(f"{len(pictures)} pictures and {len(given)} {name}; give one for each.")

@@ -35,7 +35,8 @@ def test_blocks(number):
 def write(path, tensors, **data):
     """A file with arrays, or blocks [rows, bytes] of a kind."""
     writer = gguf.GGUFWriter(path, "flux")
-    writer.add_array("list", [1, 2, 3])
+    writer.add_array("list", list(range(20)))
+    writer.add_array("comfy.gguf.orig_shape.Q8_0", [4, 3, 4, 4])
     for key, value in data.items():
         writer.add_uint32(key, value)
     for name, (array, number) in tensors.items():
@@ -51,10 +52,11 @@ def test_file(tmp_path):
     write(tmp_path / "a.gguf", {"plain": (plain, None), "halves": (halves, None), **packed})
     found = ours.read(tmp_path / "a.gguf")
     assert found["plain"].shape == (3, 5) and found["Q4_K"].shape == (2, 768)
+    assert found["Q8_0"].shape == (4, 3, 4, 4)
     expected = {name: gguf.quants.dequantize(made, TYPES[n]) for name, (made, n) in packed.items()}
     for name, array in {"plain": plain, "halves": halves, **expected}.items():
         with found[name].view() as numbers:
-            np.testing.assert_allclose(numbers, array, rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(numbers.reshape(array.shape), array, rtol=1e-6, atol=1e-6)
     part = found["Q4_K"].file.array(4 * 300, 4 * 20).view(np.float32)
     np.testing.assert_allclose(part, expected["Q4_K"].ravel()[300:320], rtol=1e-6, atol=1e-6)
 

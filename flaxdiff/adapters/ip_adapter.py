@@ -303,6 +303,8 @@ def by_layer(config: Any, scale: Any) -> np.ndarray:
         return np.asarray(scale, np.float32)
     if not isinstance(scale, Mapping):
         return np.full(len(found), scale, np.float32)
+    if isinstance(config, FluxConfig):
+        raise ValueError("Flux has no down, mid and up; give one number, or a list with one for each block.")
     scales: dict[str, float] = {}
     for way in ("down", "up"):
         blocks: dict[str, list[str]] = {}

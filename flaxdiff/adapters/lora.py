@@ -299,7 +299,7 @@ def _weight(weight: Weight, component: str, name: str) -> Weight:
 
 
 # layers that see steps before images
-TIMES = r"(time_emb_proj|time_embedding|add_embedding|time_text_embed|norm\w*\.linear)\b"
+TIMES = r"(time_emb_proj|time_embedding|add_embedding|time_text_embed|adaln_single|norm\w*\.linear)\b"
 
 
 def _weighed(lora: LoRA, weight: Weight, name: str) -> LoRA:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flaxdiff.checkpoint import gguf, msgpack, pickles, safetensors
+from flaxdiff.checkpoint.bitsandbytes import unpacked
 from flaxdiff.checkpoint.tensors import Tensor, damaged
 
 CONFIG, PIPELINE = "config.json", "model_index.json"
@@ -94,7 +95,7 @@ def patterns(library: str, format: str, variant: str | None = None) -> list[str]
 
 def open_alone(path: Path) -> dict[str, Tensor]:
     """What a weight file that stands for itself holds, by its ending; no number is read yet. Raises as its reader."""
-    return {".safetensors": safetensors.read, ".gguf": gguf.read}.get(path.suffix, pickles.read)(path)
+    return unpacked({".safetensors": safetensors.read, ".gguf": gguf.read}.get(path.suffix, pickles.read)(path))
 
 
 def open_weights(path: Path) -> dict[str, Tensor]:
@@ -107,7 +108,7 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     weights = parse(path.name)
     read = READERS[weights.format]
     if weights.role != "index":
-        return read(path)
+        return unpacked(read(path))
     index = read_json(path).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(shard, str) for shard in index.values()):
         raise damaged(path, "its weight_map does not say which file holds which tensor")
@@ -128,7 +129,7 @@ def open_weights(path: Path) -> dict[str, Tensor]:
         tensors |= there
     if missing := [name for name in index if name not in tensors]:
         raise damaged(path, f"{len(missing)} tensors are in none of the shards, e.g. {missing[:3]}")
-    return tensors
+    return unpacked(tensors)
 
 
 def read_json(path: Path) -> dict[str, Any]:

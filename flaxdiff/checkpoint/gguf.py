@@ -20,6 +20,7 @@ from flaxdiff.checkpoint.tensors import Mapped, Tensor, damaged
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT = "general.alignment"  # the key of a metadatum, by default 32
+SHAPE = "comfy.gguf.orig_shape."  # and the name of a tensor whose rows were cut up to be packed: the shape it had
 MOST = 1 << 20  # entries of any list, and bytes of a name
 
 
@@ -190,14 +191,16 @@ class _Walk:
         return self.take(self.count()).decode(errors="replace")
 
     def value(self, sort: int, nested: bool = False) -> Any:
-        """A metadatum of a sort; what lists hold is passed over."""
+        """A metadatum of a sort; what long lists hold is passed over."""
         if sort == TEXT:
             return self.text()
         if sort == LIST and not nested:
             of, n = self.number("I"), self.count()
-            for _ in range(n):
-                self.value(of, nested=True)
-            return None
+            if of in NUMBERS and n > 8:
+                self.take(n * struct.calcsize(NUMBERS[of]))
+                return ()
+            held = [self.value(of, nested=True) for _ in range(n)]
+            return tuple(held[:8])
         if sort not in NUMBERS:
             raise damaged(self.file.path, f"it has metadata of the unknown sort {sort}")
         return self.number(NUMBERS[sort])
@@ -230,9 +233,11 @@ def read(path: Path) -> dict[str, Tensor]:
     start, found = -(-walk.at // alignment) * alignment, {}
     for name, shape, kind, offset in described:
         blocks = math.prod(shape) // kind.count
-        if shape and shape[-1] % kind.count or start + offset + blocks * kind.size > file.size or name in found:
+        if (shape[-1] if shape else 1) % kind.count or start + offset + blocks * kind.size > file.size or name in found:
             raise damaged(path, f"{name!r} of shape {shape}, {kind.name} at {offset:,}, does not fit")
-        packed = Packed(file, start + offset, kind)
+        packed, was = Packed(file, start + offset, kind), said.get(SHAPE + name)
+        if isinstance(was, tuple) and all(isinstance(n, int) and n > 0 for n in was):
+            shape = was if math.prod(was) == math.prod(shape) else shape
         found[name] = Tensor(packed, 0, 4 * math.prod(shape), np.dtype(np.float32), shape)
     return found
 

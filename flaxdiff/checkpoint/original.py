@@ -209,7 +209,7 @@ def rows(name: str, count: int) -> np.ndarray | None:
     if ending in (None, ".T"):
         return None
     parts = int(parts or 2)
-    if count % parts:
+    if not count or count % parts:
         raise ValueError(f"{whole(name)} has {count} rows, which are no {parts} equal parts.")
     if first is None:
         return np.roll(np.arange(count), count // 2)

@@ -188,7 +188,8 @@ def _autoencoder(shapes: Shapes, kind: Kind | None) -> dict[str, Any]:
 
 
 def _sd3(shapes: Shapes, kind: Kind | None) -> dict[str, Any]:
-    layers, width = _blocks(shapes, "joint_blocks"), shapes["x_embedder.proj.weight"][0]
+    layers = _count(shapes, "joint_blocks.{}.x_block.attn.qkv.weight")
+    width = shapes["x_embedder.proj.weight"][0]
     head = shapes.get("joint_blocks.0.x_block.attn.ln_q.weight", (64,))[0]
     words, pooled = shapes["context_embedder.weight"], shapes["y_embedder.mlp.0.weight"][1]
     return {
@@ -339,7 +340,7 @@ def spec_of(part: Part, kind: Kind | None, config: Mapping[str, Any] | None, ove
     if config is None:
         try:
             config = CONFIGS[part.class_name]({n: t.shape for n, t in part.tensors.items()}, kind)
-        except (KeyError, StopIteration, IndexError, ValueError) as missing:
+        except (KeyError, StopIteration, IndexError, ValueError, ZeroDivisionError) as missing:
             raise ValueError(
                 f"The configuration of {part.class_name} does not follow from the names in the file (looked for "
                 f"{missing}); give config=, a folder or repository of the same model in diffusers' layout."
@@ -481,5 +482,6 @@ def load_pipeline(
 
 def _check_class(cls: type["DiffusionPipeline"], kind: Kind, path: Path) -> None:
     """Whether the file is for such a pipeline: the families tell themselves by name. Raises ValueError."""
-    if hasattr(cls, "family") and any((kin in cls.__name__) != (kin in kind.pipeline) for kin in ("XL", "Diffusion3")):
+    other = any((kin in cls.__name__) != (kin in kind.pipeline) for kin in ("XL", "Diffusion3"))
+    if hasattr(cls, "family") and (other or not re.search(cls.family.loop, kind.denoiser)):
         raise ValueError(f"{path} is for {kind.pipeline} and its kin, not for {cls.__name__}.")

@@ -70,7 +70,7 @@ class Tensor:
       crc: the CRC-32 that the bytes should have, where the file records one.
     """
 
-    file: "Mapped | Held"
+    file: "Mapped | Held"  # or what unpacks numbers when they are read
     offset: int
     nbytes: int
     dtype: np.dtype

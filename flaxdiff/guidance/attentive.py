@@ -73,12 +73,12 @@ def excite(
         def refine(carry):
             x, losses, count = carry
             down, new = slope(x)
-            return jnp.where(per_image(losses > most, x), x - size * down, x), new, count + 1
+            return jnp.where(per_image(losses > most, x), x - per_image(size, x) * down, x), new, count + 1
 
         def move(x: jax.Array) -> jax.Array:
             start = x, neglect(x)[1], 0
             x, *_ = jax.lax.while_loop(lambda c: (c[1] > most).any() & (c[2] < 20), refine, start)
-            return jnp.where(i < jnp.asarray(max_iter_to_alter), x - size * slope(x)[0], x)
+            return jnp.where(i < jnp.asarray(max_iter_to_alter), x - per_image(size, x) * slope(x)[0], x)
 
         at_all = due.any() | (i < jnp.asarray(max_iter_to_alter))
         return jax.lax.cond(at_all, move, lambda x: x, x)

@@ -44,7 +44,7 @@ def seg(scale: jax.Array | float, layers: Flags, sigma: jax.Array | float = jnp.
     Reference: Hong, Smoothed Energy Guidance: Guiding Diffusion Models with Reduced Energy Curvature of Attention,
     2024.
     """
-    widths = tuple(jnp.where(flags > 0, sigma, 0.0) for flags in layers)
+    widths = tuple(jnp.where(flags > 0, jnp.asarray(sigma)[..., None], 0.0) for flags in layers)
     return _away("seg", "blur", widths, lambda at: scale)
 
 
@@ -109,7 +109,7 @@ def _away(name: str, kind: str, layers: Flags, strength: Callable[[At], jax.Arra
 
     def branches(so_far: Branches) -> Branches:
         batch = len(jax.tree.leaves(so_far["positive"])[0])
-        flags = tuple(jnp.broadcast_to(of_stack, (batch, len(of_stack))) for of_stack in layers)
+        flags = tuple(jnp.broadcast_to(of_stack, (batch, of_stack.shape[-1])) for of_stack in layers)
         return {**so_far, name: {**so_far["positive"], "perturb": {kind: flags}}}
 
     def combine(state, guess, predictions: Predictions, at: At):

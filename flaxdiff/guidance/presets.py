@@ -7,7 +7,7 @@ from flaxdiff.guidance.attentive import excite, sag
 from flaxdiff.guidance.concepts import ledits, safe, sega
 from flaxdiff.guidance.free import cfg, rescale, text_and_image, together
 from flaxdiff.guidance.perturbed import pag, slg
-from flaxdiff.guidance.rules import Each, Flags, Guidance, Layers, chain
+from flaxdiff.guidance.rules import Each, Flags, Guidance, Layers, chain, per_image
 
 Strength = jax.Array | float
 
@@ -60,6 +60,7 @@ def layer_skipping(
             return guess, state
         i, n = (count.astype(jnp.float32) for count in (at.sampler.index, at.sampler.plan.steps))
         on = (i > n * skip_layer_guidance_start) & (i < n * skip_layer_guidance_stop)
+        on = per_image(on, guess).astype(bool)
         return jnp.where(on, away.combine(state, guess, predictions, at)[0], guess), state
 
     branches = lambda so_far: away.branches(so_far) if len(skip_guidance_layers) and "negative" in so_far else so_far

@@ -114,6 +114,8 @@ def chain(*rules: Guidance) -> Guidance:
 def interval(start: jax.Array | float, stop: jax.Array | float, *rules: Guidance) -> Guidance:
     """Rules that hold from one share of the run to another, and leave the guess alone before and after.
 
+    What a rule tells the network, as `reference` does, it is told throughout.
+
     >>> from flaxdiff.guidance import cfg
     >>> interval(0.2, 0.8, cfg(7.5)).init(None)
     ((),)

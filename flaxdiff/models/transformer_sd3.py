@@ -197,10 +197,8 @@ class SD3Transformer2DModel(SD3Blocks):
         b, height, width, _ = hidden_states.shape
         if not isinstance(timestep, Told):
             timestep = self.times(jnp.broadcast_to(timestep, (b,)), pooled_projections)
-        if "blur" in (perturb or {}):
-            raise ValueError(
-                f"{type(self).__name__} does not blur queries, for the text has no rows; use another rule."
-            )
+        if unknown := sorted(set(perturb or {}) - {"identity", "skip"}):
+            raise ValueError(f"{type(self).__name__} knows no hindrance of its blocks by {unknown}; use another rule.")
         image = constrain(self.tokens(hidden_states), "batch", "context")
         x = self.context_embedder(encoder_hidden_states.astype(self.dtype)), image
 

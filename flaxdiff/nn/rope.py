@@ -91,7 +91,7 @@ def turns(
 
     Args:
       places: where each token stands, [N] or [B, N]; or along three axes, [3, B, N].
-      omega: as of `frequencies`, [D / 2] or fewer.
+      omega: as of `frequencies`, [D / 2]; fewer, where neighbours make the pairs.
       width: channels of a head, D.
       halves: as of `rotate`.
       sections: how many pairs of channels each axis has.
@@ -101,6 +101,8 @@ def turns(
     >>> cos.shape, sin[0].max(), cos[:, 4:].min()
     ((5, 6), Array(0., dtype=float32), Array(1., dtype=float32))
     """
+    if halves and 2 * len(omega) != width:
+        raise ValueError(f"Heads of {width} channels turn by halves as a whole, not {2 * len(omega)} of them.")
     places = jnp.asarray(places, jnp.float32)
     if places.ndim == 3:
         axes = np.repeat(np.arange(len(sections)) % 3, sections)

@@ -30,21 +30,32 @@ class Skip:
         self.out: jax.Array | None = None  # the decision, once the first block has run
         self.before = self.first = None  # the picture's tokens before and behind that
 
-    def run(self, one: Callable[[Any, Any], Any], x: Any, steps: Any) -> Any:
-        """x through a row of blocks, which `steps` has stacked, each by `one(x, step)`."""
+    def listed(self, one: Callable[[Any, Any], Any], x: Any, steps: list) -> Any:
+        """x through a row of blocks, each by `one(x, step)`."""
+        for step in steps:
+            x = self.lead(one, x, step) if self.out is None else self.unless(self.out, one, x, step)
+        return x
+
+    def stacked(self, one: Callable[[Any, Any], Any], x: Any, steps: Any) -> Any:
+        """The same, where `steps` has them stacked."""
         ran = jnp.zeros(jax.tree.leaves(steps)[0].shape[0], bool)
         if (
             self.out is None
         ):  # the scan passes over the first block, so that the others need not be cut out of the stack
-            ran, before = ran.at[0].set(True), x
-            x = one(x, jax.tree.map(lambda a: a[0], steps))
-            self.before, self.first = picture(before), picture(x)
-            self.out = self.similar(self.first - self.before)
+            ran, x = ran.at[0].set(True), self.lead(one, x, jax.tree.map(lambda a: a[0], steps))
+        gated = lambda x, at: (self.unless(at[0] | self.out, one, x, at[1]), None)
+        return jax.lax.scan(gated, x, (ran, steps))[0]
 
-        def unless(x: Any, at: tuple[jax.Array, Any]) -> tuple[Any, None]:
-            return jax.lax.cond(at[0] | self.out, lambda x, step: x, one, x, at[1]), None
+    def lead(self, one: Callable[[Any, Any], Any], x: Any, step: Any) -> Any:
+        """x through the first block, and the decision."""
+        after = one(x, step)
+        self.before, self.first = picture(x), picture(after)
+        self.out = self.similar(self.first - self.before)
+        return after
 
-        return jax.lax.scan(unless, x, (ran, steps))[0]
+    def unless(self, out: jax.Array, one: Callable[[Any, Any], Any], x: Any, step: Any) -> Any:
+        """x through a block that may be left out."""
+        return jax.lax.cond(out, lambda x, step: x, one, x, step)
 
     def similar(self, added: jax.Array) -> jax.Array:
         """Whether the first block adds what it added."""

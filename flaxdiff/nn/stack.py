@@ -80,9 +80,13 @@ def run(blocks: Blocks, x: jax.Array, each: Any, *args: Any) -> jax.Array:
     """x through every block: x ← block(x, each[i], *args), where the arrays of `each` have an entry a block."""
     one = remat(lambda block, x, extra: block(x, extra, *args))
     if (skip := skipping.get()) is not None:
+        if watched.get() is not None:
+            raise ValueError("first_block leaves out blocks that a rule of guidance watches; use one of them.")
+        step = lambda x, of: one(of[0], x, of[1])
         if isinstance(blocks, nnx.List | list):
-            blocks = jax.tree.map(lambda *a: jnp.stack(a), *blocks)
-        return skip.run(lambda x, step: one(step[0], x, step[1]), x, (blocks, each))
+            nth = lambda i: jax.tree.map(lambda a: a[i], each)
+            return skip.listed(step, x, [(block, nth(i)) for i, block in enumerate(blocks)])
+        return skip.stacked(step, x, (blocks, each))
     spied = watched.get() is not None or "cross" in (
         noted.get() or ()
     )  # what is seen of a block may not stay in a scan

@@ -40,6 +40,8 @@ def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
             value, shift = value | (byte & 127) << shift, shift + 7
             if byte < 128:
                 return value
+            if shift >= 70:
+                raise ValueError("a number has more than ten bytes")
 
     while at < len(message):
         number, kind = divmod(varint(), 8)
@@ -78,6 +80,8 @@ def t5_tokenizer(folder: Path) -> Any:
     said = files.read_json(path) if path.is_file() else {}
     vocab, charsmap = read(folder / "spiece.model")
     extra = said.get("extra_ids", 100)  # tokens without a meaning, the last first
+    if not isinstance(extra, int) or not 0 <= extra <= 1000:
+        raise damaged(path, f"its extra_ids is {extra!r}, not a number up to 1000")
     vocab = vocab + [(f"<extra_id_{i}>", 0.0) for i in reversed(range(extra))]
     names = "model_max_length", "eos_token", "unk_token", "pad_token"
     kept = {name: said[name] for name in names if isinstance(said.get(name), int | str)}
