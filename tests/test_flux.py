@@ -510,6 +510,15 @@ def test_siglip_of_before(tmp_path):
     assert peers.relative(flaxdiff.apply(spec, params, pixels).last_hidden_state, theirs, of="SiglipVisionModel") < 1e-4
 
 
+def test_a_strength_for_each_image():
+    """What the network is told of guidance counts images, not prompts."""
+    pipe, _, _ = load("FluxPipeline")
+    told = pipe.prepare_inputs(prompt="a", num_images_per_prompt=2, guidance_scale=[3.5, 5.0])
+    assert told["timestep_cond"].tolist() == [3.5, 5.0] and len(told["index"]) == 2
+    told = pipe.prepare_inputs(prompt=["a", "b"], num_images_per_prompt=2, guidance_scale=[1, 2, 3, 4])
+    assert told["timestep_cond"].tolist() == [1, 2, 3, 4]
+
+
 def test_redux(tmp_path):
     """Two pictures and a text each; what it gives is what Flux takes, and PyTorch reads what is saved."""
     peer = redux()

@@ -106,6 +106,12 @@ def test_strengths_may_differ_by_image():
     assert peers.relative(both[1], guess(chain(cfg(4.0), rescale(0.5)))[1]) < 1e-6
 
 
+def test_widths_of_blurs_may_differ_by_image():
+    rule = guidance.seg(1.0, (jnp.array([1.0, 0.0]),), jnp.array([2.0, 3.0, 4.0]))
+    told = rule.branches({"positive": {"text": jnp.zeros((3, 1))}})["seg"]["perturb"]["blur"]
+    np.testing.assert_array_equal(told[0], [[2, 0], [3, 0], [4, 0]])
+
+
 def test_a_sweep_of_scales():
     """Strengths are values: `vmap` goes over them in one program, which is that of any of them."""
     pipe, params = load(peers.stable_diffusion_1, "StableDiffusionPipeline")

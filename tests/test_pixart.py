@@ -141,3 +141,14 @@ def test_there_and_back(tmp_path):
         theirs = getattr(again, name).state_dict()
         assert all(torch.equal(value, theirs[key]) for key, value in getattr(peer, name).state_dict().items())
     assert again.tokenizer(PROMPTS).input_ids == peer.tokenizer(PROMPTS).input_ids
+
+
+@pytest.mark.parametrize(
+    ("made", "asked"), [((832, 1152), (960, 1280)), ((512, 1024), (960, 1920)), ((64, 32), (9, 7))]
+)
+def test_what_is_cut_off_is_there(made, asked):
+    """Sides times their ratio may come out a hair short of what is asked."""
+    cut = jax.eval_shape(
+        lambda images: binned.filling(images, Size(*asked)), jax.ShapeDtypeStruct((1, *made, 3), np.float32)
+    )
+    assert cut.shape == (1, *asked, 3)

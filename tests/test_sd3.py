@@ -384,5 +384,5 @@ def test_bad_input():
     other = pipe.replace(guidance=blur)
     inputs = other.prepare_inputs(**SMALL)
     shapes = {name: flaxdiff.abstract(spec) for name, spec in other.specs}
-    with pytest.raises(ValueError, match="does not blur queries"):
+    with pytest.raises(ValueError, match="knows no hindrance of its blocks by .'blur'"):
         jax.eval_shape(other.generate, shapes, KEY, inputs)

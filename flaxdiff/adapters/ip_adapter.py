@@ -213,7 +213,7 @@ def prepare(
       ip_adapter_image: Pillow pictures, or arrays [H, W, 3] in [0, 1]; of several adapters, a list with the picture of
         each, or with a list of its pictures.
       ip_adapter_image_embeds: in their place, one array for each adapter: [B, I, D] (or [B, I, N, D]) for I pictures,
-        with guidance the negative ones first, then the positive, [2 B, I, D].
+        with guidance the negative ones first, then the positive, [2 B, I, D], but for Flux.
       ip_adapter_clip_embeds: for FaceID Plus, the patches beside the embeddings of faces, likewise.
       ip_adapter_scale: how much each adapter counts: a number; for Flux also a list with one for each block; or by
         transformer, such as
@@ -243,7 +243,8 @@ def prepare(
     for key, embeds in (("embeds", ip_adapter_image_embeds), ("patches", ip_adapter_clip_embeds)):
         for name, own in zip(names, _each(key, embeds, names) if embeds is not None else ()):
             if own is not None:
-                halves = np.split(np.asarray(own), 2) if guided else [np.asarray(own)]
+                split = guided and not isinstance(pipe.denoiser.config, FluxConfig)  # which has positive ones alone
+                halves = np.split(np.asarray(own), 2) if split else [np.asarray(own)]
                 arrays |= dict(zip((f"negative_{name}_{key}", f"{name}_{key}")[-len(halves) :], halves))
     for name in names:
         faces = specs[name].config.kind

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
 
 # folded into an image's key; 1 is the draw of the latent that the run starts from
-LATENT, NOISE, CLASS, EMBEDS, KNOWN = 2, 3, 4, 5, 6
+LATENT, NOISE, CLASS, EMBEDS, KNOWN, CONTROL = 2, 3, 4, 5, 6, 8
 ANY = -1  # in the place of a class
 
 

@@ -94,12 +94,16 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
     return cond
 
 
-def led(pipe: DiffusionPipeline, size: Size, guided: bool, condtioning_image: Any = None) -> dict[str, Any]:
+def led(
+    pipe: DiffusionPipeline, size: Size, guided: bool, condtioning_image: Any = None, control_image: Any = None
+) -> dict[str, Any]:
     """What the ControlNet sees.
 
     Args:
       condtioning_image: the picture to follow, as diffusers spells it: Pillow's, or arrays [B, H, W, 3] in [0, 1].
+      control_image: the same, as others call it.
     """
+    condtioning_image = control_image if condtioning_image is None else condtioning_image
     if condtioning_image is None:
         raise ValueError(f"{type(pipe).__name__} follows a picture; give condtioning_image=.")
     if isinstance(condtioning_image, Image.Image):

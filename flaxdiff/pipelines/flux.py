@@ -83,9 +83,7 @@ def prepare(
             raise ValueError(f"{prefix}prompt_embeds and {prefix}pooled_prompt_embeds go together; give both.")
         if embeds is None:
             arrays[f"{prefix}prompt_ids"] = pipe.tokenizer(texts(text))
-            arrays[f"{prefix}prompt_ids_2"] = pipe.tokenizer_2(
-                texts(text if text_2 is None else text_2), max_sequence_length
-            )
+            arrays[f"{prefix}prompt_ids_2"] = pipe.tokenizer_2(texts(text_2 or text), max_sequence_length)
         else:
             arrays |= {f"{prefix}prompt_embeds": embeds, f"{prefix}pooled_prompt_embeds": pooled}
     of = lambda prefix: arrays.get(f"{prefix}prompt_embeds", arrays.get(f"{prefix}prompt_ids_2"))
@@ -179,6 +177,7 @@ def preferred(image: Any, auto_resize: bool, step: int) -> Size:
     """The size that Kontext sees a picture in: of those it was trained on the one of nearest proportions."""
     one = image[0] if isinstance(image, list | tuple) else image
     height, width = (one.height, one.width) if isinstance(one, Image.Image) else np.shape(one)[-3:-1]
+    height, width = height // step * step, width // step * step
     if auto_resize:
         _, width, height = min((abs(width / height - w / h), w, h) for h, w in PREFERRED)
     return Size(height // step * step, width // step * step)
@@ -220,12 +219,16 @@ def kontext_inpaint(
     strength: float | None = None,
     padding_mask_crop: int | None = None,
     latents: jax.Array | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    max_area: int | None = None,
     _auto_resize: bool = True,
 ) -> Prepared:
     """Paint over a part of a picture, with that picture or another before the network's eyes.
 
     Args:
-      image, mask_image, strength, padding_mask_crop, latents: as of `inpaint`; the size is as of `kontext`.
+      image, mask_image, strength, padding_mask_crop, latents: as of `inpaint`; the size is that `kontext` sees it in.
+      height, width, max_area: of no effect, as in diffusers.
       image_reference: what the network sees in place of the picture.
       _auto_resize: as of `kontext`.
 

@@ -14,6 +14,7 @@ from flaxdiff.adapters import control
 from flaxdiff.nn.packing import pack
 from flaxdiff.pipelines import flux
 from flaxdiff.pipelines import stable_diffusion as sd
+from flaxdiff.pipelines.beside import CONTROL
 from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
 from flaxdiff.pipelines.tasks import native_image_to_image
@@ -47,7 +48,12 @@ def prepare(
     arrays = control.pictures(pipe, size, names, control_image, "control_image")
     arrays |= control.windows(names, controlnet_conditioning_scale, control_guidance_start, control_guidance_end)
     modes = list(control_mode) if isinstance(control_mode, Sequence) else [control_mode] * len(names)
-    for name, mode in zip(names, modes, strict=True):
+    if len(modes) != len(names):
+        raise ValueError(
+            f"control_mode holds {len(modes)} modes for {len(names)} ControlNets; a union that is to follow several "
+            "pictures is given as often, as a list."
+        )
+    for name, mode in zip(names, modes):
         kinds = dict(pipe.specs)[name].config.num_mode
         if kinds is not None:
             if mode is None or not 0 <= mode < kinds:
@@ -60,10 +66,11 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
     """The text of each branch, and what the ControlNets are told throughout."""
     cond = flux.encode(networks, inputs)
     text, told = cond["positive"], {}
-    for name in control.named(networks.specs, "controlnet"):
+    for i, name in enumerate(control.named(networks.specs, "controlnet")):
+        keys = jax.vmap(jax.random.fold_in, (0, None))(inputs["keys"], CONTROL + i)
         seen = 2 * jnp.asarray(inputs[f"{name}_image"]) - 1
         if networks.config(name).conditioning_embedding_channels is None:
-            seen = pack(sd.encode_image(networks, seen, inputs["keys"]))
+            seen = pack(sd.encode_image(networks, seen, keys))
         told[name] = {
             **text,
             "condition": networks(name, seen, method="condition"),
@@ -82,6 +89,11 @@ def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
     return made
 
 
+def both(one: jax.Array | None, other: jax.Array | None) -> jax.Array | None:
+    """What two ControlNets add behind blocks of a kind: as far as both go, and nothing where the first adds nothing."""
+    return one if one is None or other is None else one[: len(other)] + other[: len(one)]
+
+
 def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
     """The velocity of latents [B, H, W, C]."""
     tokens, where = flux.seen([x])
@@ -90,7 +102,7 @@ def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
         told, (of_time, scale) = cond[name], t[name]
         mine = tokens, told["condition"], told.get("mode"), scale, told["text"], of_time, where
         more = networks(name, *mine, method="residuals")
-        added = more if added is None else jax.tree.map(jnp.add, added, more)
+        added = more if added is None else tuple(map(both, added, more))
     repeat = networks.config("controlnet").conditioning_embedding_channels is not None
     return flux.predict(networks, x, t["transformer"], cond, (*added, repeat))
 

@@ -21,7 +21,7 @@ ROWS = 64  # length of the scheduler's tables: runs of up to so many evaluations
 # given for each image, or for each prompt
 STARTS = ("latents", "image", "image_latents", "noisy_latents", "mask", "beside", "beside_image", "behind")
 STARTS += ("decoder_image", "decoder_mask", "depth", "depth_pixels", "path", "noises", "reference")
-STARTS += ("vae_latents", "clip_latents", "prompt_latents")
+STARTS += ("vae_latents", "clip_latents", "prompt_latents", "timestep_cond")
 
 
 def prepare_inputs(
@@ -78,9 +78,10 @@ def prepare_inputs(
     prompts = max((len(a) for k, a in arrays.items() if np.ndim(a) and k not in STARTS), default=1)
     if prompts == 1:  # one prompt for several pictures to start from; noise may be given for each copy
         starts = {k: len(a) for k, a in arrays.items() if k in STARTS}
-        if starts.get("latents", 0) % num_images_per_prompt == 0:
-            starts["latents"] = starts.get("latents", 0) // num_images_per_prompt
-        prompts = max(1, *starts.values())
+        for name in starts.keys() & {"latents", "timestep_cond"}:
+            if starts[name] % num_images_per_prompt == 0:
+                starts[name] //= num_images_per_prompt
+        prompts = max([1, *starts.values()])
     batch = prompts * num_images_per_prompt
     inputs = {k: _per_image(k, a, prompts, num_images_per_prompt) for k, a in arrays.items()}
     if timesteps is None and sigmas is None:

@@ -14,6 +14,7 @@ from flaxdiff import images
 from flaxdiff.adapters import control
 from flaxdiff.pipelines import stable_diffusion as sd
 from flaxdiff.pipelines import stable_diffusion_3 as sd3
+from flaxdiff.pipelines.beside import CONTROL
 from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
 
@@ -59,16 +60,17 @@ def prepare_mask(pipe: DiffusionPipeline, size: Size, guided: bool, control_mask
 def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
     """The text of each branch, and what the ControlNets see throughout."""
     told, vae = {}, networks.config("vae")
-    for name in control.named(networks.specs, "controlnet"):
+    for i, name in enumerate(control.named(networks.specs, "controlnet")):
+        keys = jax.vmap(jax.random.fold_in, (0, None))(inputs["keys"], CONTROL + i)
         blind = networks.config(name).force_zeros_for_pooled_projection
         seen = 2 * jnp.asarray(inputs[f"{name}_image"]) - 1
         if "control_mask" in inputs:
             mask = jnp.asarray(inputs["control_mask"])
-            z = sd.encode_image(networks, jnp.where(mask > 0, -1, seen), inputs["keys"])
+            z = sd.encode_image(networks, jnp.where(mask > 0, -1, seen), keys)
             factor = seen.shape[1] // z.shape[1]
             z = jnp.concatenate([z, 1 - mask[:, ::factor, ::factor].astype(z.dtype)], -1)
         else:  # those who see no pooled state were trained on latents that are not shifted either
-            z = sd.encode_image(networks, seen, inputs["keys"])
+            z = sd.encode_image(networks, seen, keys)
             z = z + blind * (vae.shift_factor or 0) * vae.scaling_factor
         told[name] = {"condition": networks(name, z, method="condition"), "scale": control.table(inputs, name)}
     return {branch: {**own, **told} for branch, own in sd3.encode(networks, inputs).items()}
@@ -87,13 +89,14 @@ def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
 
 def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
     """The velocity of latents [B, H, W, C]."""
-    added = 0.0
+    added: Any = None
     for name in control.named(networks.specs, "controlnet"):
         of_time, scale = t[name]
         own = networks.config(name).use_pos_embed
         seen = x if own else networks("transformer", x, method="tokens")
         mine = seen, cond["text"], of_time, cond[name]["condition"], scale
-        added = added + networks(name, *mine, method="residuals")
+        more = networks(name, *mine, method="residuals")
+        added = more if added is None else added[: len(more)] + more[: len(added)]
     return sd3.predict(networks, x, t["transformer"], cond, added)
 
 

@@ -345,7 +345,12 @@ class UniDiffuserPipeline(DiffusionPipeline):
 
         Where both are made there are as many as of the fewer.
         """
-        asked = [n for n in (options.pop("num_images_per_prompt", None), num_prompts_per_image) if n is not None]
+        prompted = prompt is not None or options.get("prompt_embeds") is not None
+        pictured = options.get("image") is not None and not prompted
+        noise = {name for name in LATENTS if options.get(name) is not None}
+        makes, _ = MODES.get(options.get("mode") or mode_of(self, prompted, pictured, noise), MODES["joint"])
+        counts = {"image": options.pop("num_images_per_prompt", None), "text": num_prompts_per_image}
+        asked = [counts[half] for half in makes if counts[half] is not None]
         return preparing.prepare_inputs(self, prompt, num_images_per_prompt=min(asked, default=1), **options)
 
     def present(

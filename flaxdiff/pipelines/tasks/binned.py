@@ -70,7 +70,7 @@ def filling(images: jax.Array, size: Size) -> jax.Array:
     """Pictures [B, H, W, C] resized until they fill a size, of which what sticks out on two sides is cut off."""
     b, h, w, c = images.shape
     ratio = max(size.height / h, size.width / w)
-    h, w = int(h * ratio), int(w * ratio)
+    h, w = max(int(h * ratio), size.height), max(int(w * ratio), size.width)  # what is cut off may be a hair less
     images = jax.image.resize(images, (b, h, w, c), "linear", antialias=False)
     top, left = (h - size.height) // 2, (w - size.width) // 2
     return images[:, top : top + size.height, left : left + size.width]

@@ -81,6 +81,8 @@ def inpaint(
         case channels if channels == 1 + pipe.vae.config.latent_channels:
             start |= _beside(small, mask, start.get("image"), masked_image_latents)
         case channels if channels == vae_factor(pipe) ** 2 + pipe.vae.config.latent_channels and "image" in start:
+            if masked_image_latents is not None:
+                raise ValueError(f"{name} encodes the masked picture itself; leave masked_image_latents out.")
             start |= _beside(small, mask, start["image"], None)
             start["behind"] = pictures.unfolded(np.float32(mask), vae_factor(pipe))
             del start["beside"]
@@ -92,6 +94,8 @@ def inpaint(
     if denoising_start is not None:
         return size, start | noise(pipe, size, latents), {"denoising_start": denoising_start}
     strength = pipe.defaults["strength"] if strength is None else strength
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength={strength} must lie in (0, 1].")
     start["from_noise"] = np.bool_(strength == 1)
     return size, start | noise(pipe, size, latents), {"strength": strength}
 
