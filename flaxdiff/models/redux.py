@@ -25,7 +25,7 @@ class ReduxImageEncoder(Model):
 
     >>> import flaxdiff
     >>> spec = ReduxImageEncoder.from_config({"redux_dim": 8, "txt_in_features": 16})
-    >>> flaxdiff.apply(spec, flaxdiff.init(spec, jax.random.key(0)), jnp.zeros((1, 4, 8))).shape
+    >>> flaxdiff.apply(spec, flaxdiff.init(spec, jax.random.key(0)), jax.numpy.zeros((1, 4, 8))).shape
     (1, 4, 16)
     """
 
