@@ -530,6 +530,11 @@ def test_redux(tmp_path):
         theirs = peer(images, **options)
     for key in ours:
         assert peers.relative(ours[key], theirs[key], of="FluxPriorReduxPipeline") < 1e-3
+    patches = normal(2, 4, 16)
+    with torch.no_grad():
+        theirs = peer.image_embedder(torch.tensor(patches)).image_embeds
+    tokens = flaxdiff.apply(pipe.image_embedder, params["image_embedder"], patches)
+    assert peers.relative(tokens, theirs, of="ReduxImageEncoder") < 1e-5
     base, _, _ = load("FluxPipeline")
     assert base.prepare_inputs(**ours)["prompt_embeds"].shape == (1, 516, 24)
     flaxdiff.save(tmp_path / "saved", pipe, params)
