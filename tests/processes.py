@@ -8,7 +8,8 @@ import os
 import sys
 
 out, devices = sys.argv[1], sys.argv[2]
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+# of two of a kind the last counts: as the tests have it, but for the number of devices
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
