@@ -245,6 +245,24 @@ def test_led(name, monkeypatch, tmp_path):
     compare(name, pipe, params, peer, options, monkeypatch)
 
 
+def test_control_latents_have_noise_of_their_own(tmp_path):
+    """One net given twice sees the same picture under other noise; nets of other depths add as far as both go."""
+    for i, net in enumerate([controlnet(), controlnet(num_layers=2, num_single_layers=0)]):
+        net.save_pretrained(tmp_path / str(i))
+    first, other = (flaxdiff.FluxControlNetModel.from_pretrained(tmp_path / str(i)) for i in range(2))
+    led = lambda nets: flaxdiff.FluxControlNetPipeline.from_pretrained(folder(), controlnet=nets)
+    told = dict(prompt="a", control_image=[IMAGE, IMAGE], num_inference_steps=2, height=16, width=24)
+    pipe, params = led([first, first])
+    spread = np.repeat(np.float32([0, 60]), pipe.vae.config.latent_channels)  # which other tests take away
+    params["vae"]["encoder.conv_out.bias"] += spread
+    conditions, _ = jax.jit(pipe.program.begin)(params, KEY, pipe.prepare_inputs(**told))
+    seen = [conditions.branches["positive"][name]["condition"] for name in ("controlnet", "controlnet_1")]
+    assert np.abs(seen[0] - seen[1]).max() > 1e-3
+    for nets in ([first, other], [other, first]):
+        pipe, params = led(nets)
+        assert jax.eval_shape(pipe.generate, params, KEY, pipe.prepare_inputs(**told)).shape == (1, 16, 24, 3)
+
+
 def test_inputs_of_blank_prompts(tmp_path):
     """As they are compiled for ahead of time: with a ControlNet, with a control image, with a picture to change."""
     controlnet().save_pretrained(tmp_path)

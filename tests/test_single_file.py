@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import flaxdiff
 from flaxdiff import published, registry
-from flaxdiff.checkpoint import original, single_file
+from flaxdiff.checkpoint import kinds, original, single_file
 
 BUILDS = {
     "sd1": (peers.stable_diffusion_1, "cond_stage_model.transformer.", None),
@@ -142,7 +142,7 @@ def test_full_size(name):
         if full == "SD 2.1 text encoder":
             old |= {k.replace(".22.", ".23."): v for k, v in old.items() if ".22." in k}
         shapes = {k: tuple(v.shape) for k, v in old.items()}
-        found = getattr(flaxdiff, class_name).from_config(single_file.CONFIGS[class_name](shapes, kind))
+        found = getattr(flaxdiff, class_name).from_config(kinds.CONFIGS[class_name](shapes, kind))
         ours, wanted = dataclasses.asdict(found.config), dataclasses.asdict(spec.config)
         skipped = {"sample_size", "bos_token_id", "eos_token_id", "projection_dim"}
         if name == "sdxl-refiner":
@@ -233,7 +233,7 @@ def test_names_of_a_controlnet():
     assert old.keys() & {"input_hint_block.14.weight", "zero_convs.11.0.bias", "middle_block_out.0.weight"}
     back = theirs.convert_controlnet_checkpoint({f"control_model.{k}": v for k, v in old.items()}, model.config)
     assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in state.items()}
-    found = single_file.CONFIGS["ControlNetModel"]({k: tuple(v.shape) for k, v in old.items()}, None)
+    found = kinds.CONFIGS["ControlNetModel"]({k: tuple(v.shape) for k, v in old.items()}, None)
     for key, value in found.items():
         theirs_ = model.config[key]
         assert value == (list(theirs_) if isinstance(theirs_, tuple) else theirs_), key

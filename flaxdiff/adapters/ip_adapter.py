@@ -108,6 +108,7 @@ def load_ip_adapter(
         os.path.join(subfolder, weight_name or "ip_adapter.safetensors"),
         os.path.join(subfolder, "ip-adapter.bin"),
     )
+    check_offered(pipe.denoiser)
     path = hub.locate(source, names[: 2 - bool(weight_name)], **download)
     specs, params = dict(pipe.specs), dict(params)
     tensors, config = _read(path), pipe.denoiser.config
@@ -194,6 +195,12 @@ def _spec(tensors: Tensors, config: Any, shortcut: bool, source: str) -> Spec:
     return IPAdapter.from_config(found | {"bias": flux, "every": flux})
 
 
+def check_offered(spec: Spec) -> None:
+    """Raise ValueError for a network that no IP-Adapter here is for."""
+    if not isinstance(spec.config, FluxConfig) and not hasattr(spec.config, "block_out_channels"):
+        raise ValueError(f"IP-Adapters are for U-Nets and for Flux, not for {spec.module.__name__}; leave them out.")
+
+
 # --- on the host -----------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +236,7 @@ def prepare(
     given = {"ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds}
     if not names:
         if any(v is not None for v in given.values()):
+            check_offered(pipe.denoiser)
             raise ValueError(f"{type(pipe).__name__} has no IP-Adapter; put one on with flaxdiff.load_ip_adapter.")
         return {}
     if sum(v is not None for v in given.values()) != 1:

@@ -17,7 +17,8 @@ from flax import nnx
 
 from flaxdiff import weights
 from flaxdiff.core import Config, param, part
-from flaxdiff.models.language_model import ForConditionalGeneration, GatedMLP, LlamaModel, Qwen2Config
+from flaxdiff.models.decoder import GatedMLP
+from flaxdiff.models.language_model import ForConditionalGeneration, LlamaModel, Qwen2Config
 from flaxdiff.nn.activations import ACTIVATIONS
 from flaxdiff.nn.attention import attention
 from flaxdiff.nn.layers import Linear, RMSNorm, uniform, value

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxdiff import images as pictures
+from flaxdiff.schedulers.tables import folded
 
 if TYPE_CHECKING:
     from flaxdiff.pipelines.generate import Cond, Family, Networks, Size
@@ -79,18 +80,17 @@ def tell(
 
 def _channels(family: "Family", networks: "Networks", keys: jax.Array, inputs: Mapping[str, Any]) -> list[jax.Array]:
     """The further channels, in their order."""
-    folded = lambda n: jax.vmap(jax.random.fold_in, (0, None))(keys, n)
     parts = []
     if "beside" in inputs:
         x = jnp.asarray(inputs["beside"], jnp.float32)
         if "beside_sigma" in inputs:
-            noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(folded(NOISE))
+            noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(folded(keys, NOISE))
             x = inputs["beside_alpha"] * x + inputs["beside_sigma"] * noise
         parts.append(x)
     if "depth" in inputs or "depth_pixels" in inputs:
         parts.append(_depth(family, networks, inputs))
     if "beside_image" in inputs:
-        z = family.encode_image(networks, inputs["beside_image"], folded(LATENT), inputs["beside_spread"])
+        z = family.encode_image(networks, inputs["beside_image"], folded(keys, LATENT), inputs["beside_spread"])
         parts.append(inputs["beside_gain"] * z.astype(jnp.float32))
     if "behind" in inputs:
         parts.append(jnp.asarray(inputs["behind"], jnp.float32))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flaxdiff.schedulers.tables import SchedulerState
+from flaxdiff.schedulers.tables import SchedulerState, folded
 
 
 class Known(NamedTuple):
@@ -48,7 +48,7 @@ def blend(state: SchedulerState, known: Known | Passed) -> SchedulerState:
         alpha, sigma = jnp.where(done, 1, plan.alpha[i]), jnp.where(done, 0, plan.sigma[i])
         noise, mask = known.noise, known.mask
         if known.keys is not None:
-            keys, mask = jax.vmap(jax.random.fold_in, (0, None))(known.keys, i), jnp.where(done, 1, mask)
+            keys, mask = folded(known.keys, i), jnp.where(done, 1, mask)
             noise = jax.vmap(lambda key: jax.random.normal(key, noise.shape[1:]))(keys)
         there = alpha * known.latents + sigma * noise
     return state.moved(mask * state.sample + (1 - mask) * there)

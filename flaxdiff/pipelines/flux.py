@@ -31,7 +31,7 @@ from flaxdiff.pipelines.tasks import (
     text_to_image,
 )
 from flaxdiff.pipelines.tasks.inpaint import inpaint, need_both, paste_back
-from flaxdiff.pipelines.text import branches, check_prompts, texts
+from flaxdiff.pipelines.text import branches, check_prompts, check_together, texts
 
 PACK = 2  # latents along each side of a token
 LONGEST = 512  # tokens of a text
@@ -79,8 +79,7 @@ def prepare(
         negatives = negative_prompt_embeds, negative_pooled_prompt_embeds
         sources["negative_"] = negative_prompt, negative_prompt_2, *negatives
     for prefix, (text, text_2, embeds, pooled) in sources.items():
-        if (embeds is None) != (pooled is None):
-            raise ValueError(f"{prefix}prompt_embeds and {prefix}pooled_prompt_embeds go together; give both.")
+        check_together(**{f"{prefix}prompt_embeds": embeds, f"{prefix}pooled_prompt_embeds": pooled})
         if embeds is None:
             arrays[f"{prefix}prompt_ids"] = pipe.tokenizer(texts(text))
             arrays[f"{prefix}prompt_ids_2"] = pipe.tokenizer_2(texts(text_2 or text), max_sequence_length)

@@ -19,6 +19,7 @@ from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
 from flaxdiff.pipelines.tasks import native_image_to_image
 from flaxdiff.pipelines.tasks.inpaint import inpaint, paste_back
+from flaxdiff.schedulers.tables import folded
 
 Each = control.Each
 
@@ -67,7 +68,7 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
     cond = flux.encode(networks, inputs)
     text, told = cond["positive"], {}
     for i, name in enumerate(control.named(networks.specs, "controlnet")):
-        keys = jax.vmap(jax.random.fold_in, (0, None))(inputs["keys"], CONTROL + i)
+        keys = folded(inputs["keys"], CONTROL + i)
         seen = 2 * jnp.asarray(inputs[f"{name}_image"]) - 1
         if networks.config(name).conditioning_embedding_channels is None:
             seen = pack(sd.encode_image(networks, seen, keys))

@@ -223,7 +223,7 @@ class Program:
     def keys(self, key: jax.Array, index: jax.Array) -> list[jax.Array]:
         """The keys [B] of each loop before this one."""
         own = tables.image_keys(key, len(index), index) if self.before else key
-        return [jax.vmap(jax.random.fold_in, (0, None))(own, LOOPS + i) for i in range(len(self.before))]
+        return [tables.folded(own, LOOPS + i) for i in range(len(self.before))]
 
     def prepared(
         self, run: Callable[..., Any], params: Mapping[str, core.Params], keys: Iterable[jax.Array], inputs: Inputs
@@ -312,7 +312,7 @@ class Program:
             noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
         given = [inputs[k] for k in ("image_latents", "noisy_latents") if k in inputs]
         if "image" in inputs:
-            drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+            drawn = tables.folded(keys, 1)
             given = [self.family.encode_image(networks, inputs["image"], drawn)]
         if not given:
             return plan.init_noise_sigma * noise, None
@@ -320,7 +320,7 @@ class Program:
         x = picture if "noisy_latents" in inputs else plan.alpha[0] * picture + plan.sigma[0] * noise
         if "from_noise" in inputs:
             x = jnp.where(inputs["from_noise"], plan.init_noise_sigma * noise, x)
-        own = jax.vmap(jax.random.fold_in, (0, None))(keys, KNOWN) if "mask_noise" in inputs else None
+        own = tables.folded(keys, KNOWN) if "mask_noise" in inputs else None
         return x, None if mask is None else Known(mask, picture, noise, own)
 
     def step(self, params: Mapping[str, core.Params], conditions: Conditions, state: State) -> State:

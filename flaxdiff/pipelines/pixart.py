@@ -19,7 +19,7 @@ from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
 from flaxdiff.pipelines.guided import PAGMixin
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
 from flaxdiff.pipelines.tasks.binned import filling, text_to_image_of_any_size
-from flaxdiff.pipelines.text import branches, check_prompts, texts
+from flaxdiff.pipelines.text import branches, check_prompts, check_together, texts
 
 
 def prepare(
@@ -54,8 +54,7 @@ def prepare(
         sources["negative_"] = negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask
     arrays: dict[str, Any] = {}
     for prefix, (text, embeds, mask) in sources.items():
-        if (embeds is None) != (mask is None):
-            raise ValueError(f"{prefix}prompt_embeds and {prefix}prompt_attention_mask go together; give both.")
+        check_together(**{f"{prefix}prompt_embeds": embeds, f"{prefix}prompt_attention_mask": mask})
         if embeds is not None:
             arrays |= {f"{prefix}prompt_embeds": embeds, f"{prefix}prompt_mask": np.asarray(mask, bool)}
             continue

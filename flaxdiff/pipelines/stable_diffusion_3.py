@@ -22,7 +22,7 @@ from flaxdiff.pipelines.guided import PAGMixin
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
 from flaxdiff.pipelines.tasks import native_image_to_image
 from flaxdiff.pipelines.tasks.inpaint import inpaint, paste_back
-from flaxdiff.pipelines.text import branches, check_prompts, texts
+from flaxdiff.pipelines.text import branches, check_prompts, check_together, texts
 
 LONGEST = 512  # tokens of T5
 
@@ -65,8 +65,7 @@ def prepare(
         words = negative_prompt, negative_prompt_2, negative_prompt_3
         sources["negative_"] = words, negative_prompt_embeds, negative_pooled_prompt_embeds
     for prefix, ((first, *others), embeds, pooled) in sources.items():
-        if (embeds is None) != (pooled is None):
-            raise ValueError(f"{prefix}prompt_embeds and {prefix}pooled_prompt_embeds go together; give both.")
+        check_together(**{f"{prefix}prompt_embeds": embeds, f"{prefix}pooled_prompt_embeds": pooled})
         if embeds is not None:
             arrays |= {f"{prefix}prompt_embeds": embeds, f"{prefix}pooled_prompt_embeds": pooled}
             continue

@@ -17,6 +17,7 @@ from flaxdiff.pipelines import stable_diffusion_3 as sd3
 from flaxdiff.pipelines.beside import CONTROL
 from flaxdiff.pipelines.generate import Cond, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
+from flaxdiff.schedulers.tables import folded
 
 
 def prepare(
@@ -61,7 +62,7 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
     """The text of each branch, and what the ControlNets see throughout."""
     told, vae = {}, networks.config("vae")
     for i, name in enumerate(control.named(networks.specs, "controlnet")):
-        keys = jax.vmap(jax.random.fold_in, (0, None))(inputs["keys"], CONTROL + i)
+        keys = folded(inputs["keys"], CONTROL + i)
         blind = networks.config(name).force_zeros_for_pooled_projection
         seen = 2 * jnp.asarray(inputs[f"{name}_image"]) - 1
         if "control_mask" in inputs:

@@ -156,6 +156,12 @@ def branches(inputs: Mapping[str, Any]) -> dict[str, str]:
     return {prefix[:-1] or "positive": prefix for prefix in prefixes}
 
 
+def check_together(**given: Any) -> None:
+    """Raise ValueError where one of some options is given and another is not."""
+    if len({value is None for value in given.values()}) > 1:
+        raise ValueError(f"{' and '.join(given)} go together; give both.")
+
+
 def check_prompts(
     pipe: "DiffusionPipeline", prompt: str | Sequence[str] | None, embeds: Any, other: str = "prompt_embeds"
 ) -> str | Sequence[str]:

@@ -32,6 +32,7 @@ from flaxdiff.pipelines.generate import Cond, Family, Inputs, Networks, Size
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
 from flaxdiff.pipelines.tasks import Prepared, native_size
 from flaxdiff.pipelines.text import check_prompts, texts
+from flaxdiff.schedulers.tables import folded
 
 # what to make -> the halves that are made, and the one that is given
 MODES = {
@@ -243,7 +244,7 @@ def start(networks: Networks, keys: jax.Array, inputs: Inputs) -> tuple[jax.Arra
 def known(networks: Networks, inputs: Inputs) -> jax.Array:
     """The half that is given."""
     if inputs["size"].given == "image":
-        latent = sd.encode_image(networks, inputs["image"], jax.vmap(jax.random.fold_in, (0, None))(inputs["keys"], 1))
+        latent = sd.encode_image(networks, inputs["image"], folded(inputs["keys"], 1))
         embedding = networks("image_encoder", inputs["image_pixels"]).image_embeds
         return jnp.concatenate([latent.reshape(len(latent), -1), embedding], 1)
     given = "prompt_embeds" in inputs
@@ -269,7 +270,7 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
         image, text = tell("image", MADE), tell("text", MADE)
         told = {"positive": image | text, "negative": image | tell("text", last, True)}
         told["negative_text"] = tell("image", last, True) | text
-    keys = jax.vmap(jax.random.fold_in, (0, None))(inputs["keys"], ANEW)
+    keys = folded(inputs["keys"], ANEW)
     shared = {"keys": keys, "data_type": jnp.broadcast_to(jnp.asarray(inputs["data_type"]), b)}
     return {branch: shared | cond for branch, cond in told.items()}
 
@@ -283,7 +284,7 @@ def predict(networks: Networks, x: jax.Array, time: jax.Array, cond: Cond) -> ja
     """The noise in the halves of the sample; nothing of one that the branch does not know."""
     c, (t, row) = networks.config("unet"), time[0]
     made = halves(c, x)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(cond["keys"], row.astype(jnp.int32))
+    keys = folded(cond["keys"], row.astype(jnp.int32))
     seen, when = dict(made), dict.fromkeys(made, jnp.broadcast_to(t, len(x)))
     for i, half in enumerate(("image", "text")):
         if half not in cond:

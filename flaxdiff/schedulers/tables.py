@@ -222,6 +222,11 @@ def image_keys(key: jax.Array, batch: int, index: Array | None = None) -> jax.Ar
     return key
 
 
+def folded(keys: jax.Array, i: jax.Array | int) -> jax.Array:
+    """Keys [B] for another use, each with the same number folded in."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+
+
 def draw(keys: jax.Array, i: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """The unit noise of draw i, as a function of the sample [B, ...] that it is for: image b's is its key's alone."""
 
