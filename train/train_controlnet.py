@@ -8,7 +8,7 @@ import numpy as np
 
 import flaxdiff
 from flaxdiff.core import apply
-from flaxdiff.training import emoji, loop, losses, state
+from flaxdiff.training import emoji, loop, losses, noising, state
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         images, captions = emoji.pictures(config["batch_size"], config["seed"], n, config["uncaptioned"])
         return {"latents": encode(images), "edges": emoji.edges(images), "ids": pipe.tokenizer(captions)}
 
-    loss = losses.denoising(predict, pipe.scheduler.alphas_cumprod(), pipe.scheduler.prediction_type)
+    loss = losses.denoising(predict, noising.path_of(pipe.scheduler))
     tx = state.adam(config["learning_rate"], config["steps"])
     step, first = state.jitted(loss, tx, config["decay"]), state.create(params, tx, trainable=r"controlnet\..*")
     folder = out / "checkpoints/controlnet"

@@ -8,7 +8,7 @@ import numpy as np
 
 import flaxdiff
 from flaxdiff.core import apply
-from flaxdiff.training import emoji, loop, losses, state
+from flaxdiff.training import emoji, loop, losses, noising, state
 
 
 def duotone(images: np.ndarray, dark: list[int], light: list[int]) -> np.ndarray:
@@ -33,7 +33,7 @@ def main() -> None:
         images, captions = emoji.pictures(config["batch_size"], config["seed"], n, config["uncaptioned"])
         return {"latents": encode(duotone(images, **config["style"])), "ids": pipe.tokenizer(captions)}
 
-    loss = losses.denoising(predict, pipe.scheduler.alphas_cumprod(), pipe.scheduler.prediction_type)
+    loss = losses.denoising(predict, noising.path_of(pipe.scheduler))
     tx = state.adam(config["learning_rate"], config["steps"])
     step, first = state.jitted(loss, tx, config["decay"]), state.create(params, tx, trainable=r".*\.(down|up)")
     folder = out / "checkpoints/lora"

@@ -18,7 +18,7 @@ from flaxdiff.models.unet_2d_condition import UNet2DConditionModel
 from flaxdiff.nn.attention import seen
 from flaxdiff.pipelines.text import Tokenizer
 from flaxdiff.schedulers import DDIMScheduler
-from flaxdiff.training import emoji, loop, losses, state
+from flaxdiff.training import emoji, loop, losses, noising, state
 
 
 def all_latents(folder: Path, rgba: np.ndarray) -> np.ndarray:
@@ -73,7 +73,7 @@ def main() -> None:
         }
 
     scheduler = DDIMScheduler(**config["scheduler"])
-    denoise = losses.denoising(predict, scheduler.alphas_cumprod(), scheduler.prediction_type)
+    denoise = losses.denoising(predict, noising.path_of(scheduler))
 
     def loss(params, batch, key):
         """Denoising; and attention is told where in the picture the text encoder put what."""

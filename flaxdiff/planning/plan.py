@@ -242,7 +242,7 @@ def sampling(run: _Run) -> Iterator[Program]:
 
 def training(run: _Run) -> Program:
     """A training step of the denoiser on latents and encoded prompts."""
-    from flaxdiff.training import losses, state
+    from flaxdiff.training import losses, noising, state
 
     program, specs = run.pipe.program, dict(run.pipe.specs)
     inputs = run.inputs(guidance_scale=1.0)
@@ -256,7 +256,7 @@ def training(run: _Run) -> Program:
         return run.pipe.family.predict(Networks(specs, params), x, t, batch["condition"])
 
     tx = state.adam(1e-4, 100_000)
-    loss = losses.denoising(predict, run.pipe.scheduler.alphas_cumprod())
+    loss = losses.denoising(predict, noising.path_of(run.pipe.scheduler))
     start = jax.eval_shape(lambda params: state.create(params, tx), {"unet": abstract(specs["unet"])})
     start = laid(start, parallel.shardings(start, run.mesh))
     key = laid(jax.eval_shape(lambda: jax.random.key(0)), run.everywhere)
