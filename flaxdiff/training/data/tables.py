@@ -1,0 +1,189 @@
+"""Tables as sources: data sets of `datasets` and of tensorflow-datasets, and array records.
+
+Pictures stay encoded until an example is made: decoding is a worker's task, and a damaged file a single example's fault.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flaxdiff.training.data.faults import BadExample, Fault
+from flaxdiff.training.data.folder import inside
+from flaxdiff.training.data.protocol import needed
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A table with random access: a data set of `datasets` or of tensorflow-datasets.
+
+    Attributes:
+      table: `table[i]` is a dictionary.
+      title: what it is called.
+      columns, faults: as of `Source`.
+    """
+
+    table: Any
+    title: str
+    columns: tuple[str, ...]
+    faults: tuple[Fault, ...] = ()
+
+    @classmethod
+    def of_datasets(cls, path: str, split: str, streaming: bool, **options: Any) -> "Rows | Streamed":
+        """A data set of the Hub, or of files that `datasets` can read."""
+        datasets = needed("datasets")
+        try:
+            table = datasets.load_dataset(path, split=split, streaming=streaming, **options)
+        except Exception as error:  # what a format's builder or a network may raise has no common class
+            raise ValueError(
+                f"{path!r} is no folder here, and as a data set of the Hub it cannot be had "
+                f"({type(error).__name__}: {error}); check the name, the split {split!r} and the network."
+            ) from error
+        return cls._of_table(table, path, streaming)
+
+    @classmethod
+    def saved(cls, path: Path, split: str) -> "Rows":
+        """What `save_to_disk` of `datasets` wrote."""
+        datasets = needed("datasets")
+        table = datasets.load_from_disk(str(path))
+        if isinstance(table, Mapping):
+            if split not in table:
+                raise ValueError(f"{path} has no split {split!r}; it has {', '.join(table)}.")
+            table = table[split]
+        return cls._of_table(table, path.name, False)
+
+    @classmethod
+    def _of_table(cls, table: Any, title: str, streaming: bool) -> "Rows | Streamed":
+        datasets = needed("datasets")
+        for column, feature in (table.features or {}).items():
+            if isinstance(feature, datasets.Image):
+                table = table.cast_column(column, datasets.Image(decode=False))
+        if streaming:
+            columns = table.column_names or list(next(iter(table), {}))
+            return Streamed(table, title, tuple(columns))
+        if not len(table):
+            raise ValueError(f"{title} has no rows.")
+        return cls(table, title, tuple(table.column_names))
+
+    @classmethod
+    def of_tfds(cls, name: str, split: str, images: Sequence[str], data_dir: Any) -> "Rows":
+        """A data set that tensorflow-datasets has prepared as array records, which takes no TensorFlow to read."""
+        tfds = needed("tensorflow_datasets")
+        try:
+            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+            builder.download_and_prepare()
+            skip = {column: tfds.decode.SkipDecoding() for column in images if column in builder.info.features}
+            table = builder.as_data_source(split=split, decoders=skip)
+        except Exception as error:  # what a data set's own builder may raise has no common class
+            raise ValueError(
+                f"tensorflow-datasets cannot give {name!r}, split {split!r} ({type(error).__name__}: {error})."
+            ) from error
+        return cls(table, name, tuple(builder.info.features))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def name(self, i: int) -> str:
+        return f"{self.title}[{i}]"
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {column: _cell(value) for column, value in self.table[int(i)].items()}
+
+
+def _cell(value: Any) -> Any:
+    """A cell of `datasets`: of a picture the bytes, or the file where those were downloaded apart."""
+    if not (isinstance(value, dict) and value.keys() == {"bytes", "path"}):
+        return value
+    if value["bytes"] is not None:
+        return value["bytes"]
+    path = str(value["path"])
+    if path.startswith("hf://"):
+        with needed("fsspec").open(path, "rb") as file:
+            return file.read()
+    root = Path(needed("datasets").config.HF_CACHE_HOME).expanduser()  # where `datasets` and the Hub keep downloads
+    if not Path(path).is_relative_to(root):
+        raise BadExample("outside of the folder")
+    return inside(root, Path(path).relative_to(root).as_posix())
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """A table that is read from the beginning on.
+
+    Attributes:
+      table: an iterable data set of `datasets`.
+      title, columns, faults: as of `Rows`.
+      buffer_size: among how many rows one is drawn.
+    """
+
+    table: Any
+    title: str
+    columns: tuple[str, ...]
+    faults: tuple[Fault, ...] = ()
+    buffer_size: int = 1000
+
+    def rows(self, seed: int | None, epoch: int, process_index: int, process_count: int) -> Iterator[dict[str, Any]]:
+        """The rows of one epoch that are a process's, in an order that these numbers determine; still encoded."""
+        datasets = needed("datasets")
+        table = self.table
+        if seed is not None:
+            table = table.shuffle(seed=seed, buffer_size=self.buffer_size)
+            table.set_epoch(epoch)
+        if process_count > 1:
+            table = datasets.distributed.split_dataset_by_node(table, process_index, process_count)
+        return iter(table)
+
+    def cells(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {column: _cell(value) for column, value in row.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Array records that hold `tf.train.Example`s, see `of`."""
+
+    records: Any
+    title: str
+    columns: tuple[str, ...]
+    faults: tuple[Fault, ...] = ()
+
+    @classmethod
+    def of(cls, files: Sequence[Path]) -> "Records":
+        """Open files of array records.
+
+        Raises:
+          ValueError: they cannot be read, or hold no example.
+        """
+        sources = needed("grain").sources
+        title = ", ".join(map(str, files[:2]))
+        try:
+            records = sources.ArrayRecordDataSource(list(map(str, files)))
+            first = _example(records[0]) if len(records) else {}
+        except (BadExample, RuntimeError, ValueError, OSError) as error:
+            raise ValueError(f"{title}: no array records of tf.train.Example ({error}); write them again.") from error
+        if not first:
+            raise ValueError(f"{title} has no records.")
+        return cls(records, files[0].name, tuple(first))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def name(self, i: int) -> str:
+        return f"{self.title}[{i}]"
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return _example(self.records[int(i)])
+
+
+def _example(record: bytes) -> dict[str, Any]:
+    """The features of a serialised `tf.train.Example`; lists of one as what is in them."""
+    proto = needed("tensorflow_datasets.proto.tf_example_pb2")
+    try:
+        features = proto.Example.FromString(record).features.feature
+    except Exception as error:  # protobuf's own class, which depends on how it was built
+        raise BadExample("not a tf.train.Example") from error
+    found = {}
+    for name, feature in features.items():
+        kind = feature.WhichOneof("kind")
+        values = list(getattr(feature, kind).value) if kind else []
+        found[name] = values[0] if len(values) == 1 else values
+    return found
