@@ -2,7 +2,8 @@
 
 The first draws, with the shipped model by default, or any folder or Hub repository. The second says what a run would
 cost on TPUs that need not exist. Programs that draw are kept between runs. `flaxdiff evaluate pictures --prompts
-prompts.txt --clip openai/clip-vit-base-patch16` says what pictures are worth.
+prompts.txt --clip openai/clip-vit-base-patch16` says what pictures are worth, and `flaxdiff precompute --data photographs
+--out encoded` encodes a data set once for training.
 """
 
 import argparse
@@ -59,6 +60,27 @@ def parser() -> argparse.ArgumentParser:
     add("--clip", help="folder or Hub repository of a CLIPModel, e.g. openai/clip-vit-base-patch16")
     add("--inception", help="file with the weights that FID is defined by, pt_inception-2015-12-05-6726825d.pth")
     add("--json", action="store_true", help="print JSON")
+
+    ahead = commands.add_parser(
+        "precompute",
+        help="encode a data set once, for training",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = ahead.add_argument
+    add("--model", help="folder or Hub repository in diffusers' layout; the shipped text-to-emoji model if left out")
+    add("--data", required=True, help="folder of pictures, files, or a name on the Hub: see docs/data.md")
+    add("--out", required=True, type=Path, help="folder to write; what it holds of an earlier run stays")
+    add("--split", default="train", help="part of the data")
+    add("--image_column", default="image", help="column of the pictures")
+    add("--caption_column", default="text", help="column of the captions")
+    add("--prompt", help="caption of all pictures, where they have none of their own")
+    add("--resolution", type=int, help="side of the square that is cut out; the model's own if left out")
+    add("--buckets", action="store_true", help="keep pictures' proportions, in sizes of up to resolution x resolution")
+    add("--image_interpolation_mode", default="lanczos", help="how pictures are resized")
+    add("--dtype", help="what the model computes in; its own if left out")
+    add("--batch", type=int, default=8, help="pictures, or captions, encoded at once")
+    add("--samples", type=int, default=1, help="latents drawn of each picture; 0 takes the mean")
+    add("--seed", type=int, default=0, help="same seed, same latents")
     return top
 
 
@@ -133,11 +155,49 @@ def evaluate(args: argparse.Namespace) -> None:
     print(json.dumps(found, indent=1, ensure_ascii=False) if args.json else table)
 
 
+def precompute(args: argparse.Namespace) -> None:
+    """Write the latents and encoded captions of a data set; each process of a run on many hosts writes its share."""
+    import jax
+
+    import flaxdiff
+    from flaxdiff import parallel
+    from flaxdiff.pipelines.tasks import native_size, stride
+    from flaxdiff.training import data
+
+    parallel.start()
+    source = data.open_source(args.data, split=args.split, images=(args.image_column,))
+    pipe, params = flaxdiff.load(args.model, **({"dtype": args.dtype} if args.dtype else {}))
+    resolution = args.resolution or min(native_size(pipe).height, native_size(pipe).width)
+    examples = data.Examples(
+        resolution=resolution,
+        aspect_ratio_buckets=data.buckets(resolution, stride(pipe)) if args.buckets else (),
+        images={"image": args.image_column},
+        texts={"caption": args.caption_column},
+        prompt=args.prompt,
+        center_crop=True,
+        image_interpolation_mode=args.image_interpolation_mode,
+    )
+    report = data.precompute(
+        pipe,
+        params,
+        source,
+        examples,
+        args.out,
+        batch_size=args.batch,
+        samples=args.samples,
+        seed=args.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        log=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(f"{args.out}: {report}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The entry point: 0 if all went well, 1 after an error of the user's, which is printed in one line."""
     args = parser().parse_args(argv)
     try:
-        {"sample": sample, "plan": plan, "evaluate": evaluate}[args.command](args)
+        {"sample": sample, "plan": plan, "evaluate": evaluate, "precompute": precompute}[args.command](args)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"flaxdiff: {error}", file=sys.stderr)
         return 1

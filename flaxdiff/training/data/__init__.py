@@ -16,4 +16,6 @@ from flaxdiff.training.data.loader import DataLoader as DataLoader
 from flaxdiff.training.data.loader import Stream as Stream
 from flaxdiff.training.data.order import buckets as buckets
 from flaxdiff.training.data.pictures import decode as decode
+from flaxdiff.training.data.precompute import precompute as precompute
 from flaxdiff.training.data.sources import open_source as open_source
+from flaxdiff.training.data.stored import Stored as Stored

@@ -180,8 +180,7 @@ class PriorPreservation:
     def make(self, n: int) -> Made:
         """As of `Batches`."""
         (a, wrong), (b, wrong_too) = self.instance.make(n), self.prior.make(n)
-        joined = {k: v + b[k] if isinstance(v, list) else np.concatenate([v, b[k]]) for k, v in a.items()}
-        return Made(joined, wrong + wrong_too)
+        return Made(joined([a, b]), wrong + wrong_too)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,3 +230,14 @@ def collate(examples: Iterable[Mapping[str, Any]]) -> Batch:
     examples = list(examples)
     columns = {name: [example[name] for example in examples] for name in examples[0]}
     return {name: cells if isinstance(cells[0], str) else np.stack(cells) for name, cells in columns.items()}
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """Batches one after the other.
+
+    >>> joined([{"index": np.arange(2), "caption": ["a", "b"]}, {"index": np.arange(1), "caption": ["c"]}])
+    {'index': array([0, 1, 0]), 'caption': ['a', 'b', 'c']}
+    """
+    columns = {name: [part[name] for part in parts] for name in parts[0]}
+    together = lambda cells: sum(cells, []) if isinstance(cells[0], list) else np.concatenate(cells)
+    return {name: together(cells) for name, cells in columns.items()}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flaxdiff.training.data.folder import Folder
 from flaxdiff.training.data.protocol import Source
+from flaxdiff.training.data.stored import MANIFEST, Precomputed
 from flaxdiff.training.data.tables import Records, Rows, Streamed
 from flaxdiff.training.data.tars import Tars, expand
 
@@ -48,10 +49,8 @@ def open_source(
 
 
 def _of_folder(path: Path, split: str, images: Sequence[str], streaming: bool) -> Source | Streamed:
-    from flaxdiff.training.data import precompute
-
-    if (path / precompute.MANIFEST).is_file():
-        return precompute.Precomputed.of(path)
+    if (path / MANIFEST).is_file():
+        return Precomputed.of(path)
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return Rows.saved(path, split)
     for pattern in ("*.tar", "*.parquet", "*.array_record*"):

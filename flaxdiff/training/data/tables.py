@@ -1,6 +1,6 @@
 """Tables as sources: data sets of `datasets` and of tensorflow-datasets, and array records.
 
-Pictures stay encoded until an example is made: decoding is a worker's task, and a damaged file a single example's fault.
+Pictures stay encoded until an example is made: decoding is a worker's task, and damage a single example's fault.
 """
 
 import dataclasses
