@@ -1,13 +1,18 @@
 """Losses against PyTorch: paths, weights and draws of the time elementwise, losses with the scripts' arithmetic."""
 
+import functools
+
 import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import pytest
 import torch
 from diffusers import training_utils
 
+import flaxdiff
+from flaxdiff.models.patch_discriminator import NLayerDiscriminator
 from flaxdiff.schedulers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -16,7 +21,7 @@ from flaxdiff.schedulers import (
     FlowMatchEulerDiscreteScheduler,
     KarrasVeScheduler,
 )
-from flaxdiff.training import losses, noising, timesteps
+from flaxdiff.training import adversarial, losses, noising, timesteps
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 PATH = noising.path_of(DDPMScheduler(**SD))
@@ -365,3 +370,123 @@ def test_conditions_are_dropped_by_example():
     np.testing.assert_array_equal((picture.low <= u) & (u < picture.high), (u >= p) & (u < 3 * p))
     with pytest.raises(ValueError, match=r"must lie in \[0, 1/3\]"):
         losses.three_ways(0.5, None, None)
+
+
+# --- autoencoders and their critics ----------------------------------------------------------------------------------
+
+
+class TamingDiscriminator(torch.nn.Module):
+    """NLayerDiscriminator of taming-transformers, with three layers."""
+
+    def __init__(self, ndf):
+        super().__init__()
+        layers = [torch.nn.Conv2d(3, ndf, 4, 2, 1), torch.nn.LeakyReLU(0.2)]
+        for fan_in, fan_out, stride in ((ndf, 2 * ndf, 2), (2 * ndf, 4 * ndf, 2), (4 * ndf, 8 * ndf, 1)):
+            conv = torch.nn.Conv2d(fan_in, fan_out, 4, stride, 1, bias=False)
+            layers += [conv, torch.nn.BatchNorm2d(fan_out), torch.nn.LeakyReLU(0.2)]
+        self.main = torch.nn.Sequential(*layers, torch.nn.Conv2d(8 * ndf, 1, 4, 1, 1))
+
+    def forward(self, x):
+        return self.main(x)
+
+
+@functools.cache
+def discriminators():
+    torch.manual_seed(0)
+    peer = TamingDiscriminator(4)
+    spec = NLayerDiscriminator.from_config({"ndf": 4})
+    params = {k: v for k, v in peer.state_dict().items() if "running" not in k and "num_batches" not in k}
+    params = {k: jnp.asarray(v.permute(2, 3, 1, 0) if v.ndim == 4 else v) for k, v in params.items()}
+    assert {k: v.shape for k, v in params.items()} == {k: v.shape for k, v in flaxdiff.abstract(spec).items()}
+    return spec, params, peer
+
+
+def judge(params, image, batch):
+    return flaxdiff.apply(discriminators()[0], params["discriminator"], image)
+
+
+def pixels(n=2, size=32):
+    return np.random.default_rng(3).uniform(-1, 1, (n, size, size, 3)).astype(np.float32)
+
+
+def test_patch_discriminator():
+    spec, params, peer = discriminators()
+    theirs = peer(peers.nchw(pixels()))
+    assert peers.relative(flaxdiff.apply(spec, params, pixels()), peers.nhwc(theirs)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["hinge", "vanilla"])
+def test_critic(kind):
+    """taming's losses, and R1 as the squared norm of the gradient."""
+    _, params, peer = discriminators()
+    made, real = pixels()[::-1] * 0.5, peers.nchw(pixels()).requires_grad_()
+    loss = adversarial.critic(judge, lambda params, batch, key: made, disc_loss=kind, r1=0.1)
+    value, _ = loss({"discriminator": params}, {"image": pixels()}, KEY)
+    of_real, of_fake = peer(real), peer(peers.nchw(made.copy()))
+    if kind == "hinge":
+        theirs = 0.5 * (torch.relu(1 - of_real).mean() + torch.relu(1 + of_fake).mean())
+    else:
+        softplus = torch.nn.functional.softplus
+        theirs = 0.5 * (softplus(-of_real).mean() + softplus(of_fake).mean())
+    (slope,) = torch.autograd.grad(of_real.sum(), real, retain_graph=True)
+    close(value, (theirs + 0.1 * slope.square().sum((1, 2, 3)).mean()).item())
+    with pytest.raises(ValueError, match="disc_loss='wgan' is not known"):
+        adversarial.critic(judge, None, disc_loss="wgan")
+
+
+def test_autoencoder_against_a_critic(tmp_path):
+    """train_autoencoderkl.py without LPIPS, divided by the numbers in a picture."""
+    torch.manual_seed(0)
+    vae = peers.sure(diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, mid_block_add_attention=False))
+    vae.save_pretrained(tmp_path)
+    spec, params = flaxdiff.AutoencoderKL.from_pretrained(tmp_path)
+    _, critic, peer = discriminators()
+    params, image = {"vae": params, "discriminator": critic}, pixels()
+    loss = adversarial.autoencoding(spec, adversarial.gaussian(0.1), judge, rec_loss="l2", disc_scale=0.5)
+    grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, metrics), slopes = grad(params, {"image": image}, KEY)
+
+    targets, last = peers.nchw(image), vae.decoder.conv_out.weight
+    posterior = vae.encode(targets).latent_dist
+    made = vae.decode(posterior.mean).sample
+    rec, kl = (made - targets).square().sum() / 2, posterior.kl().sum() / 2
+    fools = -peer(made).mean()
+    norm = lambda of: torch.autograd.grad(of, last, retain_graph=True)[0].norm()
+    numbers = image[0].size
+    weight = (norm(rec) / numbers) / (norm(fools) + 1e-4)
+    theirs = rec / numbers + 0.1 * kl / numbers + 0.5 * weight.detach() * fools
+    theirs.backward()
+    close(metrics["disc_weight"], 0.5 * weight.item())
+    close(value, theirs.item())
+    for name in ("encoder.conv_in", "decoder.conv_out"):
+        ours, module = slopes["vae"][f"{name}.weight"], vae.get_submodule(name)
+        assert peers.relative(ours, module.weight.grad.permute(2, 3, 1, 0)) < 1e-3, name
+
+    plain, _ = adversarial.autoencoding(spec, adversarial.gaussian(0.1), rec_loss="l2")(params, {"image": image}, KEY)
+    close(plain, ((rec + 0.1 * kl) / numbers).item())
+    made_here = adversarial.remade(spec, adversarial.gaussian())(params, {"image": image}, KEY)
+    assert peers.relative(made_here, peers.nhwc(made)) < 1e-4
+    with pytest.raises(ValueError, match="rec_loss='lpips' is not known"):
+        adversarial.autoencoding(spec, adversarial.gaussian(), rec_loss="lpips")
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_codebook(legacy, tmp_path):
+    """VQModel's commit_loss, and where its gradients go: the codebook learns from it alone."""
+    torch.manual_seed(0)
+    peer = diffusers.VQModel(block_out_channels=(8,), norm_num_groups=4, num_vq_embeddings=24, vq_embed_dim=4).train()
+    peer.quantize.legacy = legacy
+    peer.save_pretrained(tmp_path)
+    spec, params = flaxdiff.VQModel.from_pretrained(tmp_path)
+    image = pixels(2, 8)
+    loss = adversarial.autoencoding(spec, adversarial.codebook(legacy=legacy), rec_loss="l2")
+    grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, metrics), slopes = grad({"vae": params}, {"image": image}, KEY)
+    made, commit = peer(peers.nchw(image), return_dict=False)
+    theirs = (made - peers.nchw(image)).square().mean() + commit
+    theirs.backward()
+    close(metrics["bottleneck"], commit.item())
+    close(value, theirs.item())
+    assert peers.relative(slopes["vae"]["quantize.embedding.weight"], peer.quantize.embedding.weight.grad) < 1e-3
+    there = peer.quant_conv.weight.grad.permute(2, 3, 1, 0)
+    assert peers.relative(slopes["vae"]["quant_conv.weight"], there) < 1e-3
