@@ -1,9 +1,9 @@
 """The command: `flaxdiff sample "dog face on blue" -o dog.png`, `flaxdiff plan --model sdxl --topology v5e:2x4`.
 
 The first draws, with the shipped model by default, or any folder or Hub repository. The second says what a run would
-cost on TPUs that need not exist. Programs that draw are kept between runs. `flaxdiff evaluate pictures --prompts
-prompts.txt --clip openai/clip-vit-base-patch16` says what pictures are worth, and `flaxdiff precompute --data photographs
---out encoded` encodes a data set once for training.
+cost on TPUs that need not exist. Programs that draw are kept between runs. `flaxdiff train configs/lora_sdxl.py` trains
+what a file describes, and `flaxdiff precompute --data photographs --out encoded` encodes a data set once for that.
+`flaxdiff evaluate pictures --prompts prompts.txt --clip openai/clip-vit-base-patch16` says what pictures are worth.
 """
 
 import argparse
@@ -47,6 +47,18 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--dtype", default="bfloat16", help="what networks compute in: bfloat16 (default) or float32")
     add("--json", action="store_true", help="print JSON")
+
+    train = commands.add_parser(
+        "train",
+        help="train what a file of configs/ describes",
+        usage="flaxdiff train CONFIG [--learning-rate 1e-5 --output runs/mine ...]",
+        description="Every field of the configuration is a flag as well.",
+    )
+    train.add_argument("config", help="Python file that sets `config`; it is run, so take none from strangers")
+    if "train" in sys.argv[1:2]:  # the flags of a hundred fields are for those who train
+        from flaxdiff.training.config import add_flags
+
+        add_flags(train)
 
     judge = commands.add_parser(
         "evaluate", help="what pictures are worth: CLIP score, directional similarity, FID, KID"
@@ -135,6 +147,16 @@ def plan(args: argparse.Namespace) -> None:
     print(json.dumps(report.to_json(), indent=1) if args.json else report)
 
 
+def train(args: argparse.Namespace) -> None:
+    """Run a configuration, from its last checkpoint if there is one."""
+    from flaxdiff import parallel
+    from flaxdiff.training import config, run
+
+    parallel.start()
+    given = {name: value for name, value in vars(args).items() if name not in ("command", "config")}
+    run.train(config.override(config.read(args.config), given))
+
+
 def evaluate(args: argparse.Namespace) -> None:
     """Print what the pictures in a folder are worth."""
     from flaxdiff import evaluation
@@ -197,7 +219,9 @@ def main(argv: list[str] | None = None) -> int:
     """The entry point: 0 if all went well, 1 after an error of the user's, which is printed in one line."""
     args = parser().parse_args(argv)
     try:
-        {"sample": sample, "plan": plan, "evaluate": evaluate, "precompute": precompute}[args.command](args)
+        {"sample": sample, "plan": plan, "train": train, "evaluate": evaluate, "precompute": precompute}[args.command](
+            args
+        )
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"flaxdiff: {error}", file=sys.stderr)
         return 1

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils  # noqa: E402
 import flaxdiff  # noqa: E402
 from flaxdiff import parallel  # noqa: E402
 from flaxdiff.checkpoint import convert  # noqa: E402
-from flaxdiff.training import losses, noising, state  # noqa: E402
+from flaxdiff.training import losses, noising, optimizers, state  # noqa: E402
 
 parallel.start()
 parallel.start()  # a second time is nothing
@@ -43,7 +43,7 @@ with jax.set_mesh(mesh):
 results["images"] = whole(images)
 
 # every process reads its own data
-spec, tx = pipe.unet, state.adam(1e-4, 10, warmup=1)
+spec, tx = pipe.unet, optimizers.adam(1e-4, 10, warmup=1)
 predict = lambda params, x, t, batch: flaxdiff.apply(spec, params["unet"], x, t, batch["text"])
 step = state.jitted(losses.denoising(predict, noising.path_of(pipe.scheduler)), tx)
 create = functools.partial(state.create, tx=tx, trainable=r"unet\.(up_blocks|conv_out).*")

@@ -8,7 +8,7 @@ import numpy as np
 
 import flaxdiff
 from flaxdiff.core import apply
-from flaxdiff.training import emoji, loop, losses, noising, state
+from flaxdiff.training import emoji, loop, losses, noising, optimizers, state
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
         return {"latents": encode(images), "edges": emoji.edges(images), "ids": pipe.tokenizer(captions)}
 
     loss = losses.denoising(predict, noising.path_of(pipe.scheduler))
-    tx = state.adam(config["learning_rate"], config["steps"])
+    tx = optimizers.adam(config["learning_rate"], config["steps"])
     step, first = state.jitted(loss, tx, config["decay"]), state.create(params, tx, trainable=r"controlnet\..*")
     folder = out / "checkpoints/controlnet"
     final = loop.fit(step, first, data, key, config["steps"], directory=folder, save_every=250, log_every=50)

@@ -9,7 +9,7 @@ import numpy as np
 
 from flaxdiff.checkpoint import save_model
 from flaxdiff.models.autoencoder_kl import AutoencoderKL
-from flaxdiff.training import emoji, loop, losses, state
+from flaxdiff.training import emoji, loop, losses, optimizers, state
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
         chosen, background, _ = emoji.batch(names, config["batch_size"], config["seed"], n)
         return {"latents": latents[chosen, background], "image": emoji.over(rgba[chosen], colours[background])}
 
-    tx = state.adam(config["learning_rate"], config["steps"])
+    tx = optimizers.adam(config["learning_rate"], config["steps"])
     loss = losses.decoding(spec, squares=config["squares"], noise=config["noise"])
     start = state.create(params, tx, trainable=r"decoder\..*|post_quant_conv\..*")
     step, key = state.jitted(loss, tx, config["decay"]), jax.random.key(config["seed"])

@@ -8,7 +8,7 @@ import numpy as np
 
 import flaxdiff
 from flaxdiff.core import apply
-from flaxdiff.training import emoji, loop, losses, noising, state
+from flaxdiff.training import emoji, loop, losses, noising, optimizers, state
 
 
 def duotone(images: np.ndarray, dark: list[int], light: list[int]) -> np.ndarray:
@@ -34,7 +34,7 @@ def main() -> None:
         return {"latents": encode(duotone(images, **config["style"])), "ids": pipe.tokenizer(captions)}
 
     loss = losses.denoising(predict, noising.path_of(pipe.scheduler))
-    tx = state.adam(config["learning_rate"], config["steps"])
+    tx = optimizers.adam(config["learning_rate"], config["steps"])
     step, first = state.jitted(loss, tx, config["decay"]), state.create(params, tx, trainable=r".*\.(down|up)")
     folder = out / "checkpoints/lora"
     final = loop.fit(step, first, data, key, config["steps"], directory=folder, save_every=250, log_every=50)

@@ -15,7 +15,7 @@ from flaxdiff.checkpoint import save_model
 from flaxdiff.core import apply, init
 from flaxdiff.models.clip import CLIPTextModel
 from flaxdiff.pipelines.text import Tokenizer
-from flaxdiff.training import emoji, loop, state, tokenizer
+from flaxdiff.training import emoji, loop, optimizers, state, tokenizer
 
 
 class Cells:
@@ -102,7 +102,7 @@ def main() -> None:
         chosen, background, captions = emoji.batch(names, config["batch_size"], config["seed"], n, composed=0.6)
         return {"ids": encode(captions), "target": cells.of(chosen, background)}
 
-    tx = state.adam(config["learning_rate"], config["steps"], b2=0.98, decay=0.01)
+    tx = optimizers.adam(config["learning_rate"], config["steps"], b2=0.98, decay=0.01)
     step, start = state.jitted(loss, tx, config["decay"]), state.create(params, tx)
     folder = out / "checkpoints/text_encoder"
     final = loop.fit(step, start, data, key, config["steps"], directory=folder, save_every=500, log_every=50)

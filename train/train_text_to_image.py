@@ -18,7 +18,7 @@ from flaxdiff.models.unet_2d_condition import UNet2DConditionModel
 from flaxdiff.nn.attention import seen
 from flaxdiff.pipelines.text import Tokenizer
 from flaxdiff.schedulers import DDIMScheduler
-from flaxdiff.training import emoji, loop, losses, noising, state
+from flaxdiff.training import emoji, loop, losses, noising, optimizers, state
 
 
 def all_latents(folder: Path, rgba: np.ndarray) -> np.ndarray:
@@ -82,7 +82,7 @@ def main() -> None:
         wrong = jnp.stack([astray(q, k, grid) for q, k in pairs if q.shape[1] != k.shape[1] == length]).mean()
         return value + config["routing"] * wrong, {"denoising": value, "astray": wrong, **metrics}
 
-    tx = state.adam(config["learning_rate"], config["steps"], decay=0.01)
+    tx = optimizers.adam(config["learning_rate"], config["steps"], decay=0.01)
     step, start = state.jitted(loss, tx, config["decay"]), state.create(params, tx, trainable=r"unet\..*")
     folder = out / "checkpoints/unet"
     final = loop.fit(step, start, data, key, config["steps"], directory=folder, save_every=250, log_every=50)

@@ -8,12 +8,13 @@ Reference: Kumari et al., Multi-Concept Customization of Text-to-Image Diffusion
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from flaxdiff.checkpoint import convert, files, hub
+from flaxdiff.checkpoint import convert, files, hub, safetensors
 from flaxdiff.core import Params, layout
 
 NAMES = ("pytorch_custom_diffusion_weights.safetensors", "pytorch_custom_diffusion_weights.bin")
@@ -59,3 +60,25 @@ def load_custom_diffusion(
             "or is another kind of file."
         )
     return {**params, "unet": own}
+
+
+def save_custom_diffusion(folder: str | os.PathLike[str], pipe: Any, params: Mapping[str, Params], names: str) -> None:
+    """Write attention weights as `pytorch_custom_diffusion_weights.safetensors`, as PyTorch's diffusers reads them.
+
+    Args:
+      folder: where to write; made if it is not there.
+      pipe, params: the model that was trained.
+      names: regex of the U-Net's parameters that are written.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for name, leaf in layout(pipe.unet).items():
+        if not re.fullmatch(names, name):
+            continue
+        own = np.asarray(params["unet"][name])
+        for file_name, one in zip(convert.names_in_file(name, leaf), own if leaf.stack else own[None], strict=True):
+            key = re.sub(r"\.(to_\w+?)\.", r".processor.\1_custom_diffusion.", file_name, count=1)
+            back = np.argsort(convert.axes(leaf.kind, one.ndim))
+            arrays[key] = np.ascontiguousarray(one.transpose(back) if one.ndim > 1 else one)
+    with files.staged(Path(folder)) as stage:
+        shapes = {key: (array.shape, array.dtype) for key, array in arrays.items()}
+        safetensors.write(stage / NAMES[0], shapes, arrays.values())

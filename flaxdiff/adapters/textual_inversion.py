@@ -110,9 +110,24 @@ def load_textual_inversion(
     """
     path = hub.locate(source, NAMES if weight_name is None else (weight_name,), **download)
     word, vectors = _read(path)
-    word, params = token or word, dict(params)
-    specs, tokenizers = dict(pipe.specs), dict(pipe.tokenizers)
-    for encoder, rows in _placed(params, vectors, path).items():
+    return add_word(pipe, params, token or word, _placed(params, vectors, path))
+
+
+def add_word(
+    pipe: Any, params: Mapping[str, Params], word: str, vectors: Mapping[str, Any]
+) -> tuple[Any, dict[str, Params]]:
+    """A pipeline and its parameters with a word more.
+
+    Args:
+      pipe, params: to begin with; they stay as they are.
+      word: as it stands in prompts.
+      vectors: text encoder -> [n, D].
+
+    Raises:
+      ValueError: the word is known already.
+    """
+    params, specs, tokenizers = dict(params), dict(pipe.specs), dict(pipe.tokenizers)
+    for encoder, rows in vectors.items():
         name = encoder.replace("text_encoder", "tokenizer")
         table = params[encoder][TABLE]
         known = tokenizers[name].words if isinstance(tokenizers[name], Extended) else ()
@@ -127,6 +142,21 @@ def load_textual_inversion(
         end = int(bare([""])[0][1])
         specs[encoder] = specs[encoder].replace(vocab_size=len(new), eos_token_id=end)
     return pipe.replace(specs=tuple(specs.items()), tokenizers=tuple(tokenizers.items())), params
+
+
+def save_textual_inversion(folder: str | os.PathLike[str], word: str, vectors: Mapping[str, Any]) -> None:
+    """Write a word as `learned_embeds.safetensors`, as PyTorch's diffusers reads it.
+
+    Args:
+      folder: where to write; made if it is not there.
+      word: as it stands in prompts.
+      vectors: text encoder -> [n, D]; of two they are filed under the names that SDXL's files have.
+    """
+    filed = {encoder: key for key, encoder in ENCODERS.items()} if len(vectors) > 1 else dict.fromkeys(vectors, word)
+    arrays = {filed[encoder]: np.asarray(rows, np.float32) for encoder, rows in vectors.items()}
+    with files.staged(Path(folder)) as stage:
+        shapes = {key: (array.shape, array.dtype) for key, array in arrays.items()}
+        safetensors.write(stage / NAMES[0], shapes, arrays.values())
 
 
 def _read(path: Path) -> tuple[str, dict[str, np.ndarray]]:

@@ -10,7 +10,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 
@@ -49,6 +49,30 @@ CHIPS = {
     "v6e": Chip("v6e", 918e12, 32 << 30, 1.638e12, 400e9, None, 2, 256),
     "v7x": Chip("tpu7x", 2307e12, 192 << 30, 7.38e12, 600e9, None, 3, 9216, devices=2),
 }
+
+# what JAX calls a device -> the chip that it is, or is a part of
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "v7x",
+}
+
+
+def peak_flops(devices: Sequence[Any]) -> float | None:
+    """FLOP/s in bfloat16 of some devices together; None where they are of no known kind.
+
+    >>> import types
+    >>> peak_flops([types.SimpleNamespace(device_kind="TPU v5 lite")] * 4)
+    788000000000000.0
+    """
+    chip = CHIPS.get(KINDS.get(devices[0].device_kind, ""))
+    return chip and len(devices) * chip.flops / chip.devices
+
 
 # What libtpu would ask a machine with TPUs, and the lock by which it would keep other processes off them.
 _ALONE = {

@@ -242,7 +242,7 @@ def sampling(run: _Run) -> Iterator[Program]:
 
 def training(run: _Run) -> Program:
     """A training step of the denoiser on latents and encoded prompts."""
-    from flaxdiff.training import losses, noising, state
+    from flaxdiff.training import losses, noising, optimizers, state
 
     program, specs = run.pipe.program, dict(run.pipe.specs)
     inputs = run.inputs(guidance_scale=1.0)
@@ -255,7 +255,7 @@ def training(run: _Run) -> Program:
         params = jax.tree.map(lambda a: a.astype(run.dtype), params)
         return run.pipe.family.predict(Networks(specs, params), x, t, batch["condition"])
 
-    tx = state.adam(1e-4, 100_000)
+    tx = optimizers.adam(1e-4, 100_000)
     loss = losses.denoising(predict, noising.path_of(run.pipe.scheduler))
     start = jax.eval_shape(lambda params: state.create(params, tx), {"unet": abstract(specs["unet"])})
     start = laid(start, parallel.shardings(start, run.mesh))

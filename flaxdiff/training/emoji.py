@@ -13,7 +13,7 @@ import functools
 import unicodedata
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -264,6 +264,35 @@ def edges(images: np.ndarray) -> np.ndarray:
     across, down = (np.abs(np.diff(padded, axis=axis)).max(-1) for axis in (1, 2))
     change = np.clip(2 * np.maximum(across[:, :, :-1], down[:, :-1]), 0, 1)
     return np.repeat(change[..., None], 3, -1)
+
+
+class Drawn:
+    """All of it as a source of data (see data/sources.py): every emoji on every background but the pairs held out.
+
+    A row has the picture, its caption, and its edges for what is to follow them.
+    """
+
+    columns, faults = ("image", "text", "conditioning_image"), ()
+
+    def __init__(self) -> None:
+        self.names, self.rgba = load()
+        colours = tuple(BACKGROUNDS)
+        pairs = [(e, b) for e in range(len(self.names)) for b in range(len(colours))]
+        self.pairs = [(e, b) for e, b in pairs if not b or not held_out(self.names[e], colours[b])]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, i: int) -> str:
+        e, b = self.pairs[i]
+        return caption(self.names[e], tuple(BACKGROUNDS)[b])
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        e, b = self.pairs[i]
+        image = over(self.rgba[e], tuple(BACKGROUNDS.values())[b])
+        byte = lambda a: np.round(np.clip(a, 0, 255)).astype(np.uint8)
+        edge = edges(image[None])[0]
+        return {"image": byte(127.5 * (image + 1)), "text": self.name(i), "conditioning_image": byte(255 * edge)}
 
 
 def corpus(names: tuple[str, ...]) -> list[str]:

@@ -2,7 +2,8 @@
 
 A loss is any function `(params, batch, key) -> (value, metrics)`; an optimiser is optax's. Which parameters move is a
 regex over their paths, so fine-tuning a text encoder, training an adapter or freezing an autoencoder's encoder are
-the same call. What is frozen has neither gradients nor optimiser state nor a moving average.
+the same call. What is frozen has neither gradients nor optimiser state nor a moving average, and is not saved. Masters
+are float32, computation is in what the step is told.
 """
 
 import functools
@@ -14,29 +15,41 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flaxdiff.parallel import by_kind, constrain
+
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, Mapping[str, jax.Array]]]
 
 
 class TrainState(NamedTuple):
-    """All that a run must remember; the data and the random numbers follow from `step`.
+    """All that a run must remember; random numbers follow from `step`.
 
     Attributes:
       step: how many updates have been made, int32 [].
-      params: every parameter, frozen ones too: a tree of dictionaries.
+      trainable: the parameters that move, by path.
       opt: the optimiser's state.
-      ema: the moving average of the trained parameters, by path.
+      ema: their moving average, by path; empty where none is kept.
+      frozen: the tree of all parameters, with None in place of those that move.
     """
 
     step: jax.Array
-    params: Any
+    trainable: dict[str, jax.Array]
     opt: optax.OptState
     ema: dict[str, jax.Array]
+    frozen: Any
+
+    @property
+    def params(self) -> Any:
+        """Every parameter: a tree of dictionaries."""
+        return replace(self.frozen, self.trainable)
 
 
 def paths(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by path, e.g. "unet.conv_in.weight"."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return {_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _path(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def select(params: Any, trainable: str) -> dict[str, Any]:
@@ -55,38 +68,80 @@ def select(params: Any, trainable: str) -> dict[str, Any]:
 
 
 def replace(params: Any, leaves: Mapping[str, Any]) -> Any:
-    """The tree with some leaves exchanged, by path.
+    """The tree with some leaves exchanged, by path; None is a leaf too.
 
-    >>> replace({"vae": {"encoder.w": 1, "decoder.w": 2}}, {"vae.decoder.w": 3})
+    >>> replace({"vae": {"encoder.w": 1, "decoder.w": None}}, {"vae.decoder.w": 3})
     {'vae': {'decoder.w': 3, 'encoder.w': 1}}
     """
-    return jax.tree.unflatten(jax.tree.structure(params), list({**paths(params), **leaves}.values()))
+    exchange = lambda path, leaf: leaves.get(_path(path), leaf)
+    return jax.tree_util.tree_map_with_path(exchange, params, is_leaf=lambda leaf: leaf is None)
 
 
-def create(params: Any, tx: optax.GradientTransformation, trainable: str = ".*") -> TrainState:
-    """The state before the first step. What is trained is copied: it may begin as a frozen network's own arrays."""
-    hot = jax.tree.map(jnp.copy, select(params, trainable))
-    return TrainState(jnp.zeros((), jnp.int32), replace(params, hot), tx.init(hot), jax.tree.map(jnp.copy, hot))
-
-
-def adam(
-    peak: float, steps: int, *, warmup: int = 100, b2: float = 0.99, decay: float = 0.0
-) -> optax.GradientTransformation:
-    """AdamW on gradients clipped to norm 1, its rate up to `peak` in `warmup` steps and down to 0 along a cosine.
+def create(params: Any, tx: optax.GradientTransformation, trainable: str = ".*", *, average: bool = True) -> TrainState:
+    """The state before the first step. What is trained is copied: it may begin as a frozen network's own arrays.
 
     Args:
-      peak: the highest learning rate.
-      steps: how long the run is.
-      warmup: how many of them are spent going up.
-      b2: the decay of the second moment.
-      decay: of the weights.
+      params: every parameter.
+      tx: the optimiser.
+      trainable: regex over whole paths.
+      average: whether to keep a moving average.
     """
-    rate = optax.warmup_cosine_decay_schedule(0, peak, warmup, steps)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=b2, weight_decay=decay))
+    master = lambda a: jnp.array(a, jnp.promote_types(a.dtype, jnp.float32))
+    hot = jax.tree.map(master, select(params, trainable))
+    ema = jax.tree.map(jnp.copy, hot) if average else {}
+    opt = jax.tree.map(jnp.copy, tx.init(hot))  # an optimiser may hold one array twice, or the parameters themselves
+    return TrainState(jnp.zeros((), jnp.int32), hot, opt, ema, replace(params, dict.fromkeys(hot)))
+
+
+def gradients(
+    loss: Loss, state: TrainState, batch: Any, key: jax.Array, dtype: Any = None
+) -> tuple[tuple[jax.Array, Mapping[str, jax.Array]], dict[str, jax.Array]]:
+    """((value, metrics), gradients of what `state` trains), computed in `dtype`, in the masters' own by default."""
+
+    def objective(hot: dict[str, jax.Array]) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        params = replace(state.frozen, hot)
+        if dtype is not None:
+            floating = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
+            params = jax.tree.map(lambda a: a.astype(dtype) if floating(a) else a, params)
+        return loss(params, batch, key)
+
+    return jax.value_and_grad(objective, has_aux=True)(state.trainable)
+
+
+def accumulated(
+    loss: Loss, state: TrainState, batch: Any, key: jax.Array, dtype: Any, parts: int
+) -> tuple[tuple[jax.Array, Mapping[str, jax.Array]], dict[str, jax.Array]]:
+    """As `gradients`, the mean over so many parts of the batch, computed one after the other to take less memory.
+
+    Row i of the batch is in part i mod `parts`, so that each has rows of every device.
+    """
+
+    def rows(a: jax.Array) -> jax.Array:
+        if a.shape[0] % parts:
+            raise ValueError(f"A batch of {a.shape[0]} does not divide into {parts} parts; use a multiple of that.")
+        return constrain(jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), "whole", "batch")
+
+    def of(part: tuple[jax.Array, Any]) -> Any:
+        n, batch = part
+        return gradients(loss, state, batch, jax.random.fold_in(key, n), dtype)
+
+    every = jnp.arange(parts), by_kind(lambda a: jnp.broadcast_to(a, (parts,)), rows, batch)
+    shapes = jax.eval_shape(of, jax.tree.map(lambda a: a[0], every))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    add = lambda total, part: (jax.tree.map(lambda a, b: a + b / parts, total, of(part)), None)
+    return jax.lax.scan(add, zeros, every)[0]
 
 
 def train_step(
-    loss: Loss, tx: optax.GradientTransformation, state: TrainState, batch: Any, key: jax.Array, *, decay: float = 0.999
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    batch: Any,
+    key: jax.Array,
+    *,
+    decay: float = 0.999,
+    dtype: Any = None,
+    parts: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the parameters that `state` trains, and of their moving average.
 
@@ -99,6 +154,8 @@ def train_step(
       batch: anything that the loss reads.
       key: the key of the run, the same at every step.
       decay: of the moving average.
+      dtype: that the loss is computed in, of all parameters; by default each in its own.
+      parts: into which the batch is split to take less memory: gradients are accumulated.
 
     Returns:
       The next state and the metrics: `loss`, `grad_norm` and those of the loss.
@@ -109,24 +166,28 @@ def train_step(
     >>> float(metrics["loss"]), round(float(state.params["w"]), 4)
     (4.0, 1.4)
     """
-    hot = {path: leaf for path, leaf in paths(state.params).items() if path in state.ema}
-    objective = lambda hot: loss(replace(state.params, hot), batch, jax.random.fold_in(key, state.step))
-    (value, metrics), grads = jax.value_and_grad(objective, has_aux=True)(hot)
+    key = jax.random.fold_in(key, state.step)
+    compute = gradients if parts == 1 else functools.partial(accumulated, parts=parts)
+    (value, metrics), grads = compute(loss, state, batch, key, dtype)
 
-    updates, opt = tx.update(grads, state.opt, hot)
-    hot = optax.apply_updates(hot, updates)
+    updates, opt = tx.update(grads, state.opt, state.trainable)
+    hot = optax.apply_updates(state.trainable, updates)
     d = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
-    ema = jax.tree.map(lambda e, p: e + (1 - d).astype(e.dtype) * (p - e), state.ema, hot)
+    follow = lambda path, e: e + (1 - d).astype(e.dtype) * (hot[path] - e)
+    ema = {path: follow(path, e) for path, e in state.ema.items()}
 
     metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
-    return TrainState(state.step + 1, replace(state.params, hot), opt, ema), metrics
+    return TrainState(state.step + 1, hot, opt, ema, state.frozen), metrics
 
 
 def averaged(state: TrainState) -> Any:
-    """The parameters with the moving averages in place of the trained ones."""
-    return replace(state.params, state.ema)
+    """Every parameter, with the moving averages in place of the trained ones where there are any."""
+    return replace(state.frozen, state.trainable | state.ema)
 
 
-def jitted(loss: Loss, tx: optax.GradientTransformation, decay: float = 0.999) -> Callable:
-    """`train_step` compiled, with the memory of the old state reused for the new."""
-    return jax.jit(functools.partial(train_step, loss, tx, decay=decay), donate_argnums=0)
+def jitted(
+    loss: Loss, tx: optax.GradientTransformation, decay: float = 0.999, *, places: Any = None, **options: Any
+) -> Callable:
+    """`train_step` compiled, with the memory of the old state reused for the new, which lies where `places` says."""
+    step = functools.partial(train_step, loss, tx, decay=decay, **options)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if places is None else (places, None))

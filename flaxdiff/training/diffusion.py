@@ -1,0 +1,92 @@
+"""Any pipeline as something to train: its network, asked about noisy pictures as a run asks it.
+
+What a run prepares on the host and encodes on the device (prompts, sizes, a picture to follow or to change) is what
+training conditions on. So one loss serves every family, and ControlNets, adapters and LoRA with them: they are other
+components, or other weights, of the same pipeline.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxdiff.pipelines.beside import tell
+from flaxdiff.pipelines.generate import Inputs, Networks
+from flaxdiff.pipelines.pipeline import DiffusionPipeline
+from flaxdiff.schedulers.tables import folded, image_keys
+from flaxdiff.training.losses import Predict
+from flaxdiff.training.state import Loss
+
+TOLD = 1  # folded into an image's key for what is drawn of its conditions
+OF_RUN = ("plan", "guidance", "cache", "latents")  # of the inputs of a run, what has no part in training
+
+
+class Once(NamedTuple):
+    """In the place of a scheduler's plan: one evaluation."""
+
+    timesteps: np.ndarray = np.zeros(1, np.float32)
+    steps: int = 1
+
+
+def conditions(pipe: DiffusionPipeline, **options: Any) -> dict[str, Any]:
+    """What a pipeline's networks are told, as arrays: on the host.
+
+    Args:
+      pipe: the pipeline.
+      **options: of its call, for a batch: `prompt`, `height`, `image` of a ControlNet, …; by default without guidance.
+
+    >>> import flaxdiff
+    >>> pipe, params = flaxdiff.load()
+    >>> conditions(pipe, prompt=["red apple", "blue book"])["prompt_ids"].shape
+    (2, 32)
+    """
+    asked = {"guidance_scale": 1.0, pipe.asks: 1.0, "num_inference_steps": 1}
+    inputs = pipe.prepare_inputs(**{**asked, **options})
+    return {name: value for name, value in inputs.items() if name not in OF_RUN}
+
+
+def told(pipe: DiffusionPipeline, networks: Networks, keys: jax.Array, inputs: Inputs) -> dict[str, Any]:
+    """What the positive branch of a run tells the network, of `conditions`."""
+    inputs = {**inputs, "keys": keys, "plan": Once(), "guidance": {}}
+    return dict(tell(pipe.family, networks, keys, inputs, pipe.family.encode(networks, inputs))["positive"])
+
+
+def predict(pipe: DiffusionPipeline) -> Predict:
+    """`(params, x_t, t, batch) -> prediction` of a pipeline's network, for `losses.denoising`.
+
+    The batch holds what the network is "told". A variance that it says beside is left out.
+    """
+    family = pipe.family
+
+    def of(params: Any, x: jax.Array, t: jax.Array, batch: Mapping[str, Any]) -> jax.Array:
+        networks, cond = pipe.program.networks(params), batch["told"]
+        seen = jnp.concatenate([x, cond["beside"].astype(x.dtype)], -1) if "beside" in cond else x
+        if family.times is not None:  # of each example's own time and conditions
+            one = lambda t, cond: family.times(networks, t[None], jax.tree.map(lambda a: a[None], cond))
+            t = jax.tree.map(lambda a: a[:, 0, 0], jax.vmap(one)(t, cond))
+        return family.predict(networks, seen, t, cond)[..., : x.shape[-1]]
+
+    return of
+
+
+def encoded(pipe: DiffusionPipeline, loss: Loss) -> Loss:
+    """A loss of "latents" and what the network is "told" as one of the pictures "image" and of "conditions".
+
+    Each is made by the networks as a run makes it, of the parameters as they are, so text encoders learn with the
+    denoiser where they are trained; what a batch holds already stays.
+    """
+
+    def of(params: Any, batch: Mapping[str, Any], key: jax.Array) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        key, own = jax.random.split(key)
+        networks, batch = pipe.program.networks(params), dict(batch)
+        count = len(jax.tree.leaves(batch.get("latents", batch.get("image")))[0])
+        keys = image_keys(own, count)
+        if "latents" not in batch:
+            batch["latents"] = pipe.family.encode_image(networks, batch.pop("image"), keys)
+        if "told" not in batch:
+            batch["told"] = told(pipe, networks, folded(keys, TOLD), batch.pop("conditions"))
+        return loss(params, batch, key)
+
+    return of

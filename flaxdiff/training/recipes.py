@@ -1,0 +1,419 @@
+"""What is trained, and what becomes of it: a recipe for each page of the documentation that trains something.
+
+A recipe makes of a configuration a pipeline with its parameters, which of these move, a loss, the arrays of a batch and
+a way to write the result, in the format that PyTorch's diffusers reads. All are trained by the same step and loop.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxdiff import registry
+from flaxdiff.adapters import custom_diffusion, lora, textual_inversion
+from flaxdiff.checkpoint import pipelines
+from flaxdiff.checkpoint.writing import save_model
+from flaxdiff.core import Params, init
+from flaxdiff.pipelines.auto import AutoPipelineForText2Image
+from flaxdiff.pipelines.generate import autoencoder, denoiser
+from flaxdiff.pipelines.pipeline import DiffusionPipeline
+from flaxdiff.training import losses, noising, timesteps
+from flaxdiff.training.config import Config, Objective
+from flaxdiff.training.diffusion import conditions, encoded, predict
+from flaxdiff.training.state import Loss
+
+Params2 = dict[str, Params]  # component -> parameters
+Batch = Mapping[str, Any]
+
+
+class Recipe(NamedTuple):
+    """What there is to train.
+
+    Attributes:
+      pipe: the pipeline that draws with the result, and in whose terms the loss is.
+      params: of all its components, and of what is trained beside them.
+      trainable: regex of the whole paths that move.
+      loss: of `batch`'s arrays.
+      batch: a batch of data, arrays and lists of texts -> arrays.
+      export: (folder, parameters) -> writes the result.
+      images: further columns of pictures that the data need, by their names in a batch.
+      captioned: whether pictures have texts.
+      drops: whether texts and conditioning pictures are left out of some examples.
+      draws: parameters -> those that the pipeline draws with; by default the same.
+    """
+
+    pipe: DiffusionPipeline
+    params: Params2
+    trainable: str
+    loss: Loss
+    batch: Callable[[Batch], dict[str, Any]]
+    export: Callable[[Path, Params2], None]
+    images: Mapping[str, str] = {}
+    captioned: bool = True
+    drops: bool = False
+    draws: Callable[[Params2], Params2] = lambda params: params
+
+
+# --- what recipes share ----------------------------------------------------------------------------------------------
+
+
+def load(config: Config, **options: Any) -> tuple[DiffusionPipeline, Params2]:
+    """The pipeline that a run starts from, with another autoencoder where one is named; remat as the run says."""
+    model = config.model
+    if model.pretrained_vae_model_name_or_path:
+        options["vae"] = registry.find("AutoencoderKL").from_pretrained(model.pretrained_vae_model_name_or_path)
+    pipe, params = pipelines.load(
+        model.pretrained_model_name_or_path, revision=model.revision, variant=model.variant, **options
+    )
+    return checkpointed(pipe, config), params
+
+
+def checkpointed(pipe: DiffusionPipeline, config: Config) -> DiffusionPipeline:
+    """The pipeline with what its networks compute again on the way back."""
+    if not config.run.gradient_checkpointing:
+        return pipe
+    return pipe.replace(**{name: spec.replace(remat="full") for name, spec in pipe.specs})
+
+
+def denoising(pipe: DiffusionPipeline, given: Objective) -> Loss:
+    """The denoising loss of a pipeline's network, of pictures and conditions."""
+    path = noising.path_of(pipe.scheduler)
+    if given.prediction_type:
+        path = path._replace(prediction_type=given.prediction_type)
+    weights = {
+        "none": None,
+        "p2": noising.p2(),
+        "soft_min_snr": noising.soft_min_snr(),
+        "debiased": noising.debiased(),
+        "sigma_sqrt": noising.sd3("sigma_sqrt"),
+        "cosmap": noising.sd3("cosmap"),
+    }
+    rows = len(path.time)
+    bias = timesteps.timestep_bias(
+        given.timestep_bias_strategy,
+        multiplier=given.timestep_bias_multiplier,
+        begin=given.timestep_bias_begin,
+        end=given.timestep_bias_end,
+        portion=given.timestep_bias_portion,
+        rows=rows,
+    )
+    uniform = timesteps.uniform if given.timestep_bias_strategy == "none" else timesteps.weighted(bias)
+    draws = {
+        "stratified": timesteps.sampler(uniform),
+        "uniform": timesteps.sampler(uniform, stratified=False),
+        "logit_normal": timesteps.sampler(timesteps.logit_normal(given.logit_mean, given.logit_std), stratified=False),
+        "mode": timesteps.sampler(timesteps.mode(given.mode_scale), stratified=False),
+        "cosmap": timesteps.sampler(timesteps.cosmap, stratified=False),
+    }
+    loss = losses.denoising(
+        predict(pipe),
+        path,
+        timesteps=_named("weighting_scheme", given.weighting_scheme, draws),
+        weight=noising.min_snr(given.snr_gamma) if given.snr_gamma else _named("weighting", given.weighting, weights),
+        noise=noising.offset(given.noise_offset) if given.noise_offset else jax.random.normal,
+        input_perturbation=given.input_perturbation,
+        prior_loss_weight=given.prior_loss_weight if given.with_prior_preservation else None,
+    )
+    return encoded(pipe, loss)
+
+
+def _named(option: str, name: str, known: Mapping[str, Any]) -> Any:
+    if name not in known:
+        raise ValueError(f"{option}={name!r} is not known; use one of {sorted(known)}.")
+    return known[name]
+
+
+def told(pipe: DiffusionPipeline, batch: Batch, **options: Any) -> dict[str, Any]:
+    """Pictures and what the network is to be told of them: the captions, and their sizes before they were cut."""
+    image = np.asarray(batch["image"])
+    size = {} if "prompt" in options else {"prompt": batch["caption"]}
+    arrays = conditions(pipe, **size, height=image.shape[1], width=image.shape[2], **options)
+    if "time_ids" in arrays and "original_size" in batch:
+        sides = np.broadcast_to(np.int32(image.shape[1:3]), (len(image), 2))
+        arrays["time_ids"] = np.concatenate(
+            [batch["original_size"], batch["crop_top_left"], sides], 1, dtype=np.float32
+        )
+    return {"image": image, "conditions": arrays}
+
+
+def whole(folder: Path, params: Params2, pipe: DiffusionPipeline) -> None:
+    """Write a pipeline."""
+    pipelines.save(folder, pipe, {name: params[name] for name, _ in pipe.specs})
+
+
+def plain(pipe: DiffusionPipeline, params: Params2, trainable: str, config: Config, **changes: Any) -> Recipe:
+    """A recipe that denoises pictures of captions."""
+    scale = {"guidance_scale": config.objective.guidance_scale} if _distilled(pipe) else {}
+    batch = lambda batch: told(pipe, batch, **scale)
+    made = Recipe(
+        pipe, params, trainable, denoising(pipe, config.objective), batch, functools.partial(whole, pipe=pipe)
+    )
+    return made._replace(**changes)
+
+
+def _distilled(pipe: DiffusionPipeline) -> bool:
+    """Whether the denoiser is told the strength of guidance."""
+    return bool(getattr(pipe.denoiser.config, "guidance_embeds", False))
+
+
+def encoders(pipe: DiffusionPipeline, config: Config) -> str:
+    """Regex of the denoiser, and of CLIP's text encoders where they move too."""
+    own = denoiser(dict(pipe.specs))
+    return rf"(?:{own}|text_encoder(?:_2)?)" if config.adapter.train_text_encoder else own
+
+
+# --- the recipes -----------------------------------------------------------------------------------------------------
+
+
+def text_to_image(config: Config) -> Recipe:
+    """All of the denoiser: Stable Diffusion 1, 2 and XL, PixArt, SD3, Flux; DreamBooth with `instance_prompt`."""
+    pipe, params = load(config)
+    return plain(pipe, params, rf"{encoders(pipe, config)}\..*", config)
+
+
+def with_lora(config: Config) -> Recipe:
+    """Low-rank updates of the denoiser's attentions, of text encoders as well, or of what `target_modules` says."""
+    pipe, params = load(config)
+    given, own = config.adapter, encoders(pipe, config)
+    usual = rf"{own}\..*(?:attn|attention).*\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkv]_proj|out_proj)"
+    key = jax.random.fold_in(jax.random.key(config.run.seed), 1)
+    adapter = lora.init_lora(pipe, key, given.rank, given.target_modules or usual)
+    share = (given.lora_alpha or given.rank) / given.rank
+    adapted = lora.set_adapters(params, [adapter], [share])
+    export = lambda folder, params: lora.save_lora(folder, pipe, lora.adapter_of(params))
+    return plain(pipe, adapted, r".*\.(?:down|up)", config, export=export)
+
+
+def unconditional(config: Config) -> Recipe:
+    """A U-Net over pixels from nothing, or from a pipeline of that kind."""
+    ddpm, scheduler = registry.find("DDPMPipeline"), registry.find("DDPMScheduler")
+    if config.model.pretrained_model_name_or_path:
+        pipe, params = load(config)
+    else:
+        usual = {"sample_size": config.data.resolution, **_UNCONDITIONAL}
+        given = json.loads(Path(config.model.component).read_text()) if config.model.component else usual
+        spec = registry.find("UNet2DModel").from_config(given)
+        pipe = checkpointed(ddpm((("unet", spec),), scheduler()), config)
+        params = {"unet": init(spec, jax.random.key(config.run.seed))}
+    told_nothing = lambda batch: {
+        "image": batch["image"],
+        "conditions": conditions(pipe, batch_size=len(batch["image"])),
+    }
+    return plain(pipe, params, r"unet\..*", config, batch=told_nothing, captioned=False)
+
+
+# the U-Net of the documentation's script
+_UNCONDITIONAL = {
+    "layers_per_block": 2,
+    "block_out_channels": [128, 128, 256, 256, 512, 512],
+    "down_block_types": ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
+}
+
+
+def controlnet(config: Config) -> Recipe:
+    """A ControlNet that begins as the denoiser and adds nothing: Stable Diffusion, XL, Flux."""
+    base, params = load(config)
+    own, key = denoiser(dict(base.specs)), jax.random.fold_in(jax.random.key(config.run.seed), 1)
+    led = registry.find(registry.counterpart(type(base).__name__, "text2image", True), "pipeline")
+    net = registry.find(led.steers["controlnet"])
+    if config.model.controlnet_model_name_or_path:
+        spec, start = net.from_pretrained(config.model.controlnet_model_name_or_path)
+    else:
+        begin = getattr(net, "from_unet", None) or getattr(net, "from_transformer", None)
+        if begin is None:
+            raise ValueError(f"{net.__name__} does not begin as another network; give controlnet_model_name_or_path.")
+        given = json.loads(Path(config.model.component).read_text()) if config.model.component else {}
+        spec, start = begin(dict(base.specs)[own], params[own], key, **given)
+    pipe = checkpointed(AutoPipelineForText2Image.from_pipe(base, controlnet=spec), config)
+    params = {**params, "controlnet": start}
+    option = "image" if "image" in _options(pipe) else "control_image"
+    batch = lambda batch: told(pipe, batch, **{option: (np.asarray(batch["conditioning_image"]) + 1) / 2})
+    export = lambda folder, params: save_model(folder, spec, params["controlnet"])
+    images = {"conditioning_image": config.data.conditioning_image_column}
+    return plain(pipe, params, r"controlnet\..*", config, batch=batch, export=export, images=images)
+
+
+def _options(pipe: DiffusionPipeline) -> set[str]:
+    """What the prepares of a class beside the family's take."""
+    import inspect
+
+    return {name for extra in pipe.extras for name in inspect.signature(extra).parameters}
+
+
+def t2i_adapter(config: Config) -> Recipe:
+    """A T2I-Adapter for Stable Diffusion or XL, from nothing."""
+    base, params = load(config)
+    large = hasattr(base, "text_encoder_2")
+    cls = registry.find("StableDiffusionXLAdapterPipeline" if large else "StableDiffusionAdapterPipeline")
+    channels = list(base.unet.config.block_out_channels)
+    usual = {"channels": channels, "adapter_type": "full_adapter_xl"} if large else {"channels": channels}
+    factor = {"downscale_factor": 2 ** (len(base.vae.config.block_out_channels) - 1) * (2 if large else 1)}
+    given = json.loads(Path(config.model.component).read_text()) if config.model.component else {**usual, **factor}
+    spec = registry.find("T2IAdapter").from_config(given)
+    pipe = checkpointed(cls.from_pipe(base, adapter=spec), config)
+    start = init(spec, jax.random.fold_in(jax.random.key(config.run.seed), 1))
+    batch = lambda batch: told(pipe, batch, image=(np.asarray(batch["conditioning_image"]) + 1) / 2)
+    export = lambda folder, params: save_model(folder, spec, params["adapter"])
+    images = {"conditioning_image": config.data.conditioning_image_column}
+    params = {**params, "adapter": start}
+    return plain(pipe, params, r"adapter\..*", config, batch=batch, export=export, images=images)
+
+
+def instruct_pix2pix(config: Config) -> Recipe:
+    """A U-Net that sees a picture beside the noisy one and changes it as it is told; its first layer is widened.
+
+    Reference: Brooks et al., InstructPix2Pix: Learning to Follow Image Editing Instructions, 2023.
+    """
+    base, params = load(config)
+    large = hasattr(base, "text_encoder_2")
+    cls = registry.find(f"StableDiffusion{'XL' * large}InstructPix2PixPipeline")
+    spec, first = base.unet, params["unet"]["conv_in.weight"]
+    channels = base.vae.config.latent_channels
+    if spec.config.in_channels == channels:
+        spec = spec.replace(in_channels=2 * channels)
+        widened = jnp.pad(first, ((0, 0), (0, 0), (0, channels), (0, 0)))
+        params = {**params, "unet": {**params["unet"], "conv_in.weight": widened}}
+    pipe = cls.from_pipe(base, unet=spec)
+
+    def batch(batch: Batch) -> dict[str, Any]:
+        made = told(pipe, batch, image=(np.asarray(batch["conditioning_image"]) + 1) / 2)
+        if "conditioning" in batch:  # 0 where the picture is left out
+            gain = made["conditions"]["beside_gain"] * np.asarray(batch["conditioning"], np.float32)
+            made["conditions"]["beside_gain"] = gain.reshape(-1, 1, 1, 1)
+        return made
+
+    images = {"conditioning_image": config.data.conditioning_image_column}
+    return plain(pipe, params, r"unet\..*", config, batch=batch, images=images, drops=True)
+
+
+def textual_inversion_of(config: Config) -> Recipe:
+    """Vectors of a new word, in every text encoder of CLIP's kind; all else stays.
+
+    Reference: Gal et al., An Image is Worth One Word, 2022.
+    """
+    pipe, params, words = with_word(*load(config), config)
+    loss = denoising(pipe, config.objective)
+    export = functools.partial(save_word, config=config)
+    made = plain(pipe, {**params, "word": words}, r"word\..*", config, export=export)
+    return made._replace(
+        loss=lambda params, batch, key: loss(spoken(params), batch, key),
+        batch=lambda batch: told(pipe, batch, prompt=said(config, batch)),
+        draws=spoken,
+    )
+
+
+def custom_diffusion_of(config: Config) -> Recipe:
+    """Keys and values of the cross-attentions, all of the cross-attentions with `freeze_model="crossattn"`, and a word.
+
+    Reference: Kumari et al., Multi-Concept Customization of Text-to-Image Diffusion, 2023.
+    """
+    pipe, params = load(config)
+    layers = {"crossattn_kv": r"to_[kv]", "crossattn": r"to_(?:[qkv]|out\.0)"}
+    moving = rf"unet\..*attn2\.{_named('freeze_model', config.adapter.freeze_model, layers)}\..*"
+    words: Params = {}
+    if config.adapter.placeholder_token:
+        pipe, params, words = with_word(pipe, params, config)
+
+    def export(folder: Path, params: Params2) -> None:
+        custom_diffusion.save_custom_diffusion(folder, pipe, params, moving.removeprefix(r"unet\."))
+        if words:
+            save_word(folder, params, config)
+
+    loss = denoising(pipe, config.objective)
+    made = plain(pipe, {**params, "word": words}, rf"{moving}|word\..*", config, export=export)
+    return made._replace(loss=lambda params, batch, key: loss(spoken(params), batch, key), draws=spoken)
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+OBJECTS = ("a photo of a {}", "a rendering of a {}", "a cropped photo of the {}", "a close-up photo of a {}")
+OBJECTS += ("a bright photo of the {}", "a good photo of a {}", "the photo of a {}", "a photo of one {}")
+STYLES = ("a painting in the style of {}", "a rendering in the style of {}", "a picture in the style of {}")
+STYLES += (
+    "a bright painting in the style of {}",
+    "a small painting in the style of {}",
+    "a drawing in the style of {}",
+)
+
+
+def said(config: Config, batch: Batch) -> list[str]:
+    """Captions with the new word: a phrase for each, by what its picture is."""
+    phrases = _named("learnable_property", config.adapter.learnable_property, {"object": OBJECTS, "style": STYLES})
+    number = lambda image: int(np.abs(image).sum() * 1e3)  # any function of the picture and of how it was cut
+    return [phrases[number(image) % len(phrases)].format(config.adapter.placeholder_token) for image in batch["image"]]
+
+
+def with_word(
+    pipe: DiffusionPipeline, params: Params2, config: Config
+) -> tuple[DiffusionPipeline, Params2, dict[str, jax.Array]]:
+    """A pipeline that knows a word more, and the vectors of it, by text encoder, which begin as those of another word.
+
+    Raises:
+      ValueError: no word, or one to begin as that is several tokens.
+    """
+    given = config.adapter
+    if not given.placeholder_token or not given.initializer_token:
+        raise ValueError("Give placeholder_token=, the word to learn, and initializer_token=, one that it begins as.")
+    vectors = {}
+    for name, tokenizer in pipe.tokenizers:
+        encoder = name.replace("tokenizer", "text_encoder")
+        if textual_inversion.TABLE in params[encoder]:
+            ids = np.asarray(tokenizer([given.initializer_token]))[0]
+            empty = np.asarray(tokenizer([""]))[0]
+            if int((ids != empty).sum()) > 2 or ids[2] != empty[1]:
+                raise ValueError(f"initializer_token={given.initializer_token!r} is several tokens; give one word.")
+            row = params[encoder][textual_inversion.TABLE][ids[1]]
+            vectors[encoder] = jnp.repeat(row[None], given.num_vectors, 0)
+    pipe, params = textual_inversion.add_word(pipe, params, given.placeholder_token, vectors)
+    return pipe, params, vectors
+
+
+def spoken(params: Params2) -> Params2:
+    """Parameters with the learned vectors where the text encoders look them up."""
+    table = textual_inversion.TABLE
+    beside = {k: v for k, v in params.items() if k != "word"}
+    for encoder, rows in params.get("word", {}).items():
+        known = beside[encoder][table][: -len(rows)]
+        beside[encoder] = {**beside[encoder], table: jnp.concatenate([known, rows.astype(known.dtype)])}
+    return beside
+
+
+def save_word(folder: Path, params: Params2, config: Config) -> None:
+    """Write the vectors of the new word."""
+    textual_inversion.save_textual_inversion(folder, config.adapter.placeholder_token, params["word"])
+
+
+def autoencoder_of(config: Config) -> Recipe:
+    """An AutoencoderKL, its decoder alone with `trainable="vae\\.decoder.*"`."""
+    pipe, params = load(config)
+    name = autoencoder(dict(pipe.specs))
+    spec = dict(pipe.specs)[name]
+    loss = losses.reconstruction(spec)
+    return Recipe(
+        pipe,
+        params,
+        rf"{name}\..*",
+        lambda params, batch, key: loss(params[name], batch, key),
+        lambda batch: {"image": batch["image"]},
+        lambda folder, params: save_model(folder, spec, params[name]),
+        captioned=False,
+    )
+
+
+RECIPES: dict[str, Callable[[Config], Recipe]] = {
+    "text_to_image": text_to_image,
+    "lora": with_lora,
+    "unconditional": unconditional,
+    "controlnet": controlnet,
+    "t2i_adapter": t2i_adapter,
+    "instruct_pix2pix": instruct_pix2pix,
+    "textual_inversion": textual_inversion_of,
+    "custom_diffusion": custom_diffusion_of,
+    "autoencoder": autoencoder_of,
+}

@@ -1,0 +1,203 @@
+"""A run from its configuration to the files that it leaves: `flaxdiff train CONFIG`, or `train(config)` from Python.
+
+Everything is checked before work begins: the recipe, the data's columns, the folder, the room on the disk, the mesh.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from flaxdiff import parallel
+from flaxdiff.images import make_image_grid
+from flaxdiff.training import emoji, loop, report, state
+from flaxdiff.training.config import Config
+from flaxdiff.training.data import Batches, DataLoader, Examples, PriorPreservation, Stream, buckets, open_source
+from flaxdiff.training.data.pictures import SUFFIXES
+from flaxdiff.training.optimizers import optimizer, schedule
+from flaxdiff.training.recipes import RECIPES, Params2, Recipe
+
+FAR = 1 << 20  # batches beyond those of any run
+DTYPES = {"no": None, "bf16": jnp.bfloat16}
+
+
+def train(config: Config) -> Params2:
+    """Run a configuration to its end, from its last checkpoint if there is one, and write the result.
+
+    Returns:
+      The parameters that the pipeline draws with.
+
+    Raises:
+      ValueError: an unknown recipe or name, a data set of no use, a batch that does not divide.
+      OSError: the folder cannot be written.
+    """
+    given, folder = config.run, Path(config.run.output)
+    recipe = named("recipe", config.recipe, RECIPES)(config)
+    dtype = named("mixed_precision", given.mixed_precision, DTYPES)
+    mesh = parallel.make_mesh(given.mesh)
+    data = batches(config, recipe)
+    key = jax.random.key(given.seed)
+    tx = optimiser(config)
+
+    with jax.set_mesh(mesh):
+        first = state.create(recipe.params, tx, recipe.trainable, average=given.use_ema)
+        places = parallel.shardings(first, mesh)
+        first = jax.device_put(first, places)
+        step = state.jitted(
+            recipe.loss, tx, given.ema_decay, dtype=dtype, parts=given.gradient_accumulation_steps, places=places
+        )
+        place = lambda batch: parallel.shard(recipe.batch(batch), mesh, part=jax.process_count() > 1)
+        final = loop.fit(
+            step,
+            first,
+            data,
+            key,
+            given.max_train_steps,
+            directory=folder / "checkpoints",
+            save_every=given.checkpointing_steps,
+            keep=given.checkpoints_total_limit,
+            best=given.best,
+            log_every=given.logging_steps,
+            writers=writers(config),
+            validate=validation(config, recipe, data, place),
+            validate_every=given.validation_steps,
+            place=place,
+            profile=given.profile,
+            examples=given.train_batch_size,
+        )
+        params = state.averaged(final)
+        if jax.process_index() == 0:
+            recipe.export(folder, params)
+    return recipe.draws(params)
+
+
+def named(option: str, name: str, known: Mapping[str, Any]) -> Any:
+    """What a name stands for. Raises ValueError where it stands for nothing."""
+    if name not in known:
+        raise ValueError(f"{option}={name!r} is not known; use one of {sorted(known)}.")
+    return known[name]
+
+
+def batches(config: Config, recipe: Recipe) -> DataLoader:
+    """The data of a run."""
+    given, objective = config.data, config.objective
+    if given.train_data is None:
+        raise ValueError("Give train_data=, a folder or the name of a data set; see `flaxdiff train --help`.")
+    images = {"image": given.image_column, **recipe.images}
+    examples = Examples(
+        resolution=given.resolution,
+        aspect_ratio_buckets=buckets(given.resolution) if given.aspect_ratio_buckets else (),
+        images=images,
+        texts={"caption": given.caption_column} if recipe.captioned else {},
+        prompt=given.instance_prompt,
+        center_crop=given.center_crop,
+        random_flip=given.random_flip,
+        image_interpolation_mode=given.image_interpolation_mode,
+        proportion_empty_prompts=given.proportion_empty_prompts,
+        conditioning_dropout_prob=objective.conditioning_dropout_prob if recipe.drops else 0.0,
+    )
+    parts = 2 if objective.with_prior_preservation else 1
+    if config.run.train_batch_size % parts:
+        raise ValueError(f"train_batch_size={config.run.train_batch_size}: of pictures and their class, half each.")
+
+    def of(where: str, examples: Examples) -> Batches | Stream:
+        options = {"dataset_config_name": given.dataset_config_name, "streaming": given.streaming}
+        columns = tuple(images.values())
+        source = emoji.Drawn() if where == "emoji" else open_source(where, split=given.split, images=columns, **options)
+        return (Stream if given.streaming else Batches).of(
+            source,
+            examples,
+            config.run.train_batch_size // parts,
+            seed=config.run.seed,
+            max_train_samples=given.max_train_samples,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    made = of(given.train_data, examples)
+    if objective.with_prior_preservation:
+        prior = dataclasses.replace(examples, prompt=given.class_prompt)
+        made = PriorPreservation(made, of(class_pictures(config, recipe), prior))
+    return DataLoader(made, given.dataloader_num_workers)
+
+
+def class_pictures(config: Config, recipe: Recipe) -> str:
+    """The folder with pictures of the class, once what is missing there has been drawn.
+
+    Raises:
+      ValueError: there is no such folder or prompt given.
+    """
+    given = config.data
+    if not given.class_data or not given.class_prompt:
+        raise ValueError("with_prior_preservation needs class_data=, a folder, and class_prompt=, what they show.")
+    folder = Path(given.class_data)
+    folder.mkdir(parents=True, exist_ok=True)
+    there = sum(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+    pipe, params = recipe.pipe, recipe.draws(recipe.params)
+    for n in range(there, given.num_class_images):
+        key = jax.random.fold_in(jax.random.key(config.run.seed), n)
+        image = pipe(params, key, prompt=given.class_prompt, height=given.resolution, width=given.resolution).images[0]
+        image.save(folder / f"class_{n:05}.png")
+    return given.class_data
+
+
+def optimiser(config: Config) -> Any:
+    """The optimiser of a run, with its schedule."""
+    o = config.optimizer
+    peak = o.learning_rate * (config.run.train_batch_size if o.scale_lr else 1)
+    rate = schedule(o.lr_scheduler, peak, config.run.max_train_steps, o.lr_warmup_steps, o.lr_num_cycles, o.lr_power)
+    factors = [] if o.text_encoder_lr is None else [(r"^text_encoder", o.text_encoder_lr / o.learning_rate)]
+    return optimizer(
+        o.optimizer,
+        rate,
+        b1=o.adam_beta1,
+        b2=o.adam_beta2,
+        eps=o.adam_epsilon,
+        decay=o.adam_weight_decay,
+        max_grad_norm=o.max_grad_norm,
+        factors=factors,
+    )
+
+
+def writers(config: Config) -> list[report.Writer]:
+    """What is told of the run: the terminal, and what `report_to` says."""
+    folder = Path(config.run.output)
+    known = {
+        "jsonl": lambda: report.jsonl(folder / "log.jsonl"),
+        "tensorboard": lambda: report.tensorboard(folder / "tensorboard"),
+        "wandb": lambda: report.wandb("flaxdiff", dir=str(folder)),
+    }
+    return [report.bar(), *(named("report_to", name, known)() for name in config.run.report_to)]
+
+
+def validation(config: Config, recipe: Recipe, data: DataLoader, place: Callable) -> Any:
+    """What is looked at now and then, with the moving average where there is one: a loss, pictures, or nothing.
+
+    The loss is that of a few batches far ahead in the data, with the same noise each time.
+    """
+    given, key = config.run, jax.random.key(config.run.seed)
+    prompts = given.validation_prompt.split("|") if given.validation_prompt else []
+    if not prompts and not given.validation_batches:
+        return None
+    images = [Image.open(path).convert("RGB") for path in (given.validation_image or "").split("|") if path]
+    pipe, loss = recipe.pipe.replace(progress=False), jax.jit(lambda *given: recipe.loss(*given)[0])
+
+    def look(now: state.TrainState) -> dict[str, Any]:
+        params, found = state.averaged(now), {}
+        if given.validation_batches:
+            seen = [place(data.batches[FAR + n]) for n in range(given.validation_batches)]
+            each = [loss(params, batch, jax.random.fold_in(key, n)) for n, batch in enumerate(seen)]
+            found["validation_loss"] = float(np.mean(jax.device_get(each)))
+        if prompts:
+            params, many = recipe.draws(params), given.num_validation_images
+            more = {"image": [images[i % len(images)] for i in range(len(prompts))]} if images else {}
+            made = pipe(params, key, prompt=prompts, num_images_per_prompt=many, **more).images
+            found["validation"] = make_image_grid(made, rows=len(prompts), cols=many)
+        return found
+
+    return look
