@@ -26,7 +26,7 @@ from flaxdiff import parallel, registry
 from flaxdiff.checkpoint import files
 from flaxdiff.checkpoint.pipelines import EMOJI, SORTS, read_by, read_index
 from flaxdiff.core import abstract
-from flaxdiff.pipelines.generate import Networks
+from flaxdiff.pipelines.generate import autoencoder, denoiser
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
 from flaxdiff.pipelines.tasks import blank_inputs
 from flaxdiff.planning import chips, hlo
@@ -81,7 +81,7 @@ def plan(
     if remat != "none" and not train:
         raise ValueError(f"remat={remat!r} is for training; leave it out to plan a sampling run.")
     pipe = model if isinstance(model, DiffusionPipeline) else pipeline(model)
-    pipe = pipe.replace(unet=pipe.unet.replace(remat=remat)) if train else pipe
+    pipe = pipe.replace(**{name: spec.replace(remat=remat) for name, spec in pipe.specs}) if train else pipe
     place = chips.describe(topology)
     mesh = parallel.make_mesh(preset, place.devices)
     axes = parallel.batch_axes(mesh)
@@ -241,26 +241,24 @@ def sampling(run: _Run) -> Iterator[Program]:
 
 
 def training(run: _Run) -> Program:
-    """A training step of the denoiser on latents and encoded prompts."""
-    from flaxdiff.training import losses, noising, optimizers, state
+    """A training step of the denoiser on latents and prompts, which the text encoders read anew at every step."""
+    from flaxdiff.training import diffusion, losses, noising, optimizers, state
 
-    program, specs = run.pipe.program, dict(run.pipe.specs)
-    inputs = run.inputs(guidance_scale=1.0)
-    conditions, _ = jax.eval_shape(program.begin, run.params(), jax.random.key(0), inputs)
-    shape = run.pipe.family.latent_shape(specs, inputs["size"])
-    latents = jax.ShapeDtypeStruct((run.batch, *shape), jnp.float32)
-    batch = run.placed({"latents": latents, "condition": conditions.branches["positive"]})
-
-    def predict(params: Any, x: jax.Array, t: jax.Array, batch: Any) -> jax.Array:
-        params = jax.tree.map(lambda a: a.astype(run.dtype), params)
-        return run.pipe.family.predict(Networks(specs, params), x, t, batch["condition"])
+    specs, inputs = dict(run.pipe.specs), run.inputs(guidance_scale=1.0)
+    latents = (run.batch, *run.pipe.family.latent_shape(specs, inputs["size"]))
+    told = {name: value for name, value in inputs.items() if name not in diffusion.OF_RUN}
+    batch = run.placed({"latents": jax.ShapeDtypeStruct(latents, jnp.float32), "conditions": told})
 
     tx = optimizers.adam(1e-4, 100_000)
-    loss = losses.denoising(predict, noising.path_of(run.pipe.scheduler))
-    start = jax.eval_shape(lambda params: state.create(params, tx), {"unet": abstract(specs["unet"])})
+    loss = losses.denoising(diffusion.predict(run.pipe), noising.path_of(run.pipe.scheduler))
+    own = denoiser(specs)
+    shapes = {name: abstract(spec, jnp.float32 if name == own else run.dtype) for name, spec in specs.items()}
+    shapes.pop(autoencoder(specs), None)
+    create = functools.partial(state.create, tx=tx, trainable=rf"{own}\..*")
+    start = jax.eval_shape(create, shapes)
     start = laid(start, parallel.shardings(start, run.mesh))
     key = laid(jax.eval_shape(lambda: jax.random.key(0)), run.everywhere)
-    function = functools.partial(state.train_step, loss, tx)
+    function = functools.partial(state.train_step, diffusion.encoded(run.pipe, loss), tx, dtype=run.dtype)
     return Program("training step", 1, function, (start, batch, key), (places(start), None), (0,))
 
 

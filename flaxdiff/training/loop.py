@@ -122,7 +122,9 @@ class Keeper(NamedTuple):
         if best is not None:
             worth = lambda metrics: metrics.get(best.removeprefix("-"), math.inf if best[0] == "-" else -math.inf)
             policies.append(
-                preservation_policy.BestN(worth, reverse=best[0] == "-", n=1, keep_checkpoints_without_metrics=False)
+                preservation_policy.BestN(
+                    get_metric_fn=worth, reverse=best[0] == "-", n=1, keep_checkpoints_without_metrics=False
+                )
             )
         options = ocp.CheckpointManagerOptions(preservation_policy=preservation_policy.AnyPreservationPolicy(policies))
         return cls(ocp.CheckpointManager(folder, options=options))
@@ -242,7 +244,9 @@ def fit(
         tell(first, validate(state))
     watch, late = report.Stopwatch(first, examples), None
     metrics: Mapping[str, Any] = {}
-    with asked_to_stop() as stopped, contextlib.ExitStack() as trace:
+    with asked_to_stop() as stopped, contextlib.ExitStack() as trace, contextlib.ExitStack() as last_of_all:
+        if keeper:
+            last_of_all.callback(keeper.close)
         for n, (batch, position) in enumerate(ahead(data, steps - first, place), first + 1):
             if profile and n == profile[0]:
                 trace.enter_context(jax.profiler.trace(str(Path(directory or ".") / "profile")))
@@ -261,6 +265,8 @@ def fit(
             due = keeper and (n % save_every == 0 or last or stop)
             if late and (due or last):
                 late = _shown(*late, watch, tell)
+            if due:
+                _checked(n, told)
             judged = validate(state) if validate and (n % validate_every == 0 or last) else {}
             if judged:
                 tell(n, judged)
@@ -268,20 +274,22 @@ def fit(
                 figures = {name: float(value) for name, value in judged.items() if isinstance(value, (int, float))}
                 keeper.save(state, position, key, figures)
             if stop:
-                keeper and keeper.close()
                 raise SystemExit(0)
-    if keeper:
-        keeper.close()
     return state
 
 
 def _shown(n: int, metrics: Mapping[str, jax.Array], watch: report.Stopwatch, tell: Callable) -> None:
-    """Hand on the figures of a step and its time."""
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    values = {"loss": values.pop("loss"), **values} if "loss" in values else values
-    if not math.isfinite(values.get("loss", 0.0)):
+    """Hand on the figures of a step, and its time."""
+    values = {name: float(value) for name, value in jax.device_get(_checked(n, metrics)).items()}
+    first = {"loss": values.pop("loss")} if "loss" in values else {}
+    tell(n, first | values | watch.lap(n))
+
+
+def _checked(n: int, metrics: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+    """The metrics, if the loss is a number. Raises FloatingPointError otherwise."""
+    if not math.isfinite(loss := float(metrics.get("loss", 0.0))):
         raise FloatingPointError(
-            f"The loss is {values['loss']} at step {n}. Try a lower learning rate, clipping or a longer warm-up; a run "
-            "in this folder goes on from the last checkpoint."
+            f"The loss is {loss} at step {n}. Try a lower learning rate, clipping or a longer warm-up; a run in this "
+            "folder goes on from the last checkpoint."
         )
-    tell(n, values | watch.lap(n))
+    return metrics
