@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from flaxdiff.guidance.rules import Curve, Numbers
 from flaxdiff.nn.perturb import Given
+from flaxdiff.nn.reusing import Reuse
 from flaxdiff.nn.skipping import Skip
 
 
@@ -36,14 +38,23 @@ class Network(Protocol):
       branches: the names of what it is asked.
       depths: of its stacks of blocks that attend.
       index: of the evaluation, [].
+      steps: how many evaluations there are, [].
+      timestep: of this one, [].
     """
 
     branches: tuple[str, ...]
     depths: tuple[int, ...]
     index: jax.Array
+    steps: jax.Array
+    timestep: jax.Array
 
     def __call__(
-        self, branches: Iterable[str] | None = None, notes: Iterable[str] = (), skip: Skip | None = None, **told: Any
+        self,
+        branches: Iterable[str] | None = None,
+        notes: Iterable[str] = (),
+        skip: Skip | None = None,
+        reuse: Reuse | None = None,
+        **told: Any,
     ) -> tuple[Answer, dict[str, list]]:
         """Ask.
 
@@ -51,6 +62,7 @@ class Network(Protocol):
           branches: some of them; all by default.
           notes: the kinds of value to bring along, see `core.note`.
           skip: what decides whether its blocks are run.
+          reuse: what decides whether its attentions are computed.
           **told: instead of what the branches, side by side in one batch, tell it under these names.
         """
 
@@ -62,12 +74,13 @@ class Cache(NamedTuple):
       first: (memory, network) -> (answer, memory): the evaluation that fills the memory, which is None where only its
         shapes are wanted.
       later: (memory, network) -> (answer, memory): one that uses it.
-      due: index of the evaluation [] -> bool: whether it is to be the first kind.
+      due: index of the evaluation [] -> bool: whether it is to be the first kind; None where the other sees to that
+        itself, and finds a memory of zeros when the index is 0.
     """
 
     first: Callable[[Any, Network], tuple[Answer, Any]]
     later: Callable[[Any, Network], tuple[Answer, Any]]
-    due: Callable[[jax.Array], jax.Array]
+    due: Callable[[jax.Array], jax.Array] | None = None
 
 
 def blank(cache: Cache, network: Network) -> Any:
@@ -77,6 +90,8 @@ def blank(cache: Cache, network: Network) -> Any:
 
 def evaluate(cache: Cache, kept: tuple[Answer, Any], network: Network) -> tuple[Answer, Any]:
     """The answer at an evaluation, and what is kept of it for the next."""
+    if cache.due is None:
+        return cache.later(kept[1], network)
 
     def later(kept: tuple[Answer, Any]) -> tuple[Answer, Any]:
         answer, memory = cache.later(kept[1], network)
@@ -151,13 +166,164 @@ def first_block(threshold: jax.Array | float = 0.05) -> Cache:
     Reference: Cheng, ParaAttention: First Block Cache, 2024.
     """
 
-    def asked(memory: Any, network: Network) -> tuple[Answer, Any]:
-        answer, notes = network(notes=["skipped"], skip=Skip(threshold, memory))
-        if not notes["skipped"]:
-            raise ValueError("first_block is for transformers that are rows of blocks; use deep_cache for a U-Net.")
-        return answer, notes["skipped"][-1]
+    def decide(last: jax.Array, added: jax.Array, network: Network) -> Decision:
+        return _share(added, last) <= threshold, last, added
 
-    return Cache(lambda memory, network: asked(None, network), asked, lambda index: index == 0)
+    return _skipping("first_block", jnp.zeros_like, decide, leads=True)
+
+
+# of the polynomial for Flux that is published with TeaCache, the highest power first
+FLUX_COEFFICIENTS = Numbers([4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01])
+
+
+def tea_cache(rel_l1_thresh: jax.Array | float = 0.25, coefficients: jax.Array | Numbers = FLUX_COEFFICIENTS) -> Cache:
+    """Run the blocks of a transformer when what the first one reads has changed by enough since they last ran.
+
+    What it reads are the tokens as time and text shift and scale them. Σ p(mean|mₙ - mₙ₋₁| / mean|mₙ₋₁|) over the
+    evaluations since then, with the polynomial p that was fitted to what that says of the network's answer, is to
+    stay below `rel_l1_thresh`. The first evaluation and the last are always whole. There is one decision for all
+    images and branches.
+
+    Raises:
+      ValueError: the network is no row of blocks.
+
+    Reference: Liu et al., Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, 2024.
+    """
+
+    def decide(memory: tuple[jax.Array, jax.Array], read: jax.Array, network: Network) -> Decision:
+        last, total = memory
+        total += jnp.polyval(jnp.asarray(coefficients, jnp.float32), _share(read, last))
+        out = (total < rel_l1_thresh) & (network.index < network.steps - 1)
+        return out, (read, total), (read, jnp.zeros_like(total))
+
+    return _skipping("tea_cache", lambda read: (jnp.zeros_like(read), jnp.float32(0)), decide)
+
+
+# how much more the blocks add than at the evaluation before, for Flux, as published with MagCache
+FLUX_MAG_RATIOS = Curve(
+    [1.0, 1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.02344, 1.03125, 1.02344, 0.98047, 1.01562]
+    + [1.00781, 1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0, 0.99609, 0.99609, 0.98047, 0.98828, 0.96484, 0.95703, 0.93359]
+    + [0.89062]
+)
+
+
+def mag_cache(
+    threshold: jax.Array | float = 0.06,
+    max_skip_steps: jax.Array | float = 3,
+    retention_ratio: jax.Array | float = 0.2,
+    mag_ratios: jax.Array | Curve = Curve(),
+) -> Cache:
+    """Leave out the blocks of a transformer while what they add is known to keep its size.
+
+    With γ the product of the ratios since they last ran, Σ |1 - γ| is to stay within the threshold, and the evaluations
+    without them no more than so many in a row; within the first share of the run they are always run. How the size
+    goes depends on the network, and little on the prompt: `magnitudes` measures it.
+
+    Args:
+      threshold, max_skip_steps, retention_ratio: the bounds.
+      mag_ratios: the size of what the blocks add, as a multiple of what it was at the evaluation before, for each of a
+        run; runs of other lengths take the nearest.
+
+    Raises:
+      ValueError: there are no ratios, or the network is no row of blocks.
+
+    Reference: Ma et al., MagCache: Fast Video Generation with Magnitude-Aware Cache, 2025.
+    """
+    if isinstance(mag_ratios, Curve) and not mag_ratios:
+        raise ValueError(
+            "mag_cache needs mag_ratios, which depend on the network; give those that caching.magnitudes measures, or "
+            "caching.FLUX_MAG_RATIOS."
+        )
+
+    nothing = jnp.float32(1), jnp.float32(0), jnp.float32(0)
+
+    def decide(memory: tuple[jax.Array, ...], read: jax.Array, network: Network) -> Decision:
+        product, error, count = memory
+        product = product * jnp.asarray(mag_ratios, jnp.float32)[network.index]
+        error, count = error + jnp.abs(1 - product), count + 1
+        index, steps = (a.astype(jnp.float32) for a in (network.index, network.steps))
+        out = (index >= jnp.floor(retention_ratio * steps + 0.5)) & (error <= threshold) & (count <= max_skip_steps)
+        return out, (product, error, count), nothing
+
+    return _skipping("mag_cache", lambda read: nothing, decide)
+
+
+def magnitudes(pipe: Any, params: Mapping[str, Any], key: jax.Array, **options: Any) -> list[float]:
+    """How the size of what a transformer's blocks add changes in a run: the `mag_ratios` of `mag_cache`.
+
+    mean(‖rₙ‖ / ‖rₙ₋₁‖) for each evaluation, over tokens, images and branches; 1 for the first.
+
+    Args:
+      pipe, params, key, options: of a call, of as many steps as there are to be ratios.
+
+    Raises:
+      ValueError: the network is no row of blocks.
+
+    Reference: Ma et al., MagCache: Fast Video Generation with Magnitude-Aware Cache, 2025.
+    """
+    measured = pipe.replace(cache=_measuring)
+    inputs, program = measured.prepare_inputs(**options), measured.program
+    inputs = program.prepared(type(program).generate, params, program.keys(key, inputs["index"]), inputs)
+    conditions, state = jax.jit(program.begin)(params, key, inputs)
+    step, ratios = jax.jit(program.step), []
+    for _ in range(int(inputs["plan"].steps)):
+        state = step(params, conditions, state)
+        ratios.append(float(state.kept[1][0]))
+    return ratios
+
+
+def _measuring() -> Cache:
+    """Leave nothing out, and keep how much more the blocks add than at the evaluation before."""
+
+    def asked(memory, network):
+        answer, (_, added) = _asked("magnitudes", network, Skip(lambda clue: (jnp.bool_(False), ()), None))
+        if memory is None:
+            return answer, (jnp.float32(0), added)
+        size = lambda a: jnp.linalg.norm(a.astype(jnp.float32), axis=-1)
+        ratio = (size(added) / (size(memory[1]) + 1e-8)).mean()
+        return answer, (jnp.where(network.index == 0, 1, ratio), added)
+
+    return Cache(asked, asked)
+
+
+def pyramid_attention_broadcast(
+    spatial_attention_block_skip_range: jax.Array | float = 2,
+    cross_attention_block_skip_range: jax.Array | float = 1,
+    spatial_attention_timestep_skip_range: jax.Array | Numbers = Numbers([100, 800]),
+    cross_attention_timestep_skip_range: jax.Array | Numbers = Numbers([100, 800]),
+) -> Cache:
+    """Compute the attentions of a network's blocks every so many evaluations, and between them use what they gave.
+
+    All around them is computed anew. At timesteps outside of the range they are always computed.
+
+    Args:
+      spatial_attention_block_skip_range: of attention of tokens to each other, joint with a text or not; 1 to compute
+        it always.
+      cross_attention_block_skip_range: of attention to a context.
+      spatial_attention_timestep_skip_range, cross_attention_timestep_skip_range: between which times in [0, 1000].
+
+    Raises:
+      ValueError: the network has no blocks in a row.
+
+    Reference: Zhao et al., Real-Time Video Generation with Pyramid Attention Broadcast, 2024.
+    """
+
+    def asked(memory, network):
+        def same(every, between):
+            t, (low, high) = jnp.asarray(network.timestep, jnp.float32), jnp.asarray(between, jnp.float32)
+            return ~_every(every)(network.index) & (low < t) & (t < high)
+
+        kinds = {
+            "spatial": same(spatial_attention_block_skip_range, spatial_attention_timestep_skip_range),
+            "cross": same(cross_attention_block_skip_range, cross_attention_timestep_skip_range),
+        }
+        reuse = Reuse(kinds, memory)
+        answer, _ = network(reuse=reuse)
+        if not reuse.new:
+            raise ValueError("pyramid_attention_broadcast is for networks with blocks in a row; this one has none.")
+        return answer, tuple(reuse.new)
+
+    return Cache(asked, asked)
 
 
 ORDERS = 3  # derivatives that a Taylor series may have
@@ -209,6 +375,44 @@ def taylor_seer(
         return (index < before) | ((index - before - 1) % jnp.maximum(interval, 1) == 0)
 
     return Cache(first, later, due)
+
+
+# --- what they share -------------------------------------------------------------------------------------------------
+
+Decision = tuple[jax.Array, Any, Any]  # whether to leave the blocks out, and what to remember if so and if not
+
+
+def _asked(name: str, network: Network, skip: Skip) -> tuple[Answer, Any]:
+    """The answer where blocks may be left out, and what is remembered of them; `name` is the cache's, for the error."""
+    answer, notes = network(notes=["skipped"], skip=skip)
+    if not notes["skipped"]:
+        raise ValueError(f"{name} is for transformers that are rows of blocks; use deep_cache for a U-Net.")
+    return answer, notes["skipped"][-1]
+
+
+def _skipping(
+    name: str,
+    blank: Callable[[jax.Array], Any],
+    decide: Callable[[Any, jax.Array, Network], Decision],
+    leads: bool = False,
+) -> Cache:
+    """A cache that leaves out blocks, by the clue that a `Skip` has; `blank` says what is remembered before a run."""
+
+    def asked(memory: Any, network: Network) -> tuple[Answer, Any]:
+        def decided(clue: jax.Array) -> tuple[jax.Array, Any]:
+            out, *either = decide(blank(clue) if memory is None else memory[0], clue, network)
+            out &= network.index > 0
+            return out, jax.tree.map(lambda skipped, ran: jnp.where(out, skipped, ran), *either)
+
+        return _asked(name, network, Skip(decided, None if memory is None else memory[1], leads))
+
+    return Cache(asked, asked)
+
+
+def _share(new: jax.Array, old: jax.Array) -> jax.Array:
+    """By how much values have changed, as a share of what they were: mean|new - old| / mean|old|."""
+    size = lambda a: jnp.abs(a.astype(jnp.float32)).mean()
+    return size(new - old) / size(old)
 
 
 def _every(interval: jax.Array | float) -> Callable[[jax.Array], jax.Array]:

@@ -32,6 +32,9 @@ watched: contextvars.ContextVar[list | None] = contextvars.ContextVar("watched",
 noted: contextvars.ContextVar[dict[str, list] | None] = contextvars.ContextVar("noted", default=None)
 # What decides whether blocks are run at all, where somebody wants that; see nn/skipping.py.
 skipping: contextvars.ContextVar[Any] = contextvars.ContextVar("skipping", default=None)
+# What decides whether attention is computed or gives what it gave; see nn/reusing.py.
+reusing: contextvars.ContextVar[Any] = contextvars.ContextVar("reusing", default=None)
+OBSERVERS = watched, noted, skipping, reusing
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ import flaxdiff
 from flaxdiff import caching, core, guidance
 from flaxdiff.guidance import Layers, chain, interval
 from flaxdiff.nn.merging import merging
-from flaxdiff.nn.skipping import Skip
 
 rng = np.random.default_rng(0)
 normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
@@ -247,37 +246,7 @@ def first_third(guidance_scale):
     return interval(0.0, 0.34, guidance.cfg(guidance_scale))
 
 
-# --- blocks that are left out ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scan", [True, False])
-def test_first_block(scan, tmp_path):
-    """What diffusers' hooks do to Flux, over evaluations of samples that change little, and much, and little again."""
-    sizes = dict(num_layers=2, num_single_layers=2, num_attention_heads=2, attention_head_dim=12, in_channels=16)
-    sizes |= dict(axes_dims_rope=(4, 4, 4), joint_attention_dim=24, pooled_projection_dim=16)
-    torch.manual_seed(0)
-    peer = peers.lively(diffusers.FluxTransformer2DModel(**sizes))
-    peer.save_pretrained(tmp_path)
-    peer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
-    spec, params = flaxdiff.FluxTransformer2DModel.from_pretrained(tmp_path, scan_layers=scan)
-    text, pooled, ids, near, far = (normal(*shape) for shape in [(2, 5, 24), (2, 16), (6, 3), (2, 6, 16), (2, 6, 16)])
-    there = functools.partial(torch.tensor)
-
-    @jax.jit
-    def run(memory, x):
-        with core.setting_of(core.skipping, Skip(0.1, memory)), core.setting_of(core.noted, {"skipped": []}) as notes:
-            y = core.apply(spec, params, x, text, pooled, 0.5, ids)
-        return y, notes["skipped"][-1]
-
-    memory, left_out = None, []
-    for x in (near, near + 0.001, near + 0.002, far, far + 0.001, near):
-        with torch.no_grad(), peer.cache_context("one"):
-            theirs = peer(*map(there, (x, text, pooled, np.full(2, 0.5, np.float32), ids)), torch.zeros(5, 3)).sample
-        ours, new = run(memory, x)
-        assert peers.relative(ours, theirs) < 1e-4
-        left_out.append(memory is not None and bool((new[0] == memory[0]).all()))
-        memory = new
-    assert left_out == [False, True, True, False, True, False]
+# --- forecasts -------------------------------------------------------------------------------------------------------
 
 
 class Layer(torch.nn.Module, CacheMixin):
@@ -320,18 +289,3 @@ def test_taylor_seer(order):
         np.testing.assert_allclose(kept[0].predictions["positive"], theirs, atol=1e-4)
         exact.append(bool(np.allclose(theirs, y)))
     assert exact == [i < 2 or i % 3 == 0 for i in range(14)]
-
-
-def test_first_block_of_a_pipeline():
-    """A threshold of nothing leaves nothing out; a large one leaves out all but the first evaluation's."""
-    pipe, params = flaxdiff.DiffusionPipeline.from_pretrained(peers.saved(peers.pixart_sigma))
-    pipe = pipe.replace(progress=False)
-    cached = pipe.replace(cache=caching.first_block)
-    options = TEXT | dict(num_inference_steps=4)
-    plain = pipe(params, KEY, **options).images
-    kept = [cached(params, KEY, **options, threshold=threshold).images for threshold in (0.0, 100.0)]
-    np.testing.assert_allclose(kept[0], plain, atol=1e-5)
-    assert np.abs(kept[1] - plain).max() > 1e-4
-    unet, params = load("SD")
-    with pytest.raises(ValueError, match="first_block is for transformers that are rows of blocks"):
-        unet.replace(cache=caching.first_block)(params, KEY, **TEXT)

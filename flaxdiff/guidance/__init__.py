@@ -34,13 +34,15 @@ from flaxdiff.guidance.presets import (
     standard,
     true_cfg,
 )
-from flaxdiff.guidance.rules import At, Each, Guidance, Layers, chain, interval, stateless
+from flaxdiff.guidance.rules import At, Curve, Each, Guidance, Layers, Numbers, chain, interval, stateless
 
 __all__ = [
     "At",
+    "Curve",
     "Each",
     "Guidance",
     "Layers",
+    "Numbers",
     "apg",
     "attended",
     "autoguidance",

@@ -164,6 +164,27 @@ class Layers(tuple[str | int, ...]):
     """
 
 
+class Numbers(tuple[float, ...]):
+    """A strength that is several numbers, as many as there are by default."""
+
+
+class Curve(tuple[float, ...]):
+    """A strength that has a value for each evaluation of a run; given for a run of any length, nearest ones are taken.
+
+    Of none the rule is not told.
+    """
+
+    def over(self, steps: int, rows: int) -> np.ndarray:
+        """The values of a run of so many evaluations, in a table that is filled up with the last: [rows].
+
+        >>> Curve([1.0, 2.0, 4.0]).over(5, 6)
+        array([1., 1., 2., 4., 4., 4.], dtype=float32)
+        """
+        last = np.float32(len(self) - 1)
+        places = np.round(np.arange(steps, dtype=np.float32) * (last / max(steps - 1, 1))) if steps > 1 else [last]
+        return np.pad(np.asarray(self, np.float32)[np.asarray(places, int)], (0, rows - steps), mode="edge")
+
+
 class Each(float):
     """A strength of which there may be one for each of some further prompts, or one for all; as [1 or prompts]."""
 
@@ -204,14 +225,20 @@ def chosen(spec: Spec, layers: str | Iterable[str | int]) -> tuple[np.ndarray, .
 
 
 def strengths(
-    rule: Callable[..., Guidance], spec: Spec | None, given: Mapping[str, Any], batch: int
+    rule: Callable[..., Any],
+    spec: Spec | None,
+    given: Mapping[str, Any],
+    batch: int,
+    steps: int = 1,
+    rows: int = 1,
 ) -> dict[str, np.ndarray | Flags]:
-    """The strengths that a guidance takes, as arrays: from what is given by their names, or their defaults.
+    """The strengths that a guidance, or a cache, takes as arrays: from what is given by their names, or their defaults.
 
     Args:
       rule: the function of strengths.
       spec: of the network, for those that name its layers.
       given: name -> number, or one for each of `batch` images.
+      steps, rows: evaluations of the run, and of the table that they stand in, for a `Curve`.
 
     Raises:
       ValueError: a list of another length.
@@ -226,7 +253,15 @@ def strengths(
             arrays |= {name: chosen(spec, layers)} if layers else {}
             continue
         arrays[name] = np.asarray(value, np.float32)
-        if isinstance(parameter.default, Each):
+        if isinstance(parameter.default, Curve | Numbers) and arrays[name].ndim != 1:
+            raise ValueError(f"{name} has shape {[*arrays[name].shape]}; give a list of numbers.")
+        if isinstance(parameter.default, Curve):
+            values = Curve(arrays.pop(name).tolist())
+            arrays |= {name: values.over(steps, rows)} if values else {}
+        elif isinstance(parameter.default, Numbers):
+            if len(arrays[name]) != len(parameter.default):
+                raise ValueError(f"{name} has {len(arrays[name])} numbers; give {len(parameter.default)}.")
+        elif isinstance(parameter.default, Each):
             arrays[name] = np.atleast_1d(arrays[name])
         elif arrays[name].ndim > 1 or arrays[name].ndim and len(arrays[name]) not in (1, batch):
             shape = list(arrays[name].shape)

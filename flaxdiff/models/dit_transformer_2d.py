@@ -93,6 +93,10 @@ class DiTBlock(nnx.Module):
         self.norm3 = LayerNorm(c.width, c.norm_eps, affine=False)
         self.ff = FeedForward(c.width, c.activation_fn)
 
+    def modulated(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        """What the attention reads."""
+        return self.norm1(x, self.norm1.modulation(condition))[0]
+
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         """[B, N, D], and what this block's own embedding makes of time and class [B, D] -> [B, N, D]."""
         h, gate, shift, scale, gate_ff = self.norm1(x, self.norm1.modulation(condition))

@@ -101,12 +101,21 @@ class PixArtBlock(nnx.Module):
         self.norm2, self.ff = LayerNorm(c.width, c.norm_eps, affine=False), FeedForward(c.width, c.activation_fn)
         self.scale_shift_table = param((6, c.width), "raw", normal)
 
+    def parts(self, told: jax.Array) -> list[jax.Array]:
+        """The condition [B, 6, D] as this block reads it: shift, scale and gate of the attention, and of the rest."""
+        return jnp.split(value(self.scale_shift_table) + told, 6, -2)
+
+    def modulated(self, x: jax.Array, context: Any, told: jax.Array, *args: Any) -> jax.Array:
+        """What the attention to itself reads."""
+        shift, scale, *_ = self.parts(told)
+        return vary(self.norm1(x), shift, scale)
+
     def __call__(
         self, x: jax.Array, context: Any, told: jax.Array, mask: jax.Array | None, sides: tuple[int, int]
     ) -> jax.Array:
         """Tokens [B, N, D], what `attn2` reads, perhaps `Perturbed`, the condition [B, 6, D], which words to see."""
         context, perturb = context if isinstance(context, Perturbed) else (context, {})
-        shift, scale, gate, *rest = jnp.split(value(self.scale_shift_table) + told, 6, -2)
+        shift, scale, gate, *rest = self.parts(told)
         before = x
         x = x + gate * self.attn1(vary(self.norm1(x), shift, scale), None, perturb, sides)
         h = context.output if isinstance(context, Given) else self.attn2(x, context, mask=mask)

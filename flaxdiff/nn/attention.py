@@ -21,6 +21,7 @@ from flaxdiff.core import attention_backend, setting_of, watched
 from flaxdiff.nn import context, flash
 from flaxdiff.nn.layers import GroupNorm, Linear
 from flaxdiff.nn.perturb import beside_first, blurred, rows
+from flaxdiff.nn.reusing import reused
 
 ROWS, KEYS = 256, 4096  # of a block of scores: on a CPU few and wide ones are fastest
 LARGE = 2**22  # scores (batch x heads x queries x keys) beyond which "auto" does not materialise them
@@ -243,6 +244,16 @@ class Attention(nnx.Module):
         `perturb` hinders attention to itself, see nn/perturb.py, of tokens that fill so many rows and columns. `mask`
         as of `attention`.
         """
+        return reused("spatial" if context is None else "cross", lambda: self._attend(x, context, perturb, sides, mask))
+
+    def _attend(
+        self,
+        x: jax.Array,
+        context: tuple[Any, ...] | None,
+        perturb: Mapping[str, jax.Array],
+        sides: tuple[int, int] | None,
+        mask: jax.Array | None,
+    ) -> jax.Array:
         h = x if self.group_norm is None else self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
         k, v, *more = self.keys_values(h) if context is None else context
         heads = lambda a: a.reshape(*a.shape[:2], self.heads, -1)

@@ -7,7 +7,7 @@ ControlNets may add to the picture's tokens.
 Reference: Esser et al., Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, 2024.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from flaxdiff.nn.attention import attention
 from flaxdiff.nn.feed_forward import FeedForward
 from flaxdiff.nn.layers import LayerNorm, Linear, RMSNorm, value
 from flaxdiff.nn.modulation import AdaLayerNorm, vary
+from flaxdiff.nn.reusing import reused
 from flaxdiff.nn.rope import Rope, normalised, rotate
 from flaxdiff.nn.stack import Blocks, depth
 from flaxdiff.parallel import constrain
@@ -98,6 +99,11 @@ class JointAttention(nnx.Module):
 
         `turn` is by place, and `mask` says as of `attention` who sees whom: of the text's tokens first.
         """
+        return reused("spatial", lambda: self._attend(image, text, turn, mask))
+
+    def _attend(
+        self, image: jax.Array, text: jax.Array | None, turn: Rope | None, mask: jax.Array | None
+    ) -> tuple[jax.Array | None, jax.Array]:
         m = 0 if text is None else text.shape[1]
         of_text, of_image = (turn and tuple(a[part] for a in turn) for part in (slice(m), slice(m, None)))
         own = self.to_q, self.to_k, self.to_v, self.norm_q, self.norm_k
@@ -142,6 +148,10 @@ class JointTransformerBlock(nnx.Module):
     def modulation(self, condition: jax.Array) -> Tokens:
         """What a condition [..., D] says to the text and to the picture: [..., parts, D] each."""
         return self.norm1_context.modulation(condition), self.norm1.modulation(condition)
+
+    def modulated(self, x: Tokens, each: tuple[Tokens, Any, Any], *args: Any) -> jax.Array:
+        """What the attention reads of the picture, given what a block is called with that is told so first of all."""
+        return self.norm1(x[1], each[0][1])[0]
 
     def __call__(self, x: Tokens, told: Tokens, turn: Rope | None = None, mask: jax.Array | None = None) -> Tokens:
         """Tokens of text and picture and what `modulation` says to them -> tokens; the text as it was if not wanted."""

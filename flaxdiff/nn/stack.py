@@ -5,7 +5,6 @@ either form, because the converter knows from the layout which parameters are st
 kept for the gradient or computed again: `remat` of the configuration says which.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flaxdiff.core import noted, rematerialised, skipping, stacked, watched
+from flaxdiff.core import noted, rematerialised, reusing, skipping, stacked, watched
 from flaxdiff.nn.layers import PRODUCTS
 
 Blocks = nnx.Module | nnx.List | list  # the last in passing, of blocks that lie elsewhere
@@ -77,25 +76,35 @@ def depth(blocks: Blocks) -> int:
 
 
 def run(blocks: Blocks, x: jax.Array, each: Any, *args: Any) -> jax.Array:
-    """x through every block: x ← block(x, each[i], *args), where the arrays of `each` have an entry a block."""
-    one = remat(lambda block, x, extra: block(x, extra, *args))
-    if (skip := skipping.get()) is not None:
-        if watched.get() is not None:
-            raise ValueError("first_block leaves out blocks that a rule of guidance watches; use one of them.")
-        step = lambda x, of: one(of[0], x, of[1])
-        if isinstance(blocks, nnx.List | list):
-            nth = lambda i: jax.tree.map(lambda a: a[i], each)
-            return skip.listed(step, x, [(block, nth(i)) for i, block in enumerate(blocks)])
-        return skip.stacked(step, x, (blocks, each))
-    spied = watched.get() is not None or "cross" in (
-        noted.get() or ()
-    )  # what is seen of a block may not stay in a scan
-    if isinstance(blocks, nnx.List | list) or spied:
-        for i in range(depth(blocks)):
-            nth = functools.partial(jax.tree.map, lambda a, i=i: a[i])
-            x = one(blocks[i] if isinstance(blocks, nnx.List | list) else nth(blocks), x, nth(each))
-        return x
-    return jax.lax.scan(lambda x, step: (one(step[0], x, step[1]), None), x, (blocks, each))[0]
+    """x through every block: x ← block(x, each[i], *args), where the arrays of `each` have an entry a block.
+
+    Blocks that have a method `modulated`, of the same arguments, which says what their attention reads of the
+    picture's tokens, may be left out, and with them those of the rows that follow: see nn/skipping.py.
+
+    Raises:
+      ValueError: blocks may be left out, or their attention, that a rule of guidance watches.
+    """
+    step = lambda x, of: of[0](x, of[1], *args)
+    one = remat(step)
+    listed = isinstance(blocks, nnx.List | list)
+    nth = lambda i: jax.tree.map(lambda a: a[i], (each if listed else (blocks, each)))
+    skip, reuse = skipping.get(), reusing.get()
+    if watched.get() is not None and (skip is not None or reuse is not None):
+        raise ValueError("The cache leaves out what a rule of guidance watches; use one of them.")
+    steps = [(block, nth(i)) for i, block in enumerate(blocks)] if listed else (blocks, each)
+    leads = hasattr(steps[0][0] if listed else blocks, "modulated")
+    if skip is not None and (leads or skip.out is not None):
+        modulated = lambda x, of: of[0].modulated(x, of[1], *args)
+        return (skip.listed if listed else skip.stacked)(one, modulated, x, steps)
+    if reuse is not None:
+        return (reuse.listed if listed else reuse.stacked)(remat, step, x, steps)
+    # what is seen of a block may not stay in a scan
+    spied = watched.get() is not None or "cross" in (noted.get() or ())
+    if not listed and not spied:
+        return jax.lax.scan(lambda x, of: (one(x, of), None), x, steps)[0]
+    for of in steps if listed else map(nth, range(depth(blocks))):
+        x = one(x, of)
+    return x
 
 
 def over(blocks: Blocks, function: Callable[..., Any], *each: Any) -> Any:

@@ -22,6 +22,7 @@ what `beside.py` reads, and what the family's `encode` reads, e.g. prompt_ids; i
 fold numbers in that nothing else does.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -37,6 +38,7 @@ from flaxdiff.caching import Answer, Cache, blank, evaluate
 from flaxdiff.guidance import At, Guidance, standard
 from flaxdiff.guidance.perturbed import levelled
 from flaxdiff.guidance.rules import blocks
+from flaxdiff.nn.reusing import Reuse
 from flaxdiff.nn.skipping import Skip
 from flaxdiff.parallel import constrain
 from flaxdiff.pipelines.beside import KNOWN, tell
@@ -95,7 +97,9 @@ class Networks(NamedTuple):
         run = functools.partial(core.apply, self.specs[name], self.params[name], *args, **kwargs)
         if name in DENOISERS:
             return run()
-        with core.setting_of(core.watched, None), core.setting_of(core.noted, None):
+        with contextlib.ExitStack() as unobserved:  # what is looked for, or left out, is of the network in the loop
+            for variable in core.OBSERVERS:
+                unobserved.enter_context(core.setting_of(variable, None))
             return run()
 
     def config(self, name: str) -> Any:
@@ -400,14 +404,27 @@ class Evaluation(NamedTuple):
         return self.sampler.index
 
     @property
+    def steps(self) -> jax.Array:
+        return self.sampler.plan.steps
+
+    @property
+    def timestep(self) -> jax.Array:
+        return self.sampler.timestep
+
+    @property
     def depths(self) -> tuple[int, ...]:
         return tuple(map(len, self.stacks))
 
     def __call__(
-        self, branches: Iterable[str] | None = None, notes: Iterable[str] = (), skip: Skip | None = None, **told: Any
+        self,
+        branches: Iterable[str] | None = None,
+        notes: Iterable[str] = (),
+        skip: Skip | None = None,
+        reuse: Reuse | None = None,
+        **told: Any,
     ) -> tuple[Answer, dict[str, list]]:
         branches = self.branches if branches is None else tuple(sorted(branches))
-        with core.setting_of(core.skipping, skip):
+        with core.setting_of(core.skipping, skip), core.setting_of(core.reusing, reuse):
             return self._ask(self.sampler.sample, branches, notes, told)
 
     def another(self, x: jax.Array, branches: Iterable[str]) -> Answer:

@@ -94,8 +94,8 @@ def prepare_inputs(
         inputs[name] = _rows(name, inputs[name], int(plan.steps), rows)
     inputs |= {"index": np.arange(batch, dtype=np.int32), "size": size, "plan": plan.pad(rows)}
     tables = {k: inputs.pop(k) for k in inspect.signature(pipe.rule).parameters if k in inputs}
-    inputs["guidance"] = strengths(pipe.rule, pipe.denoiser, steered, batch) | tables
-    inputs["cache"] = strengths(pipe.cache, pipe.denoiser, saving, 1) if pipe.cache else {}
+    inputs["guidance"] = strengths(pipe.rule, pipe.denoiser, steered, batch, int(plan.steps), rows) | tables
+    inputs["cache"] = strengths(pipe.cache, pipe.denoiser, saving, 1, int(plan.steps), rows) if pipe.cache else {}
     return inputs | earlier
 
 
