@@ -56,12 +56,16 @@ def told(pipe: DiffusionPipeline, networks: Networks, keys: jax.Array, inputs: I
 def predict(pipe: DiffusionPipeline) -> Predict:
     """`(params, x_t, t, batch) -> prediction` of a pipeline's network, for `losses.denoising`.
 
-    The batch holds what the network is "told". A variance that it says beside is left out.
+    The batch holds "conditions", a key for each example, "keys", and perhaps "timestep_cond", which is told as well.
+    Text encoders are asked with the denoiser, each with the parameters as they are: so they learn with it where they
+    are trained, and a teacher reads the text itself. A variance that is predicted beside is left out.
     """
     family = pipe.family
 
     def of(params: Any, x: jax.Array, t: jax.Array, batch: Mapping[str, Any]) -> jax.Array:
-        networks, cond = pipe.program.networks(params), batch["told"]
+        networks = pipe.program.networks(params)
+        more = {name: batch[name] for name in ("timestep_cond",) if name in batch}
+        cond = told(pipe, networks, folded(batch["keys"], TOLD), {**batch["conditions"], **more})
         seen = jnp.concatenate([x, cond["beside"].astype(x.dtype)], -1) if "beside" in cond else x
         if family.times is not None:  # of each example's own time and conditions
             one = lambda t, cond: family.times(networks, t[None], jax.tree.map(lambda a: a[None], cond))
@@ -72,21 +76,15 @@ def predict(pipe: DiffusionPipeline) -> Predict:
 
 
 def encoded(pipe: DiffusionPipeline, loss: Loss) -> Loss:
-    """A loss of "latents" and what the network is "told" as one of the pictures "image" and of "conditions".
-
-    Each is made by the networks as a run makes it, of the parameters as they are, so text encoders learn with the
-    denoiser where they are trained; what a batch holds already stays.
-    """
+    """A loss of "latents" as one of pictures, "image"; and each example gets a key. Latents that are there stay."""
 
     def of(params: Any, batch: Mapping[str, Any], key: jax.Array) -> tuple[jax.Array, Mapping[str, jax.Array]]:
         key, own = jax.random.split(key)
-        networks, batch = pipe.program.networks(params), dict(batch)
-        count = len(jax.tree.leaves(batch.get("latents", batch.get("image")))[0])
-        keys = image_keys(own, count)
+        batch = dict(batch)
+        keys = image_keys(own, len(batch["latents"] if "latents" in batch else batch["image"]))
         if "latents" not in batch:
+            networks = pipe.program.networks(params)
             batch["latents"] = pipe.family.encode_image(networks, batch.pop("image"), keys)
-        if "told" not in batch:
-            batch["told"] = told(pipe, networks, folded(keys, TOLD), batch.pop("conditions"))
-        return loss(params, batch, key)
+        return loss(params, {**batch, "keys": keys}, key)
 
     return of

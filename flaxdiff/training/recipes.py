@@ -22,7 +22,7 @@ from flaxdiff.core import Params, init
 from flaxdiff.pipelines.auto import AutoPipelineForText2Image
 from flaxdiff.pipelines.generate import autoencoder, denoiser
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
-from flaxdiff.training import losses, noising, timesteps
+from flaxdiff.training import distillation, losses, noising, timesteps
 from flaxdiff.training.config import Config, Objective
 from flaxdiff.training.diffusion import conditions, encoded, predict
 from flaxdiff.training.state import Loss
@@ -228,7 +228,9 @@ def controlnet(config: Config) -> Recipe:
         begin = getattr(net, "from_unet", None) or getattr(net, "from_transformer", None)
         if begin is None:
             raise ValueError(f"{net.__name__} does not begin as another network; give controlnet_model_name_or_path.")
-        given = json.loads(Path(config.model.component).read_text()) if config.model.component else {}
+        halvings = len(base.vae.config.block_out_channels) - 1  # of the latent, as the net reads its picture
+        usual = {"conditioning_embedding_out_channels": (16, 32, 96, 256)[: halvings + 1]} if own == "unet" else {}
+        given = json.loads(Path(config.model.component).read_text()) if config.model.component else usual
         spec, start = begin(dict(base.specs)[own], params[own], key, **given)
     pipe = checkpointed(AutoPipelineForText2Image.from_pipe(base, controlnet=spec), config)
     params = {**params, "controlnet": start}
@@ -330,6 +332,58 @@ def custom_diffusion_of(config: Config) -> Recipe:
     return made._replace(loss=lambda params, batch, key: loss(spoken(params), batch, key), draws=spoken)
 
 
+def latent_consistency(config: Config) -> Recipe:
+    """A student of few steps: the U-Net itself, which is told the strength of guidance; its teacher is as it began.
+
+    Reference: Luo et al., Latent Consistency Models, 2023.
+    """
+    base, params = load(config)
+    width, key = 256, jax.random.fold_in(jax.random.key(config.run.seed), 1)
+    pipe = base.replace(unet=base.unet.replace(time_cond_proj_dim=width), scheduler=_lcm(base))
+    drawn = init(pipe.unet, key)
+    student = {name: params["unet"].get(name, weight) for name, weight in drawn.items()}
+    teacher = distillation.instead(predict(base), unet="teacher")
+    made = plain(pipe, {**params, "unet": student, "teacher": params["unet"]}, r"unet\..*", config)
+    return made._replace(loss=_consistent(base, predict(pipe), teacher, config, time_cond_proj_dim=width))
+
+
+def latent_consistency_lora(config: Config) -> Recipe:
+    """A student of few steps as a LoRA, which serves other models of the same kind; its teacher is the model without.
+
+    Reference: Luo et al., LCM-LoRA: A Universal Stable-Diffusion Acceleration Module, 2023.
+    """
+    made = with_lora(config)
+    student = predict(made.pipe)
+    loss = _consistent(made.pipe, student, distillation.adapterless(student), config)
+    return made._replace(pipe=made.pipe.replace(scheduler=_lcm(made.pipe)), loss=loss)
+
+
+def _lcm(pipe: DiffusionPipeline) -> Any:
+    """The scheduler that a student of few steps is drawn with."""
+    return registry.find("LCMScheduler").from_config(pipe.scheduler)
+
+
+def _consistent(
+    base: DiffusionPipeline, student: losses.Predict, teacher: losses.Predict, config: Config, **options: Any
+) -> Loss:
+    """The loss of a student and its teacher, which guides by the empty text."""
+    given, side = config.objective, config.data.resolution
+    empty = conditions(base, prompt=[""], height=side, width=side)
+    loss = distillation.latent_consistency(
+        student,
+        teacher,
+        noising.path_of(base.scheduler),
+        {"conditions": jax.tree.map(lambda a: a[0] if np.ndim(a) else a, empty)},
+        num_ddim_timesteps=given.num_ddim_timesteps,
+        w_min=given.w_min,
+        w_max=given.w_max,
+        loss_type=given.loss_type,
+        huber_c=given.huber_c,
+        **options,
+    )
+    return encoded(base, loss)
+
+
 # --- words -----------------------------------------------------------------------------------------------------------
 
 OBJECTS = ("a photo of a {}", "a rendering of a {}", "a cropped photo of the {}", "a close-up photo of a {}")
@@ -416,4 +470,6 @@ RECIPES: dict[str, Callable[[Config], Recipe]] = {
     "textual_inversion": textual_inversion_of,
     "custom_diffusion": custom_diffusion_of,
     "autoencoder": autoencoder_of,
+    "lcm": latent_consistency,
+    "lcm_lora": latent_consistency_lora,
 }
