@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     add("--caption_column", default="text", help="column of the captions")
     add("--prompt", help="caption of all pictures, where they have none of their own")
     add("--resolution", type=int, help="side of the square that is cut out; the model's own if left out")
-    add("--buckets", action="store_true", help="keep pictures' proportions, in sizes of up to resolution x resolution")
+    add("--buckets", action="store_true", help="keep pictures' proportions, in sizes of about as many pixels")
     add("--image_interpolation_mode", default="lanczos", help="how pictures are resized")
     add("--dtype", help="what the model computes in; its own if left out")
     add("--batch", type=int, default=8, help="pictures, or captions, encoded at once")
@@ -192,7 +192,7 @@ def precompute(args: argparse.Namespace) -> None:
     resolution = args.resolution or min(native_size(pipe).height, native_size(pipe).width)
     examples = data.Examples(
         resolution=resolution,
-        aspect_ratio_buckets=data.buckets(resolution, stride(pipe)) if args.buckets else (),
+        aspect_ratio_buckets=data.generate_aspect_ratio_buckets(resolution, stride(pipe)) if args.buckets else (),
         images={"image": args.image_column},
         texts={"caption": args.caption_column},
         prompt=args.prompt,

@@ -14,7 +14,7 @@ from flaxdiff.training.data.faults import Fault as Fault
 from flaxdiff.training.data.faults import Report as Report
 from flaxdiff.training.data.loader import DataLoader as DataLoader
 from flaxdiff.training.data.loader import Stream as Stream
-from flaxdiff.training.data.order import buckets as buckets
+from flaxdiff.training.data.order import generate_aspect_ratio_buckets as generate_aspect_ratio_buckets
 from flaxdiff.training.data.pictures import decode as decode
 from flaxdiff.training.data.precompute import precompute as precompute
 from flaxdiff.training.data.sources import open_source as open_source

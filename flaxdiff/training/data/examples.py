@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flaxdiff.training.data.faults import BadExample, Fault
-from flaxdiff.training.data.order import nearest_bucket
+from flaxdiff.training.data.order import find_nearest_bucket
 from flaxdiff.training.data.pictures import MODES, Cut, Size, decode, fit, size_of
 
 
@@ -33,8 +33,8 @@ class Examples:
 
     Attributes:
       resolution: (height, width) in pixels, or one number for both.
-      aspect_ratio_buckets: sizes that pictures may have instead, e.g. from `buckets`: each takes the one nearest to
-        its proportions. All headers are read beforehand.
+      aspect_ratio_buckets: sizes that pictures may have instead: each takes the one nearest to its proportions. All
+        headers are read beforehand.
       images: pictures. All are cut and flipped as the first is; each is float32 [H, W, 3] in [-1, 1].
       texts: captions; of several in one cell one is drawn.
       numbers: labels and the like.
@@ -98,7 +98,7 @@ class Examples:
         column = next(iter(self.images.values()))
         for i in map(int, chosen):
             try:
-                groups[sizes[nearest_bucket(size_of(source[i].get(column)), sizes)]].append(i)
+                groups[sizes[find_nearest_bucket(size_of(source[i].get(column)), sizes)]].append(i)
             except BadExample as error:
                 faults.append(Fault(source.name(i), str(error)))
         return {size: group for size, group in groups.items() if group}

@@ -19,32 +19,34 @@ from flaxdiff.training.data.pictures import Size
 SHUFFLE, TURNS = 1, 2  # what random numbers are for: each use has its own
 
 
-def buckets(resolution: int = 1024, stride: int = 64, longest: float = 2.0) -> tuple[Size, ...]:
-    """Sizes of pictures of all proportions: (height, width), of at most resolution² pixels, multiples of a stride.
+# the proportions of pictures, width to height
+RATIOS = ((1, 1), (4, 5), (5, 4), (2, 3), (3, 2), (3, 4), (4, 3), (9, 16), (16, 9), (1, 2), (2, 1))
+
+
+def generate_aspect_ratio_buckets(resolution: int, divisibility: int = 16) -> tuple[Size, ...]:
+    """Sizes of pictures of several proportions: (height, width), of about resolution² pixels.
 
     Args:
       resolution: side of the square in pixels.
-      stride: what sizes are multiples of: the pixels of a token or of a latent at the network's coarsest level.
-      longest: how many times as long as wide a size may be.
+      divisibility: what heights and widths are multiples of: the pixels to a token or a latent of the model.
 
     Raises:
-      ValueError: the resolution is no multiple of the stride.
+      ValueError: a number that is not positive.
 
-    >>> buckets(256, 64)
-    ((192, 320), (256, 256), (320, 192))
+    >>> generate_aspect_ratio_buckets(64, 16)[:4]
+    ((64, 64), (80, 64), (64, 80), (80, 48))
     """
-    if stride < 1 or resolution < stride or resolution % stride:
-        raise ValueError(f"resolution={resolution} is no multiple of stride={stride}; give one that is.")
-    sides = range(stride, int(resolution * longest) + 1, stride)
-    sizes = {(a, resolution**2 // a // stride * stride) for a in sides}
-    sizes |= {(b, a) for a, b in sizes}
-    return tuple(sorted((a, b) for a, b in sizes if b and max(a, b) <= longest * min(a, b)))
+    if resolution < 1 or divisibility < 1:
+        raise ValueError(f"resolution={resolution} and divisibility={divisibility} must be positive; give pixels.")
+    near = lambda side: max(round(side / divisibility), 1) * divisibility
+    sizes = ((resolution * math.sqrt(h / w), resolution * math.sqrt(w / h)) for w, h in RATIOS)
+    return tuple(dict.fromkeys((near(height), near(width)) for height, width in sizes))
 
 
-def nearest_bucket(size: Size, sizes: Sequence[Size]) -> int:
+def find_nearest_bucket(size: Size, sizes: Sequence[Size]) -> int:
     """Which of several sizes is closest to a picture's proportions.
 
-    >>> nearest_bucket((300, 400), [(64, 64), (64, 96), (96, 64)])
+    >>> find_nearest_bucket((300, 400), [(64, 64), (64, 96), (96, 64)])
     1
     """
     ratio = math.log(size[0] / size[1])

@@ -6,6 +6,7 @@ checked before pixels are unpacked, and whatever goes wrong is a `BadExample`.
 """
 
 import contextlib
+import functools
 import io
 import math
 from collections.abc import Iterator
@@ -19,13 +20,20 @@ from flaxdiff.images import LARGEST
 from flaxdiff.training.data.faults import BadExample
 
 # Plain raster formats: Pillow hands others, such as EPS, to programs of the system.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif")
 SMALLEST = 8  # pixels on a side: what has fewer shows nothing
 NARROWEST = 16  # how many times as long as wide: a line of pixels made wide would fill the memory
 MODES = {mode.name.lower(): mode for mode in Image.Resampling}
 
 Size = tuple[int, int]  # height, width, in pixels
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of the formats that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @contextlib.contextmanager
@@ -69,7 +77,7 @@ def _image(picture: Any, files: contextlib.ExitStack) -> Image.Image:
         if file.seek(0, 2) > LARGEST:
             raise BadExample(f"larger than {LARGEST >> 20} MiB")
         file.seek(0)
-        return Image.open(file, formats=FORMATS)
+        return Image.open(file, formats=_formats())
     except BadExample:
         raise
     except FileNotFoundError:

@@ -4,10 +4,12 @@ Pictures stay encoded until an example is made: decoding is a worker's task, and
 """
 
 import dataclasses
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flaxdiff.pipelines.spiece import fields
 from flaxdiff.training.data.faults import BadExample, Fault
 from flaxdiff.training.data.folder import inside
 from flaxdiff.training.data.protocol import needed
@@ -157,7 +159,7 @@ class Records:
         title = ", ".join(map(str, files[:2]))
         try:
             records = sources.ArrayRecordDataSource(list(map(str, files)))
-            first = _example(records[0]) if len(records) else {}
+            first = parse_example(records[0]) if len(records) else {}
         except (BadExample, RuntimeError, ValueError, OSError) as error:
             raise ValueError(f"{title}: no array records of tf.train.Example ({error}); write them again.") from error
         if not first:
@@ -171,19 +173,43 @@ class Records:
         return f"{self.title}[{i}]"
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return _example(self.records[int(i)])
+        return parse_example(self.records[int(i)])
 
 
-def _example(record: bytes) -> dict[str, Any]:
-    """The features of a serialised `tf.train.Example`; lists of one as what is in them."""
-    proto = needed("tensorflow_datasets.proto.tf_example_pb2")
+def parse_example(record: bytes) -> dict[str, Any]:
+    """The features of a serialised `tf.train.Example`: bytes, reals or whole numbers; a list of one as what is in it.
+
+    Raises:
+      BadExample: it is none.
+
+    >>> parse_example(bytes([10, 12, 10, 10, 10, 1, 110, 18, 5, 26, 3, 10, 1, 7]))
+    {'n': 7}
+    """
+    found: dict[str, Any] = {}
     try:
-        features = proto.Example.FromString(record).features.feature
-    except Exception as error:  # protobuf's own class, which depends on how it was built
+        for _, features in fields(record):
+            for _, entry in fields(features):
+                pair = dict(fields(entry))
+                lists = [(kind, value) for kind, body in fields(pair.get(2, b"")) for _, value in fields(body)]
+                values = [one for kind, value in lists for one in VALUES[kind](value)]
+                found[pair[1].decode()] = values[0] if len(values) == 1 else values
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error) as error:
         raise BadExample("not a tf.train.Example") from error
-    found = {}
-    for name, feature in features.items():
-        kind = feature.WhichOneof("kind")
-        values = list(getattr(feature, kind).value) if kind else []
-        found[name] = values[0] if len(values) == 1 else values
     return found
+
+
+def _reals(packed: bytes) -> tuple[float, ...]:
+    return struct.unpack(f"<{len(packed) // 4}f", packed)
+
+
+def _wholes(packed: int | bytes) -> list[int]:
+    """Numbers of 64 bits with a sign, of one field or packed: seven bits a byte, the lowest first."""
+    values, value, shift = [packed] if isinstance(packed, int) else [], 0, 0
+    for byte in packed if isinstance(packed, bytes) else b"":
+        value, shift = value | (byte & 127) << shift, shift + 7
+        if byte < 128:
+            values, value, shift = [*values, value], 0, 0
+    return [value - (1 << 64) if value >> 63 else value for value in values]
+
+
+VALUES = {1: lambda value: [bytes(value)], 2: _reals, 3: _wholes}  # the kinds of lists in a feature
