@@ -2,8 +2,10 @@
 
 import collections
 import dataclasses
+import importlib
 import io
 import json
+import sys
 import tarfile
 import zlib
 
@@ -68,7 +70,8 @@ def test_pictures_of_every_mode_become_rgb():
     alpha = np.asarray(rgba)[..., 3:] / 255
     over_white = np.asarray(rgba)[..., :3] * alpha + 255 * (1 - alpha)
     assert np.abs(np.asarray(data.decode(packed(rgba)), np.float64) - over_white).max() <= 1
-    keyed = packed(Image.new("P", (9, 9), 3), transparency=3)
+    palette = Image.new("RGB", (9, 9), (10, 20, 30)).convert("P")
+    keyed = packed(palette, transparency=palette.getpixel((0, 0)))
     assert data.decode(keyed).getpixel((4, 4)) == (255, 255, 255)
     assert data.decode(packed(Image.new("LA", (9, 9), (0, 128)))).getpixel((4, 4)) in {(127,) * 3, (128,) * 3}
 
@@ -537,6 +540,44 @@ def test_streams(tmp_path):
         one.close()
     with pytest.raises(ValueError, match="no column 'txt'; it has 'image', 'text', 'label'"):
         data.Stream.of(source, dataclasses.replace(SMALL, texts={"caption": "txt"}), 4)
+
+
+TINY = """
+import io
+import tensorflow_datasets as tfds
+from PIL import Image
+
+class TinyPictures(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    def _info(self):
+        features = {"image": tfds.features.Image(shape=(None, None, 3)), "text": tfds.features.Text()}
+        features["label"] = tfds.features.Scalar("int64")
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+    def _split_generators(self, manager):
+        return {"train": self._generate_examples()}
+    def _generate_examples(self):
+        for i in range(5):
+            file = io.BytesIO()
+            Image.new("RGB", (9, 9), (40 * i, 0, 0)).save(file, "PNG")
+            file.seek(0)
+            yield i, {"image": file, "text": f"caption {i}", "label": i}
+"""
+
+
+def test_tensorflow_datasets(tmp_path, monkeypatch):
+    (tmp_path / "tiny_pictures").mkdir()
+    (tmp_path / "tiny_pictures" / "tiny_pictures_builder.py").write_text(TINY)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("tiny_pictures.tiny_pictures_builder")
+    source = data.open_source("tfds:tiny_pictures", data_dir=tmp_path / "kept")
+    assert len(source) == 5 and set(source.columns) == {"image", "text", "label"}
+    examples = dataclasses.replace(SMALL, numbers={"label": "label"})
+    batch = data.Batches.of(source, examples, 5)[0]
+    assert sorted(batch["caption"]) == [f"caption {i}" for i in range(5)]
+    assert np.allclose(batch["image"][:, 0, 0, 0], 40 * batch["label"] / 127.5 - 1)
+    assert "tensorflow" not in sys.modules
+    with pytest.raises(ValueError, match="tensorflow-datasets cannot give 'no_such_data'"):
+        data.open_source("tfds:no_such_data", data_dir=tmp_path / "kept")
 
 
 def tf_example(**features):

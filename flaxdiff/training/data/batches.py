@@ -1,8 +1,8 @@
 """Batches for a training run: which examples, made by which chances, and where a run that stops goes on.
 
 Batch n of a source with random access is a pure function of n: `batches[n]`. Whatever the number of processes, workers
-and restarts, a run sees the same pictures, cut and flipped alike, in the same order; `iterate` only makes them ahead of
-time. An example that turns out to be of no use is replaced by the one that follows it in its group's stream.
+and restarts, a run sees the same pictures, cut and flipped alike, in the same order; a `DataLoader` only makes them
+ahead of time. An example that turns out to be of no use is replaced by the one that follows it in the pass.
 """
 
 import dataclasses
@@ -84,6 +84,8 @@ class Batches:
         >>> batches[0]["image"].shape, sorted(batches[0]["caption"] + batches[1]["caption"][:2])
         ((4, 8, 8, 3), ['0', '1', '2', '3', '4', '5'])
         """
+        if not hasattr(source, "__len__"):
+            raise ValueError("A source that is read from the beginning on has no batches by number; use Stream.of.")
         check_columns(source, examples.columns)
         rows = share(batch_size, process_index, process_count)
         chosen, faults = np.arange(len(source)), list(source.faults)
@@ -122,14 +124,14 @@ class Batches:
         return Made(collate(self.example(group, first + row, faults) for row in range(*self.rows)), tuple(faults))
 
     def example(self, group: int, place: int, faults: list[Fault]) -> dict[str, Any]:
-        """The example at a place of a group's stream, or the first of use after it.
+        """The example at a place of a group's stream, or the next of use in its pass.
 
         Raises:
           ValueError: there is none.
         """
         chances, wrong = draw(self.order.seed, CHANCES, group, place), []
         for further in range(min(PATIENCE, len(self.order.groups[group]))):
-            i = self.order.example(group, place + further)
+            i = self.order.example(group, place, further)
             try:
                 return self.examples.make(self.source[i], chances, self.sizes[group])
             except BadExample as error:

@@ -18,7 +18,7 @@ from flaxdiff.training.data.batches import CHANCES, PATIENCE, Batch, Batches, Ma
 from flaxdiff.training.data.examples import Examples, draw
 from flaxdiff.training.data.faults import BadExample, Fault, Report
 from flaxdiff.training.data.protocol import check_columns, needed
-from flaxdiff.training.data.tables import Streamed
+from flaxdiff.training.data.tables import Streamed, cells
 
 THREADS = 4  # that make batches where there are no workers
 AHEAD = 2  # batches that each of them has ready
@@ -222,6 +222,6 @@ class Stream:
     def _example(self, row: Mapping[str, Any], epoch: int, i: int) -> dict[str, Any] | Fault:
         chances = draw(self.seed, CHANCES, self.process[0], epoch, i)
         try:
-            return self.examples.make(self.source.cells(row), chances, self.examples.size)
+            return self.examples.make(cells(row), chances, self.examples.size)
         except BadExample as error:
             return Fault(f"{self.source.title}, row {i} of pass {epoch}", str(error))

@@ -88,10 +88,11 @@ class Order:
         group = int(turns[at])
         return group, first[group] + int((turns[:at] == group).sum())
 
-    def example(self, group: int, place: int) -> int:
-        """The number of the example at a place of a group's own stream."""
+    def example(self, group: int, place: int, further: int = 0) -> int:
+        """The number of the example at a place of a group's own stream; or so much further in the pass, in a circle."""
         members = self.groups[group]
         turn, at = divmod(place, len(members))
+        at = (at + further) % len(members)
         return int(members[self._permutation(group, turn)[at] if self.shuffle else at])
 
     # Workers ask for batches in turn, a few at a time: what was drawn for an epoch is drawn once.

@@ -3,6 +3,7 @@
 Pictures stay encoded until an example is made: decoding is a worker's task, and damage a single example's fault.
 """
 
+import contextlib
 import dataclasses
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,7 +90,23 @@ class Rows:
         return f"{self.title}[{i}]"
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return {column: _cell(value) for column, value in self.table[int(i)].items()}
+        with _reading("a row"):
+            row = self.table[int(i)]
+        return cells(row)
+
+
+@contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """A file that turns out to be damaged or gone makes a bad example, and no more."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:  # pyarrow's and array_record's errors are among these
+        raise BadExample(f"{what} that cannot be read") from error
+
+
+def cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with pictures as bytes or files."""
+    return {column: _cell(value) for column, value in row.items()}
 
 
 def _cell(value: Any) -> Any:
@@ -100,7 +117,7 @@ def _cell(value: Any) -> Any:
         return value["bytes"]
     path = str(value["path"])
     if path.startswith("hf://"):
-        with needed("fsspec").open(path, "rb") as file:
+        with _reading("a file"), needed("fsspec").open(path, "rb") as file:
             return file.read()
     root = Path(needed("datasets").config.HF_CACHE_HOME).expanduser()  # where `datasets` and the Hub keep downloads
     if not Path(path).is_relative_to(root):
@@ -134,9 +151,6 @@ class Streamed:
         if process_count > 1:
             table = datasets.distributed.split_dataset_by_node(table, process_index, process_count)
         return iter(table)
-
-    def cells(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        return {column: _cell(value) for column, value in row.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +187,9 @@ class Records:
         return f"{self.title}[{i}]"
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return parse_example(self.records[int(i)])
+        with _reading("a record"):
+            record = self.records[int(i)]
+        return parse_example(record)
 
 
 def parse_example(record: bytes) -> dict[str, Any]:

@@ -142,10 +142,13 @@ def _members(path: Path, faults: list[Fault]) -> Iterator[tarfile.TarInfo]:
 def _row(group: Group) -> dict[str, Any]:
     """The columns of an example."""
     row: dict[str, Any] = {}
-    with open(group.path, "rb") as file:
-        for extension, (offset, size) in group.members.items():
-            file.seek(offset)
-            row[extension] = file.read(size)
+    try:
+        with open(group.path, "rb") as file:
+            for extension, (offset, size) in group.members.items():
+                file.seek(offset)
+                row[extension] = file.read(size)
+    except OSError as error:
+        raise BadExample("in a file that cannot be read") from error
     for extension in row.keys() & set(TEXTS):
         try:
             row[extension] = row[extension].decode().strip()
