@@ -9,7 +9,9 @@ import sys
 import tarfile
 import zlib
 
+import jax
 import numpy as np
+import peers
 import pytest
 from diffusers import training_utils
 from PIL import Image
@@ -17,9 +19,12 @@ from PIL import Image
 import flaxdiff
 from flaxdiff import cli
 from flaxdiff.core import apply
+from flaxdiff.pipelines.generate import Networks
+from flaxdiff.pipelines.tasks import native_size
 from flaxdiff.training import data
 from flaxdiff.training.data import batches as batching
 from flaxdiff.training.data import order, pictures, stored, tables, tars
+from flaxdiff.training.data.precompute import repeated
 
 SMALL = data.Examples(resolution=8, center_crop=True)
 
@@ -711,6 +716,28 @@ def test_precomputed_is_what_the_model_says(model, tmp_path):
         write(tmp_path / "two", seed=1)
     with pytest.raises(ValueError, match="takes multiples of"):
         data.precompute(pipe, params, source, dataclasses.replace(examples, resolution=30), tmp_path / "three")
+
+
+@pytest.mark.parametrize("build", [peers.stable_diffusion_xl, peers.pixart_sigma])
+def test_encoded_texts_stand_for_prompts(build, tmp_path):
+    pipe, params = flaxdiff.load(peers.saved(build))
+    size, prompts = native_size(pipe), ["a cat", "a dog on a hill"]
+    source = rows(2, image=lambda i: noise(70, 70, i), text=lambda i: prompts[i])
+    data.precompute(pipe, params, source, data.Examples((size.height, size.width)), tmp_path, batch_size=4)
+    batch = data.Batches.of(data.open_source(tmp_path), data.Stored(), 2, shuffle=False)[0]
+    names = {"prompt_embeds", "pooled_prompt_embeds", "prompt_mask"} & batch.keys()
+    assert len(names) == 2 and batch["caption"] == prompts
+
+    @jax.jit
+    def encode(params, inputs):
+        return pipe.family.encode(Networks(dict(pipe.specs), params), {**inputs, "size": size})["positive"]
+
+    given = repeated(pipe.family.prepare(pipe, size, False, prompt=prompts), 2)
+    stored = {k: v for k, v in given.items() if not k.startswith("prompt_ids")} | {k: batch[k] for k in names}
+    ours, theirs = jax.tree.leaves(encode(params, stored)), jax.tree.leaves(encode(params, given))
+    assert len(ours) == len(theirs) > 2
+    for a, b in zip(ours, theirs):
+        assert np.abs(np.float64(a) - np.float64(b)).max() <= 1e-5 * max(np.abs(np.float64(b)).max(), 1)
 
 
 def test_the_command_precomputes(model, tmp_path, capsys):
