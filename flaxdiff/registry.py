@@ -103,7 +103,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "flaxdiff.models.dit_transformer_2d": ("DiTTransformer2DModel",),
         "flaxdiff.models.dpt": ("DPTForDepthEstimation",),
         "flaxdiff.models.flux_transformer_2d": ("FluxTransformer2DModel",),
-        "flaxdiff.models.ip_adapter": ("IPAdapter",),
+        "flaxdiff.models.ip_adapter": ("IPAdapter", "SD3IPAdapter"),
         "flaxdiff.models.language_model": (
             "Gemma2Model",
             "Gemma3ForConditionalGeneration",

@@ -8,8 +8,11 @@ import numpy as np
 import peers
 import pytest
 import test_flux as flux
+import test_sd3 as sd3
 import torch
 import transformers
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -212,9 +215,9 @@ def flux_adapter(net, seed):
     return {"image_proj": proj, "ip_adapter": pairs}
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_flux(count, tmp_path):
-    """By blocks, or two at once; what is to be avoided sees a black picture. In the names of XLabs' files."""
+@pytest.mark.parametrize("count, avoided", [(1, None), (2, None), (1, "picture"), (1, "embeds")])
+def test_flux(count, avoided, tmp_path):
+    """By blocks, or two at once; what is to be avoided sees a black picture, or another. In XLabs' names."""
     pipe, params, _ = flux.load("FluxPipeline")
     parts = flux.parts()
     parts["transformer"] = copy.deepcopy(parts["transformer"])
@@ -244,8 +247,70 @@ def test_flux(count, tmp_path):
     peer.set_ip_adapter_scale(scale)
     images = [picture() for _ in range(count)]
     given = flux.SMALL | flux.TRUE | dict(ip_adapter_image=images if count > 1 else images[0], output_type="np")
+    embeds = normal(2, 1, 1, 20)
+    more = {
+        None: {},
+        "picture": dict(negative_ip_adapter_image=picture()),
+        "embeds": dict(ip_adapter_image_embeds=[embeds[0]], negative_ip_adapter_image_embeds=[embeds[1]]),
+    }[avoided]
+    if avoided == "embeds":
+        given.pop("ip_adapter_image")
+    as_there = {k: [*map(torch.tensor, v)] if "embeds" in k else v for k, v in more.items()}
     with torch.no_grad():
-        there = peer(**given, latents=flux.packed(flux.NOISE)).images
+        there = peer(**given, **as_there, latents=flux.packed(flux.NOISE)).images
+    given |= more
     call = lambda scale: pipe(params, KEY, **given, ip_adapter_scale=scale, latents=flux.NOISE).images
     assert peers.relative(call(scale), there, of="FluxPipeline") < 1e-3
-    assert np.abs(call([0.0, 0.0]) - there).max() > 1e-2
+    assert np.abs(call([0.0, 0.0]) - there).max() > 5e-3
+
+
+def sd3_adapter(net):
+    """An IP-Adapter for Stable Diffusion 3 and the tiny SigLIP, as diffusers has it, and in the names of the files."""
+    torch.manual_seed(5)
+    width, head = net.inner_dim, net.config.attention_head_dim
+    proj = IPAdapterTimeImageProjection(embed_dim=16, output_dim=width, hidden_dim=32, heads=2, num_queries=3)
+    blocks = [SD3IPAdapterJointAttnProcessor2_0(width, width, head, 32) for _ in range(net.config.num_layers)]
+    for module in (proj, *blocks):
+        for p in module.parameters():
+            p.data = torch.randn(p.shape) / p.shape[-1] ** 0.5 if p.ndim > 1 else 1 + 0.1 * torch.randn(p.shape)
+    old = {"ln0": "0.norm1", "ln1": "0.norm2", "attn.to_out.0": "0.to_out", "attn.": "0.", "adaln_norm": "1.0"}
+    old |= {"ff.net.0.proj": "1.1", "ff.net.2": "1.3", "adaln_proj": "2.1"}
+    image_proj = {}
+    for key, tensor in proj.state_dict().items():
+        new = next((new for new in old if f".{new}" in key and key.startswith("layers")), None)
+        image_proj[key.replace(new, old[new]) if new else key] = tensor
+    attend = {f"{i}.{k}": t for i, block in enumerate(blocks) for k, t in block.state_dict().items()}
+    return {"image_proj": image_proj, "ip_adapter": attend}
+
+
+@pytest.mark.parametrize("seen", ["picture", "embeds"])
+def test_stable_diffusion_3(seen, tmp_path):
+    parts = sd3.parts() | {"transformer": copy.deepcopy(sd3.transformer(qk_norm="rms_norm"))}
+    processor = transformers.SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    encoder = flux.siglip()
+    encoder.save_pretrained(tmp_path / "image_encoder")
+    peer = diffusers.StableDiffusion3Pipeline(**parts)
+    peer.save_pretrained(tmp_path / "pipe")
+    peer = diffusers.StableDiffusion3Pipeline(**parts, image_encoder=encoder, feature_extractor=processor)
+    peer.set_progress_bar_config(disable=True)
+    state = sd3_adapter(peer.transformer)
+    write(state, tmp_path / "adapter.safetensors")
+    pipe, params = flaxdiff.StableDiffusion3Pipeline.from_pretrained(tmp_path / "pipe")
+    pipe, params = flaxdiff.load_ip_adapter(pipe.replace(progress=False), params, tmp_path / "adapter.safetensors")
+    peer.load_ip_adapter(copy.deepcopy(state), low_cpu_mem_usage=False)
+    peer.set_ip_adapter_scale(0.7)
+    given = sd3.SMALL | dict(negative_prompt="ugly", output_type="np")
+    embeds = normal(2, 4, 16)
+    ours = dict(ip_adapter_image=picture()) if seen == "picture" else dict(ip_adapter_image_embeds=embeds)
+    theirs = ours if seen == "picture" else dict(ip_adapter_image_embeds=torch.tensor(embeds))
+    with torch.no_grad():
+        there = peer(**given, **theirs, latents=peers.nchw(sd3.NOISE)).images
+    call = lambda scale: pipe(params, KEY, **given, **ours, ip_adapter_scale=scale, latents=sd3.NOISE).images
+    assert peers.relative(call(0.7), there, of="StableDiffusion3Pipeline") < 1e-3
+    assert np.abs(call(0.0) - there).max() > 1e-2
+    with pytest.raises(ValueError, match="has 4 blocks that see pictures; 2 scales were given"):
+        call([1.0, 0.5])
+    if seen == "picture":
+        other = sd3.load("StableDiffusion3Pipeline", newer=True)
+        with pytest.raises(ValueError, match="has a second attention in some blocks"):
+            flaxdiff.load_ip_adapter(*other[:2], tmp_path / "adapter.safetensors")

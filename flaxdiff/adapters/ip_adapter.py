@@ -28,11 +28,14 @@ from flaxdiff.checkpoint.tensors import Tensors
 from flaxdiff.core import Params, Spec, abstract
 from flaxdiff.models.clip_vision import CLIPVisionModelWithProjection
 from flaxdiff.models.flux_transformer_2d import FluxConfig
-from flaxdiff.models.ip_adapter import HEAD, IPAdapter
+from flaxdiff.models.ip_adapter import HEAD, IPAdapter, SD3IPAdapter
+from flaxdiff.models.siglip import SiglipVisionModel
+from flaxdiff.models.transformer_sd3 import SD3Config
 from flaxdiff.nn.attention import KeysValues
 from flaxdiff.pipelines.generate import Inputs, Networks, Size, denoiser
 
 KIND = "ip_adapter"
+JOINT = FluxConfig, SD3Config  # networks where text and picture attend to each other, block by block
 XLABS = (  # their names for Flux
     (r"^ip_adapter_proj_model\.", "image_proj."),
     (r"^double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_(k|v)_proj\.", r"ip_adapter.\1.to_\2_ip."),
@@ -50,8 +53,8 @@ class Transformer:
 
 
 def transformers(config: Any) -> list[Transformer]:
-    """Those of a U-Net in the order of their use: down, middle, up; of Flux each block with a text of its own."""
-    if isinstance(config, FluxConfig):
+    """Those of a U-Net in the order of their use: down, middle, up; where a text attends too, its blocks."""
+    if isinstance(config, JOINT):
         return [Transformer(f"transformer_blocks.{i}", config.width, 1, 0) for i in range(config.num_layers)]
     widths, depths = config.block_out_channels, config.per_stage("transformer_layers_per_block")
     last = len(widths) - 1
@@ -127,7 +130,8 @@ def load_ip_adapter(
             folder = folder if "/" in folder else os.path.join(subfolder, folder)
             download = {**download, "subfolder": folder}
         if where is not None:
-            found = CLIPVisionModelWithProjection.from_pretrained(where, dtype=dtype, **download)
+            encoder = SiglipVisionModel if isinstance(config, SD3Config) else CLIPVisionModelWithProjection
+            found = encoder.from_pretrained(where, dtype=dtype, **download)
             specs["image_encoder"], params["image_encoder"] = found
     if updates:  # FaceID comes with a LoRA of the U-Net
         blocks = [
@@ -165,6 +169,15 @@ def _spec(tensors: Tensors, config: Any, shortcut: bool, source: str) -> Spec:
     resampler = lambda at: dict(
         heads=shape(f"{at}layers.0.0.to_q.weight")[0] // HEAD, depth=sum(k.endswith("to_q.weight") for k in tensors)
     )
+    timed = there("time_embedding.linear_1.weight")
+    if timed and isinstance(config, SD3Config):
+        (hidden, read), (tokens, width) = shape("proj_in.weight"), (shape("latents")[1], shape("proj_out.weight")[0])
+        found = dict(image_dim=read, hidden_dim=hidden, tokens=tokens, width=width, **resampler(""))
+        found |= dict(time_dim=shape("time_embedding.linear_1.weight")[1], blocks=config.num_layers)
+        check_width(width, config.width, source)
+        return SD3IPAdapter.from_config(found | {"head_dim": config.attention_head_dim})
+    if timed or isinstance(config, SD3Config):
+        raise ValueError(f"{source} was not made for this kind of network; that of Stable Diffusion 3 reads the time.")
     if there("proj.weight"):
         width = shape("norm.weight")[0]
         found = dict(kind="base", image_dim=shape("proj.weight")[1], tokens=shape("proj.weight")[0] // width)
@@ -186,19 +199,32 @@ def _spec(tensors: Tensors, config: Any, shortcut: bool, source: str) -> Spec:
         raise ValueError(f"{source} is an IP-Adapter of an unknown form; its projection has {sorted(tensors)[:6]}.")
     flux = isinstance(config, FluxConfig)
     own = config.joint_attention_dim if flux else config.cross_attention_dim
+    check_width(width, own, source)
+    found |= {"cross_attention_dim": width, "attentions": [(t.width, t.depth) for t in filed(config)]}
+    return IPAdapter.from_config(found | {"bias": flux, "every": flux})
+
+
+def check_width(width: int, own: int, source: str) -> None:
+    """Raise ValueError for a file that gives tokens of other channels than the network attends to."""
     if width != own:
         raise ValueError(
             f"{source} is an IP-Adapter for a network that attends to {width} channels, and this one attends to {own}: "
             "it was made for another base model."
         )
-    found |= {"cross_attention_dim": width, "attentions": [(t.width, t.depth) for t in filed(config)]}
-    return IPAdapter.from_config(found | {"bias": flux, "every": flux})
 
 
 def check_offered(spec: Spec) -> None:
     """Raise ValueError for a network that no IP-Adapter here is for."""
-    if not isinstance(spec.config, FluxConfig) and not hasattr(spec.config, "block_out_channels"):
-        raise ValueError(f"IP-Adapters are for U-Nets and for Flux, not for {spec.module.__name__}; leave them out.")
+    config = spec.config
+    if isinstance(config, SD3Config) and config.dual_attention_layers:
+        raise ValueError(
+            "This transformer has a second attention in some blocks (dual_attention_layers), which no "
+            "IP-Adapter was made for; leave it out."
+        )
+    if not isinstance(config, JOINT) and not hasattr(config, "block_out_channels"):
+        raise ValueError(
+            f"IP-Adapters are for U-Nets, Stable Diffusion 3 and Flux, not for {spec.module.__name__}; leave them out."
+        )
 
 
 # --- on the host -----------------------------------------------------------------------------------------------------
@@ -213,6 +239,8 @@ def prepare(
     ip_adapter_clip_embeds: Sequence[Any] | None = None,
     ip_adapter_scale: Any = 1.0,
     ip_adapter_masks: Sequence[Any] | None = None,
+    negative_ip_adapter_image: Any = None,
+    negative_ip_adapter_image_embeds: Sequence[Any] | None = None,
 ) -> dict[str, Any]:
     """What the IP-Adapters see, and how much each counts where.
 
@@ -220,14 +248,17 @@ def prepare(
       ip_adapter_image: Pillow pictures, or arrays [H, W, 3] in [0, 1]; of several adapters, a list with the picture of
         each, or with a list of its pictures.
       ip_adapter_image_embeds: in their place, one array for each adapter: [B, I, D] (or [B, I, N, D]) for I pictures,
-        with guidance the negative ones first, then the positive, [2 B, I, D], but for Flux.
+        with guidance the negative ones first, then the positive, [2 B, I, D], but for Flux; for Stable Diffusion 3
+        the patches of one, [2 B, N, D].
       ip_adapter_clip_embeds: for FaceID Plus, the patches beside the embeddings of faces, likewise.
-      ip_adapter_scale: how much each adapter counts: a number; for Flux also a list with one for each block; or by
-        transformer, such as
+      ip_adapter_scale: how much each adapter counts: a number; for transformers also a list with one for each block;
+        for U-Nets also by transformer, such as
         `{"down": {"block_2": [0.0, 1.0]}, "up": {"block_0": [0.0, 1.0, 0.0]}}`, where what is not named counts for
         nothing; of several adapters a list of such; with masks also a list of numbers, one for each picture.
       ip_adapter_masks: for each adapter the masks of its pictures: Pillow pictures, or an array [I, H, W]; a picture
         counts where its mask is at least half white.
+      negative_ip_adapter_image, negative_ip_adapter_image_embeds: for Flux what is to be avoided, likewise; by default
+        black pictures.
 
     Raises:
       ValueError: no adapter or no picture, not as many as there are adapters, no image encoder.
@@ -242,33 +273,47 @@ def prepare(
     if sum(v is not None for v in given.values()) != 1:
         raise ValueError("The pipeline has an IP-Adapter: give either ip_adapter_image= or ip_adapter_image_embeds=.")
     arrays: dict[str, Any] = {}
-    if ip_adapter_image is not None:
-        if "image_encoder" not in specs:
-            raise ValueError("There is no image encoder to read ip_adapter_image; give ip_adapter_image_embeds=.")
-        for name, own in zip(names, _each("ip_adapter_image", ip_adapter_image, names)):
-            pixels = [pictures.clip_pixels(p, specs["image_encoder"].config.image_size) for p in _list(own)]
-            arrays[f"{name}_image"] = np.concatenate(pixels)[None]
-    for key, embeds in (("embeds", ip_adapter_image_embeds), ("patches", ip_adapter_clip_embeds)):
+    config = pipe.denoiser.config
+    alone = isinstance(config, FluxConfig)  # where what is to be avoided is given by itself
+    avoided = negative_ip_adapter_image, negative_ip_adapter_image_embeds
+    if not alone and any(v is not None for v in avoided):
+        raise ValueError("negative_ip_adapter_image is for Flux; leave it out.")
+    if alone and guided and all(v is None for v in avoided):
+        negative_ip_adapter_image = [np.zeros((1, 1, 3), np.float32)] * len(names)
+    read = pictures.square_pixels if isinstance(config, SD3Config) else pictures.clip_pixels
+    for prefix, shown in (("", ip_adapter_image), ("negative_", negative_ip_adapter_image if guided else None)):
+        if shown is not None and "image_encoder" not in specs:
+            option = f"{prefix}ip_adapter_image"
+            raise ValueError(f"There is no image encoder to read {option}; give {option}_embeds=.")
+        for name, own in zip(names, _each("ip_adapter_image", shown, names) if shown is not None else ()):
+            pixels = [read(p, specs["image_encoder"].config.image_size) for p in _list(own)]
+            arrays[f"{prefix}{name}_image"] = np.concatenate(pixels)[None]
+    for key, embeds in (
+        ("embeds", ip_adapter_image_embeds),
+        ("patches", ip_adapter_clip_embeds),
+        ("negative_embeds", negative_ip_adapter_image_embeds if guided else None),
+    ):
+        before, _, key = key.rpartition("_")
         for name, own in zip(names, _each(key, embeds, names) if embeds is not None else ()):
             if own is not None:
-                split = guided and not isinstance(pipe.denoiser.config, FluxConfig)  # which has positive ones alone
-                halves = np.split(np.asarray(own), 2) if split else [np.asarray(own)]
-                arrays |= dict(zip((f"negative_{name}_{key}", f"{name}_{key}")[-len(halves) :], halves))
+                halves = np.split(np.asarray(own), 2) if guided and not alone else [np.asarray(own)]
+                keys = (f"negative_{name}_{key}", f"{name}_{key}")[-len(halves) :]
+                arrays |= dict(zip((f"negative_{name}_{key}",) if before else keys, halves))
     for name in names:
         faces = specs[name].config.kind
         if faces.startswith("faceid") and f"{name}_embeds" not in arrays:
             raise ValueError(f"{name} reads embeddings of faces; give ip_adapter_image_embeds= in place of pictures.")
         if faces == "faceid_plus" and f"{name}_patches" not in arrays:
             raise ValueError(f"{name} reads patches beside faces; give ip_adapter_clip_embeds=.")
-    config, scale = pipe.denoiser.config, ip_adapter_scale
-    by_block = isinstance(config, FluxConfig) and len(names) == 1  # whose lists are of numbers, one for each block
+    scale = ip_adapter_scale
+    by_block = isinstance(config, JOINT) and len(names) == 1  # whose lists are of numbers, one for each block
     scales = _each("ip_adapter_scale", scale, names, every=by_block or not isinstance(scale, list))
-    if ip_adapter_masks is not None and isinstance(config, FluxConfig):
-        raise ValueError("Flux sees whole pictures; leave ip_adapter_masks out.")
+    if ip_adapter_masks is not None and isinstance(config, JOINT):
+        raise ValueError(f"{type(pipe).__name__} sees whole pictures; leave ip_adapter_masks out.")
     masks = _each("ip_adapter_masks", ip_adapter_masks, names, every=ip_adapter_masks is None)
     for name, scale, mask in zip(names, scales, masks):
         shown = arrays.get(f"{name}_embeds", arrays.get(f"{name}_image")).shape[1]
-        of_pictures = [scale] if isinstance(config, FluxConfig) else _list(scale)
+        of_pictures = [scale] if isinstance(config, JOINT) else _list(scale)
         arrays[f"{name}_scale"] = np.stack([by_layer(config, s) for s in of_pictures])[None]
         if mask is not None:
             arrays[f"{name}_masks"] = np.stack([_mask(m, size) for m in mask])[None]
@@ -312,8 +357,8 @@ def by_layer(config: Any, scale: Any) -> np.ndarray:
         return np.asarray(scale, np.float32)
     if not isinstance(scale, Mapping):
         return np.full(len(found), scale, np.float32)
-    if isinstance(config, FluxConfig):
-        raise ValueError("Flux has no down, mid and up; give one number, or a list with one for each block.")
+    if isinstance(config, JOINT):
+        raise ValueError("A transformer has no down, mid and up; give one number, or a list with one for each block.")
     scales: dict[str, float] = {}
     for way in ("down", "up"):
         blocks: dict[str, list[str]] = {}
@@ -369,23 +414,37 @@ def encode(
     return text
 
 
+def seen(networks: Networks, inputs: Inputs, branch: str) -> dict[str, dict[str, jax.Array]]:
+    """What the IP-Adapters of Stable Diffusion 3 read in a branch: of each the patches [B, N, D], and its scales.
+
+    Those of a picture to be avoided are zeros.
+    """
+    found = {}
+    for name in (name for name in named(networks.specs, KIND) if f"{name}_scale" in inputs):
+        if f"{name}_image" in inputs:
+            pixels = jnp.asarray(inputs[f"{name}_image"])
+            flat = pixels.reshape(-1, *pixels.shape[2:])
+            patches = networks("image_encoder", flat).hidden_states[-2]
+            patches = patches.reshape(len(pixels), -1, patches.shape[-1])
+            patches = patches * 0 if branch == "negative" else patches
+        else:
+            patches = jnp.asarray(inputs[f"{'negative_' if branch == 'negative' else ''}{name}_embeds"])
+        found[name] = {"patches": patches, "scale": jnp.asarray(inputs[f"{name}_scale"])[:, 0]}
+    return found
+
+
 def _seen(networks: Networks, inputs: Inputs, name: str, branch: str) -> tuple[jax.Array, ...]:
     """What an adapter's projection reads in a branch."""
     prefix = "negative_" if branch == "negative" else ""
-    if f"{name}_image" not in inputs:
-        return tuple(
-            jnp.asarray(inputs[k]) for k in (f"{prefix}{name}_embeds", f"{prefix}{name}_patches") if k in inputs
-        )
-    pixels = jnp.asarray(inputs[f"{name}_image"])
+    if found := [inputs[k] for k in (f"{prefix}{name}_embeds", f"{prefix}{name}_patches") if k in inputs]:
+        return tuple(map(jnp.asarray, found))
+    blind = prefix and f"{prefix}{name}_image" not in inputs  # nothing, in the place of what is to be avoided
+    pixels = jnp.asarray(inputs[f"{'' if blind else prefix}{name}_image"])
     flat = pixels.reshape(-1, *pixels.shape[2:])
-    if prefix and networks.config(name).every:  # Flux is shown a black picture
-        black = -np.float32(pictures.CLIP_MEAN) / np.float32(pictures.CLIP_STD)
-        seen = networks("image_encoder", jnp.broadcast_to(black, flat.shape)).image_embeds
-        return (seen.reshape(*pixels.shape[:2], -1),)
     whole = networks.config(name).kind == "base"
-    out = networks("image_encoder", flat * 0 if prefix and not whole else flat)
+    out = networks("image_encoder", flat * 0 if blind and not whole else flat)
     seen = out.image_embeds if whole else out.hidden_states[-2]
-    return ((seen * 0 if prefix and whole else seen).reshape(*pixels.shape[:2], *seen.shape[1:]),)
+    return ((seen * 0 if blind and whole else seen).reshape(*pixels.shape[:2], *seen.shape[1:]),)
 
 
 def shrunk(masks: jax.Array, positions: int) -> jax.Array:

@@ -98,7 +98,7 @@ class SD3ControlNetModel(SD3Blocks):
         text = None if self.context_embedder is None else self.context_embedder(text.astype(self.dtype))
         x, seen = (text, constrain(image + condition, "batch", "context")), []
         for blocks, of_run in zip(self.transformer_blocks, told.runs, strict=True):
-            each = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), of_run), {}, None
+            each = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), of_run), {}, None, ()
             after = states(blocks, x, each=each)
             seen.append(after[1][1:])
             x = jax.tree.map(lambda a: a[-1], after)

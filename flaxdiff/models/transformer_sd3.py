@@ -18,7 +18,7 @@ from flax import nnx
 from flaxdiff import weights
 from flaxdiff.core import Config, Model, only
 from flaxdiff.nn.feed_forward import FeedForward
-from flaxdiff.nn.joint import JointAttention, JointTransformerBlock, Residuals, Tokens
+from flaxdiff.nn.joint import JointAttention, JointTransformerBlock, Residuals, Seen, Tokens
 from flaxdiff.nn.layers import LayerNorm, Linear, value
 from flaxdiff.nn.modulation import AdaLayerNorm, CombinedTimestepTextProjEmbeddings, vary
 from flaxdiff.nn.patches import PatchEmbed, unpatched
@@ -65,12 +65,15 @@ class SD3Block(JointTransformerBlock):
     """Text and picture attend jointly, unless hindered; behind that a residual of the picture, where there is one."""
 
     def __call__(
-        self, x: Tokens, each: tuple[Tokens, Hindered, jax.Array | None], more: Residuals | None = None
+        self,
+        x: Tokens,
+        each: tuple[Tokens, Hindered, jax.Array | None, tuple[Seen, ...]],
+        more: Residuals | None = None,
     ) -> Tokens:
-        """Tokens of text and picture, and what this block is told, how it is hindered, which residual is behind it."""
-        told, perturb, which = each
+        """Tokens, what this block is told, how it is hindered, which residual is behind it, what the picture sees."""
+        told, perturb, which, seen = each
         mask = alone(perturb["identity"], *(part.shape[1] for part in x)) if "identity" in perturb else None
-        after = super().__call__(x, told, mask=mask)
+        after = super().__call__(x, told, mask=mask, seen=seen)
         if "skip" in perturb:
             after = jax.tree.map(lambda old, new: jnp.where(rows(perturb["skip"], new) > 0, old, new), x, after)
         text, image = after
@@ -89,7 +92,7 @@ class SD3SingleTransformerBlock(nnx.Module):
         """What a condition [..., D] says: [..., 6, D]."""
         return self.norm1.modulation(condition)
 
-    def __call__(self, x: tuple[None, jax.Array], each: tuple[jax.Array, Hindered, None]) -> tuple[None, jax.Array]:
+    def __call__(self, x: tuple[None, jax.Array], each: tuple[jax.Array, Any, Any, Any]) -> tuple[None, jax.Array]:
         """No text and tokens [B, N, D], and what `modulation` says to them first of all [B, 6, D]."""
         _, x = x
         h, gate, shift, scale, gate_ff = self.norm1(x, each[0])
@@ -175,6 +178,7 @@ class SD3Transformer2DModel(SD3Blocks):
         timestep: jax.Array | float | Told,
         block_controlnet_hidden_states: jax.Array | None = None,
         perturb: Mapping[str, tuple[jax.Array, ...]] | None = None,
+        pictures: tuple[Seen, ...] = (),
     ) -> jax.Array:
         """Run the network.
 
@@ -186,6 +190,7 @@ class SD3Transformer2DModel(SD3Blocks):
           block_controlnet_hidden_states: what ControlNets add behind the blocks but the last, [K, B, N, D], each behind
             several in a row.
           perturb: what hinders blocks, see nn/perturb.py; queries are not blurred.
+          pictures: what IP-Adapters show the blocks, [blocks, …], see `SD3IPAdapter`.
 
         Returns:
           The velocity [B, H, W, O], in the dtype of the parameters.
@@ -212,6 +217,7 @@ class SD3Transformer2DModel(SD3Blocks):
             here = slice(at, at := at + depth(blocks))
             told = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), told)
             hindered = {kind: flags[0].T[here] for kind, flags in (perturb or {}).items()}
-            x = run(blocks, x, (told, hindered, None if more is None else more.which[here]), more)
+            seen = jax.tree.map(lambda a, here=here: a[here], pictures)
+            x = run(blocks, x, (told, hindered, None if more is None else more.which[here], seen), more)
         y = self.proj_out(self.norm_out(settled(x[1]), timestep.out)[0])
         return unpatched(y, height, width, self.config.patch_size)

@@ -19,7 +19,7 @@ from flaxdiff.nn.feed_forward import FeedForward
 from flaxdiff.nn.layers import LayerNorm, Linear, RMSNorm, value
 from flaxdiff.nn.modulation import AdaLayerNorm, vary
 from flaxdiff.nn.reusing import reused
-from flaxdiff.nn.rope import Rope, normalised, rotate
+from flaxdiff.nn.rope import Rope, normalised, rms, rotate
 from flaxdiff.nn.stack import Blocks, depth
 from flaxdiff.parallel import constrain
 
@@ -43,6 +43,22 @@ class Residuals(NamedTuple):
     def behind(self, i: jax.Array, texts: int = 0) -> jax.Array:
         """What is added behind block i, to so many tokens of a text nothing."""
         return jnp.pad(self.added[i], ((0, 0), (texts, 0), (0, 0)))
+
+
+class Seen(NamedTuple):
+    """What the picture's tokens see beside the text and themselves: the tokens of a picture that is a prompt.
+
+    Attributes:
+      k, v: its keys, normalised, and values [B, T, H, D].
+      norm_q, norm_k: the weights [D] by which the picture's own queries and keys are normalised there.
+      weight: how much it counts [B].
+    """
+
+    k: jax.Array
+    v: jax.Array
+    norm_q: jax.Array
+    norm_k: jax.Array
+    weight: jax.Array
 
 
 class JointAttention(nnx.Module):
@@ -94,15 +110,22 @@ class JointAttention(nnx.Module):
         text: jax.Array | None = None,
         turn: Rope | None = None,
         mask: jax.Array | None = None,
+        seen: tuple[Seen, ...] = (),
     ) -> Tokens:
         """[B, N, C], and the text's tokens [B, M, C] -> (text, image).
 
-        `turn` is by place, and `mask` says as of `attention` who sees whom: of the text's tokens first.
+        `turn` is by place, and `mask` says as of `attention` who sees whom: of the text's tokens first. `seen` is what
+        the picture sees besides.
         """
-        return reused("spatial", lambda: self._attend(image, text, turn, mask))
+        return reused("spatial", lambda: self._attend(image, text, turn, mask, seen))
 
     def _attend(
-        self, image: jax.Array, text: jax.Array | None, turn: Rope | None, mask: jax.Array | None
+        self,
+        image: jax.Array,
+        text: jax.Array | None,
+        turn: Rope | None,
+        mask: jax.Array | None,
+        seen: tuple[Seen, ...],
     ) -> tuple[jax.Array | None, jax.Array]:
         m = 0 if text is None else text.shape[1]
         of_text, of_image = (turn and tuple(a[part] for a in turn) for part in (slice(m), slice(m, None)))
@@ -114,9 +137,18 @@ class JointAttention(nnx.Module):
             q, k, v = (jnp.concatenate(parts, 1) for parts in zip(more, (q, k, v)))
         h = attention(q, k, v, mask=mask)
         h = h.reshape(*h.shape[:2], -1)
+        found = [self._beside(image, one) for one in seen]
         text, image = (None, h) if text is None else jnp.split(h, [m], 1)
+        image = sum(found, image)
         image = image if self.to_out is None else self.to_out[0](image)
         return text if self.to_add_out is None else self.to_add_out(text), image
+
+    def _beside(self, image: jax.Array, seen: Seen) -> jax.Array:
+        """What the picture's tokens [B, N, C] find among themselves and those of another, weighted, [B, N, C]."""
+        q, k, v = (self._heads(image, layer) for layer in (self.to_q, self.to_k, self.to_v))
+        q, k = rms(q, seen.norm_q), rms(k, seen.norm_k)
+        h = attention(q, jnp.concatenate([k, seen.k], 1), jnp.concatenate([v, seen.v], 1))
+        return seen.weight[:, None, None].astype(h.dtype) * h.reshape(*h.shape[:2], -1)
 
     def look(self, image: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """What the picture's tokens [B, N, C] find, wherever they are, among keys and values [B, T, C] of others."""
@@ -149,16 +181,23 @@ class JointTransformerBlock(nnx.Module):
         """What a condition [..., D] says to the text and to the picture: [..., parts, D] each."""
         return self.norm1_context.modulation(condition), self.norm1.modulation(condition)
 
-    def modulated(self, x: Tokens, each: tuple[Tokens, Any, Any], *args: Any) -> jax.Array:
+    def modulated(self, x: Tokens, each: tuple[Any, ...], *args: Any) -> jax.Array:
         """What the attention reads of the picture, given what a block is called with that is told so first of all."""
         return self.norm1(x[1], each[0][1])[0]
 
-    def __call__(self, x: Tokens, told: Tokens, turn: Rope | None = None, mask: jax.Array | None = None) -> Tokens:
+    def __call__(
+        self,
+        x: Tokens,
+        told: Tokens,
+        turn: Rope | None = None,
+        mask: jax.Array | None = None,
+        seen: tuple[Seen, ...] = (),
+    ) -> Tokens:
         """Tokens of text and picture and what `modulation` says to them -> tokens; the text as it was if not wanted."""
         text, image = x
         h, gate, shift, scale, gate_ff, *second = self.norm1(image, told[1])
         h_text, *rest = self.norm1_context(text, told[0])
-        of_text, of_image = self.attn(h, h_text, turn, mask)
+        of_text, of_image = self.attn(h, h_text, turn, mask, seen)
         added = gate * of_image
         if self.attn2 is not None:
             *how, gate = second

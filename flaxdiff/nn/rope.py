@@ -150,10 +150,14 @@ def normalised(x: jax.Array, weight: jax.Array, turn: Rope, eps: float = 1e-6) -
     return _normalised(eps, x, weight, *turn)
 
 
-def _plainly(eps: float, x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rms(x: jax.Array, weight: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """x / √(mean of x² over the last axis + eps), scaled by a weight [D]; in float32, then as x was."""
     h = x.astype(jnp.float32)
-    h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps) * weight.astype(jnp.float32)
-    return rotate(h.astype(x.dtype), (cos, sin))
+    return (h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps) * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def _plainly(eps: float, x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    return rotate(rms(x, weight, eps), (cos, sin))
 
 
 def _block(eps: float, x, weight, cos, sin, out) -> None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxdiff.adapters import ip_adapter
 from flaxdiff.guidance import layer_skipping
 from flaxdiff.pipelines import flow
 from flaxdiff.pipelines import stable_diffusion as sd
@@ -90,7 +91,7 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
             clip = jnp.concatenate([o.hidden_states[len(o.hidden_states) - 2 - skip] for o in outputs], -1)
             text = _with_t5(networks, clip, jnp.asarray(inputs[f"{prefix}prompt_ids_3"]))
             pooled = jnp.concatenate([o.text_embeds for o in outputs], -1)
-        cond[branch] = {"text": text, "pooled": pooled}
+        cond[branch] = {"text": text, "pooled": pooled} | ip_adapter.seen(networks, inputs, branch)
     return cond
 
 
@@ -104,13 +105,17 @@ def _with_t5(networks: Networks, clip: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
-    """What times [N] and the pooled text say to the transformer's blocks."""
-    return networks("transformer", timesteps[:, None], cond["pooled"], method="times")
+    """What times [N] and the pooled text say to the transformer's blocks, and to those who read pictures."""
+    made = {"transformer": networks("transformer", timesteps[:, None], cond["pooled"], method="times")}
+    names = ip_adapter.named(networks.specs, ip_adapter.KIND)
+    return made | {name: networks(name, timesteps[:, None], method="times") for name in names if name in cond}
 
 
 def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond, added: jax.Array | None = None) -> jax.Array:
     """The velocity; `added`: what ControlNets add, as the transformer takes it."""
-    return networks("transformer", x, cond["text"], None, t, added, cond.get("perturb"))
+    names = ip_adapter.named(networks.specs, ip_adapter.KIND)
+    pictures = tuple(networks(name, cond[name]["patches"], t[name], cond[name]["scale"]) for name in names if name in t)
+    return networks("transformer", x, cond["text"], None, t["transformer"], added, cond.get("perturb"), pictures)
 
 
 STABLE_DIFFUSION_3 = sd.STABLE_DIFFUSION._replace(

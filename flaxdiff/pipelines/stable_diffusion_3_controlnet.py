@@ -79,7 +79,7 @@ def encode(networks: Networks, inputs: Inputs) -> Mapping[str, Cond]:
 
 def times(networks: Networks, timesteps: jax.Array, cond: Cond) -> Any:
     """What times [N] say to the blocks of each network, and how much each ControlNet counts [N, B]."""
-    made = {"transformer": sd3.times(networks, timesteps, cond)}
+    made = sd3.times(networks, timesteps, cond)
     for name in control.named(networks.specs, "controlnet"):
         config = networks.config(name)
         blind = config.force_zeros_for_pooled_projection or config.extra_conditioning_channels
@@ -98,7 +98,7 @@ def predict(networks: Networks, x: jax.Array, t: Any, cond: Cond) -> jax.Array:
         mine = seen, cond["text"], of_time, cond[name]["condition"], scale
         more = networks(name, *mine, method="residuals")
         added = more if added is None else added[: len(more)] + more[: len(added)]
-    return sd3.predict(networks, x, t["transformer"], cond, added)
+    return sd3.predict(networks, x, t, cond, added)
 
 
 class StableDiffusion3ControlNetPipeline(sd3.StableDiffusion3Pipeline):
