@@ -31,6 +31,7 @@ class Data:
       streaming: read a name on the Hub from its beginning on.
       image_column: of the pictures.
       caption_column: of the texts.
+      rejected_image_column: of the pictures that are liked less.
       conditioning_image_column: of the pictures that a ControlNet follows, or that are to be changed.
       resolution: height and width of the pictures, in pixels.
       center_crop: cut out the middle, not some part.
@@ -52,6 +53,7 @@ class Data:
     streaming: bool = False
     image_column: str = "image"
     caption_column: str = "text"
+    rejected_image_column: str = "rejected"
     conditioning_image_column: str = "conditioning_image"
     resolution: int = 512
     center_crop: bool = False
@@ -137,13 +139,16 @@ class Objective:
       with_prior_preservation: whether pictures of the class are learned beside those of the subject.
       prior_loss_weight: how much they count.
       conditioning_dropout_prob: share of examples without text, and without picture, of InstructPix2Pix.
-      guidance_scale: that a distilled network is told, or that the teacher of a distillation guides by.
+      guidance_scale: that a distilled network is told, and that pictures to be judged are drawn with.
       w_min, w_max: range of the guidance that a consistency model learns.
       num_ddim_timesteps: of the teacher's steps.
       loss_type: "l2" or "huber".
       huber_c: its width.
       num_inference_steps: of the pictures that a reward judges.
-      reward: "brightness", "compressibility" or the name "module:function" of one's own.
+      reward: "brightness", or "module:function" of one's own.
+      beta_dpo: how closely to stay to the model as it began.
+      clip_range: of DDPO, how far a step's probability may move in an update.
+      sample_batch_size: pictures that are drawn and judged at a time.
     """
 
     prediction_type: str | None = None
@@ -171,6 +176,9 @@ class Objective:
     huber_c: float = 0.001
     num_inference_steps: int = 50
     reward: str = "brightness"
+    beta_dpo: float = 2500.0
+    clip_range: float = 1e-4
+    sample_batch_size: int = 16
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,8 @@ a way to write the result, in the format that PyTorch's diffusers reads. All are
 """
 
 import functools
+import importlib
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,10 +21,11 @@ from flaxdiff.adapters import custom_diffusion, lora, textual_inversion
 from flaxdiff.checkpoint import pipelines
 from flaxdiff.checkpoint.writing import save_model
 from flaxdiff.core import Params, init
+from flaxdiff.pipelines import tasks
 from flaxdiff.pipelines.auto import AutoPipelineForText2Image
 from flaxdiff.pipelines.generate import autoencoder, denoiser
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
-from flaxdiff.training import distillation, losses, noising, timesteps
+from flaxdiff.training import distillation, losses, noising, rewards, timesteps
 from flaxdiff.training.config import Config, Objective
 from flaxdiff.training.diffusion import conditions, encoded, predict
 from flaxdiff.training.state import Loss
@@ -44,6 +47,7 @@ class Recipe(NamedTuple):
       images: further columns of pictures that the data need, by their names in a batch.
       captioned: whether pictures have texts.
       drops: whether texts and conditioning pictures are left out of some examples.
+      judged: whether what is learned from is what the pipeline draws, see reinforce.py.
       draws: parameters -> those that the pipeline draws with; by default the same.
     """
 
@@ -56,6 +60,7 @@ class Recipe(NamedTuple):
     images: Mapping[str, str] = {}
     captioned: bool = True
     drops: bool = False
+    judged: bool = False
     draws: Callable[[Params2], Params2] = lambda params: params
 
 
@@ -129,16 +134,20 @@ def _named(option: str, name: str, known: Mapping[str, Any]) -> Any:
 
 
 def told(pipe: DiffusionPipeline, batch: Batch, **options: Any) -> dict[str, Any]:
-    """Pictures and what the network is to be told of them: the captions, and their sizes before they were cut."""
-    image = np.asarray(batch["image"])
-    size = {} if "prompt" in options else {"prompt": batch["caption"]}
-    arrays = conditions(pipe, **size, height=image.shape[1], width=image.shape[2], **options)
+    """Pictures, or their latents, and what the network is to be told of them: captions, or what encoders made of them.
+
+    And their sizes before they were cut, where the network is told those.
+    """
+    encodings = {name: value for name, value in batch.items() if "prompt_" in name}
+    words = encodings or {"prompt": options.pop("prompt", None) or batch["caption"]}
+    name, factor = ("image", 1) if "image" in batch else ("latents", tasks.vae_factor(pipe))
+    shown = np.asarray(batch[name])
+    height, width = (factor * side for side in shown.shape[1:3])
+    arrays = conditions(pipe, **words, height=height, width=width, **options)
     if "time_ids" in arrays and "original_size" in batch:
-        sides = np.broadcast_to(np.int32(image.shape[1:3]), (len(image), 2))
-        arrays["time_ids"] = np.concatenate(
-            [batch["original_size"], batch["crop_top_left"], sides], 1, dtype=np.float32
-        )
-    return {"image": image, "conditions": arrays}
+        sizes = batch["original_size"], batch["crop_top_left"], np.broadcast_to([height, width], (len(shown), 2))
+        arrays["time_ids"] = np.concatenate(sizes, 1, dtype=np.float32, casting="unsafe")
+    return {name: shown, "conditions": arrays}
 
 
 def whole(folder: Path, params: Params2, pipe: DiffusionPipeline) -> None:
@@ -243,8 +252,6 @@ def controlnet(config: Config) -> Recipe:
 
 def _options(pipe: DiffusionPipeline) -> set[str]:
     """What the prepares of a class beside the family's take."""
-    import inspect
-
     return {name for extra in pipe.extras for name in inspect.signature(extra).parameters}
 
 
@@ -344,6 +351,7 @@ def latent_consistency(config: Config) -> Recipe:
     student = {name: params["unet"].get(name, weight) for name, weight in drawn.items()}
     teacher = distillation.instead(predict(base), unet="teacher")
     made = plain(pipe, {**params, "unet": student, "teacher": params["unet"]}, r"unet\..*", config)
+    made = made._replace(batch=lambda batch: told(base, batch))  # the loss says what strength of guidance is told
     return made._replace(loss=_consistent(base, predict(pipe), teacher, config, time_cond_proj_dim=width))
 
 
@@ -382,6 +390,59 @@ def _consistent(
         **options,
     )
     return encoded(base, loss)
+
+
+# --- rewards and preferences -----------------------------------------------------------------------------------------
+
+
+def preferences(config: Config) -> Recipe:
+    """A LoRA that likes what people like, from pairs: `image_column` is preferred to `rejected_image_column`.
+
+    Reference: Wallace et al., Diffusion Model Alignment Using Direct Preference Optimization, 2023.
+    """
+    made = with_lora(config)
+    ours, path = predict(made.pipe), noising.path_of(made.pipe.scheduler)
+    loss = rewards.diffusion_dpo(ours, distillation.adapterless(ours), path, beta_dpo=config.objective.beta_dpo)
+
+    def batch(batch: Batch) -> dict[str, Any]:
+        both = {"image": np.concatenate([batch["image"], batch["rejected"]]), "caption": 2 * list(batch["caption"])}
+        return told(made.pipe, both)
+
+    images = {"rejected": config.data.rejected_image_column}
+    return made._replace(loss=encoded(made.pipe, loss), batch=batch, images=images)
+
+
+def draft(config: Config) -> Recipe:
+    """A LoRA that makes a differentiable reward of its pictures rise, by gradients through the last step of sampling.
+
+    Reference: Clark et al., Directly Fine-Tuning Diffusion Models on Differentiable Rewards, 2023.
+    """
+    made, given = with_lora(config), config.objective
+    judge = reward(given.reward)
+    asked = {"num_inference_steps": given.num_inference_steps, "guidance_scale": given.guidance_scale}
+    side = {"height": config.data.resolution, "width": config.data.resolution}
+    batch = lambda batch: made.pipe.prepare_inputs(prompt=batch["caption"], **asked, **side)
+    return made._replace(loss=rewards.draft(made.pipe.program, lambda images, _: judge(images)), batch=batch)
+
+
+def brightness(images: jax.Array) -> jax.Array:
+    """The mean of each picture [B, H, W, C] in [0, 1]: a reward to try things with."""
+    return images.mean((1, 2, 3))
+
+
+def reward(name: str) -> Callable[[jax.Array], jax.Array]:
+    """A reward of pictures [B, H, W, C] in [0, 1] -> [B]: "brightness", or "module:function".
+
+    Raises:
+      ValueError: no such function.
+    """
+    if name == "brightness":
+        return brightness
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"reward={name!r}: give 'brightness', or 'module:function' of your own ({error}).") from error
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -470,6 +531,9 @@ RECIPES: dict[str, Callable[[Config], Recipe]] = {
     "textual_inversion": textual_inversion_of,
     "custom_diffusion": custom_diffusion_of,
     "autoencoder": autoencoder_of,
+    "dpo_lora": preferences,
+    "draft_lora": draft,
+    "ddpo_lora": lambda config: with_lora(config)._replace(judged=True),
     "lcm": latent_consistency,
     "lcm_lora": latent_consistency_lora,
 }

@@ -17,10 +17,21 @@ from flaxdiff import parallel
 from flaxdiff.images import make_image_grid
 from flaxdiff.training import emoji, loop, report, state
 from flaxdiff.training.config import Config
-from flaxdiff.training.data import Batches, DataLoader, Examples, PriorPreservation, Stream, buckets, open_source
+from flaxdiff.training.data import (
+    Batches,
+    DataLoader,
+    Examples,
+    PriorPreservation,
+    Stored,
+    Stream,
+    generate_aspect_ratio_buckets,
+    open_source,
+)
 from flaxdiff.training.data.pictures import SUFFIXES
+from flaxdiff.training.data.stored import Precomputed
 from flaxdiff.training.optimizers import optimizer, schedule
 from flaxdiff.training.recipes import RECIPES, Params2, Recipe
+from flaxdiff.training.reinforce import reinforce
 
 FAR = 1 << 20  # batches beyond those of any run
 DTYPES = {"no": None, "bf16": jnp.bfloat16}
@@ -44,6 +55,8 @@ def train(config: Config) -> Params2:
     key = jax.random.key(given.seed)
     tx = optimiser(config)
 
+    if recipe.judged:
+        return reinforce(config, recipe, data, tx, writers(config))
     with jax.set_mesh(mesh):
         first = state.create(recipe.params, tx, recipe.trainable, average=given.use_ema)
         places = parallel.shardings(first, mesh)
@@ -91,7 +104,7 @@ def batches(config: Config, recipe: Recipe) -> DataLoader:
     images = {"image": given.image_column, **recipe.images}
     examples = Examples(
         resolution=given.resolution,
-        aspect_ratio_buckets=buckets(given.resolution) if given.aspect_ratio_buckets else (),
+        aspect_ratio_buckets=generate_aspect_ratio_buckets(given.resolution) if given.aspect_ratio_buckets else (),
         images=images,
         texts={"caption": given.caption_column} if recipe.captioned else {},
         prompt=given.instance_prompt,
@@ -101,18 +114,19 @@ def batches(config: Config, recipe: Recipe) -> DataLoader:
         proportion_empty_prompts=given.proportion_empty_prompts,
         conditioning_dropout_prob=objective.conditioning_dropout_prob if recipe.drops else 0.0,
     )
-    parts = 2 if objective.with_prior_preservation else 1
-    if config.run.train_batch_size % parts:
-        raise ValueError(f"train_batch_size={config.run.train_batch_size}: of pictures and their class, half each.")
+    parts, size = 1 + objective.with_prior_preservation, config.run.train_batch_size
+    if size % parts:
+        raise ValueError(f"train_batch_size={size}: half of it pictures, half of their class; give an even number.")
 
     def of(where: str, examples: Examples) -> Batches | Stream:
         options = {"dataset_config_name": given.dataset_config_name, "streaming": given.streaming}
         columns = tuple(images.values())
         source = emoji.Drawn() if where == "emoji" else open_source(where, split=given.split, images=columns, **options)
+        encoded = isinstance(source, Precomputed)
         return (Stream if given.streaming else Batches).of(
             source,
-            examples,
-            config.run.train_batch_size // parts,
+            Stored(proportion_empty_prompts=given.proportion_empty_prompts) if encoded else examples,
+            objective.sample_batch_size if recipe.judged else size // parts,
             seed=config.run.seed,
             max_train_samples=given.max_train_samples,
             process_index=jax.process_index(),

@@ -1,0 +1,102 @@
+"""DDPO as a run: draw pictures, judge them, strengthen the steps that led to the better ones; and again.
+
+A round is `sample_batch_size` pictures of as many captions; each of their steps is an example of the round's updates. A
+checkpoint is written behind each round.
+
+Reference: Black et al., Training Diffusion Models with Reinforcement Learning, 2023.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxdiff import registry
+from flaxdiff.training import distillation, loop, report, rewards, state
+from flaxdiff.training.config import Config
+from flaxdiff.training.data import DataLoader
+from flaxdiff.training.diffusion import conditions, predict
+from flaxdiff.training.recipes import Params2, Recipe, reward
+
+Batch = Mapping[str, Any]
+
+
+def reinforce(config: Config, made: Recipe, data: DataLoader, tx: Any, writers: Sequence[report.Writer]) -> Params2:
+    """Run a recipe whose pictures are judged: of the data the captions count, round by round.
+
+    Returns:
+      The parameters, with the LoRA on them.
+
+    Raises:
+      ValueError: the steps of a round do not divide into batches.
+    """
+    given, folder = config.objective, Path(config.run.output)
+    pipe, judge, side = made.pipe, reward(given.reward), config.data.resolution
+    plan = registry.find("DDIMScheduler").from_config(pipe.scheduler).plan(given.num_inference_steps, eta=1.0)
+    asked = _guided(config, pipe)
+    count, size = data.batches.order.batch_size, config.run.train_batch_size
+    examples = count * int(np.sum(rewards.drawing(plan).noisy))
+    if examples % size:
+        raise ValueError(f"A round has {examples} steps to learn from; train_batch_size={size} must divide them.")
+    updates = examples // size
+
+    shape = (count, *pipe.family.latent_shape(dict(pipe.specs), conditions(pipe, prompt="")["size"]))
+    roll = jax.jit(lambda *args: rewards.rollout(asked, plan, *args))
+    decode = jax.jit(pipe.program.decode)
+    step = state.jitted(rewards.ddpo(asked, plan, clip_range=given.clip_range), tx)
+    now = state.create(made.params, tx, made.trainable, average=False)
+    key = jax.random.key(config.run.seed)
+    keeper = loop.Keeper.of(folder / "checkpoints", now, config.run.checkpoints_total_limit)
+    now = (keeper.restore(now, key) or (now,))[0]
+    for n in range(int(now.step) // updates, config.run.max_train_steps // updates):
+        captions = data.batches[n]["caption"]
+        of_round = jax.random.split(jax.random.fold_in(key, n), 3)
+        batch = {"conditions": conditions(pipe, prompt=captions, height=side, width=side)}
+        batch["keys"] = jax.random.split(of_round[0], len(captions))
+        latents = jax.random.normal(of_round[1], shape)
+        trajectory = roll(now.params, batch, latents, of_round[2])
+        found = np.asarray(judge(decode(now.params, trajectory.samples[-1])))
+        steps = _decisions(trajectory, plan, rewards.advantages(found, captions), batch, of_round[0])
+        _tell(writers, n, config, updates, found)
+        part = lambda i, steps=steps, n=n: jax.tree.map(
+            lambda a: a[_rows(i - n * updates, size)] if a.ndim else a, steps
+        )
+        source = loop.Counted(part)
+        source.set_state(n * updates)
+        now = loop.fit(step, now, source, key, (n + 1) * updates, writers=writers, log_every=config.run.logging_steps)
+        keeper.save(now, n + 1, key)
+    keeper.close()
+    made.export(folder, now.params)
+    return now.params
+
+
+def _rows(i: int, size: int) -> slice:
+    return slice(i * size, (i + 1) * size)
+
+
+def _tell(writers: Sequence[report.Writer], n: int, config: Config, updates: int, found: np.ndarray) -> None:
+    for write in writers:
+        write(report.Moment(n * updates, config.run.max_train_steps, {"reward": float(found.mean())}))
+
+
+def _guided(config: Config, pipe: Any) -> Any:
+    """The network as it is asked while it draws."""
+    side, scale = config.data.resolution, config.objective.guidance_scale
+    if scale <= 1:
+        return predict(pipe)
+    empty = conditions(pipe, prompt=[""], height=side, width=side)
+    empty = {"conditions": jax.tree.map(lambda a: a[0] if np.ndim(a) else a, empty)}
+    return distillation.guided(predict(pipe), empty, scale)
+
+
+def _decisions(trajectory: rewards.Trajectory, plan: Any, advantage: np.ndarray, batch: Batch, key: jax.Array) -> Batch:
+    """The steps of a round in random order; what all pictures share stays one number."""
+    shared = {name: value for name, value in batch["conditions"].items() if not np.ndim(value)}
+    own = {name: value for name, value in batch["conditions"].items() if name not in shared}
+    steps = rewards.decisions(trajectory, plan, advantage, {**batch, "conditions": own})
+    order = jax.random.permutation(key, len(steps["row"]))
+    steps = jax.tree.map(lambda a: jnp.asarray(a)[order], steps)
+    return {**steps, "conditions": steps["conditions"] | shared}
