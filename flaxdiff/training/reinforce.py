@@ -59,7 +59,7 @@ def reinforce(config: Config, made: Recipe, data: DataLoader, tx: Any, writers: 
         latents = jax.random.normal(of_round[1], shape)
         trajectory = roll(now.params, batch, latents, of_round[2])
         found = np.asarray(judge(decode(now.params, trajectory.samples[-1])))
-        steps = _decisions(trajectory, plan, rewards.advantages(found, captions), batch, of_round[0])
+        steps = _decisions(trajectory, plan, rewards.advantages(found), batch, of_round[0])
         _tell(writers, n, config, updates, found)
         part = lambda i, steps=steps, n=n: jax.tree.map(
             lambda a: a[_rows(i - n * updates, size)] if a.ndim else a, steps

@@ -1,0 +1,314 @@
+"""Each recipe against PyTorch: one update of the same weights, on the same batch, with the same noise and times.
+
+The loss agrees to 1e-5, and what the recipe writes is read by PyTorch's diffusers and agrees with its own updated
+weights to 1e-4. Both update by AdamW after clipping.
+"""
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peers
+import pytest
+import test_flux
+import test_sd3
+import torch
+
+from flaxdiff.training import noising, optimizers, recipes, state, timesteps
+from flaxdiff.training.config import Adapter, Config, Data, Model, Objective
+
+KEY, RATE, EPS = jax.random.key(3), 1e-3, 1e-3
+CAPTIONS = ["red", "a bed"]
+
+
+def config(recipe: str, folder: str, **parts) -> Config:
+    return Config(recipe, Data(resolution=16), Model(folder), **parts)
+
+
+def latents(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def updated(recipe, data, folder):
+    """The loss of a step of ours, whose result is written to a folder; and the rows and the noise that it drew."""
+    tx = optimizers.optimizer("adamw", RATE, eps=EPS)
+    with jax.numpy_dtype_promotion("standard"):
+        now = state.create(recipe.params, tx, recipe.trainable)
+        after, metrics = state.jitted(recipe.loss, tx)(now, recipe.batch(data), KEY)
+    recipe.export(folder, after.params)
+    key, _ = jax.random.split(jax.random.fold_in(KEY, 0))
+    k_time, k_noise = jax.random.split(key)
+    return float(metrics["loss"]), k_time, k_noise
+
+
+def noised(scheduler, data, k_time, k_noise):
+    """x_t, the time and the target, as the loss draws them, for PyTorch."""
+    path, x0 = noising.path_of(scheduler), data["latents"]
+    row = timesteps.sampler()(k_time, len(x0), len(path.time))
+    x, target = path.noised(row, jnp.asarray(x0), jax.random.normal(k_noise, x0.shape))
+    return peers.nchw(x), torch.tensor(path.time[np.asarray(row)]), peers.nchw(target)
+
+
+def step(parameters, loss: torch.Tensor) -> float:
+    """PyTorch's update."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, eps=EPS, weight_decay=1e-2)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+def same(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    """Two models with equal weights, to 1e-4 of the largest number of each."""
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-4, msg=name)
+
+
+def moved(before: torch.nn.Module, after: torch.nn.Module) -> None:
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def text(pipe) -> torch.Tensor:
+    ids = pipe.tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return pipe.text_encoder(ids)[0]
+
+
+@pytest.mark.parametrize("build", [peers.stable_diffusion_1, peers.stable_diffusion_2], ids=["epsilon", "v"])
+def test_text_to_image(build, tmp_path):
+    recipe = recipes.RECIPES["text_to_image"](config("text_to_image", peers.saved(build)))
+    data = {"latents": latents(2, 8, 8, 4), "caption": CAPTIONS}
+    ours, *keys = updated(recipe, data, tmp_path)
+
+    pipe = build()
+    x, t, target = noised(recipe.pipe.scheduler, data, *keys)
+    loss = torch.nn.functional.mse_loss(pipe.unet(x, t, text(pipe).detach()).sample, target)
+    assert ours == pytest.approx(step(pipe.unet.parameters(), loss), rel=1e-5)
+    read = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
+    same(read.unet, pipe.unet), same(read.text_encoder, pipe.text_encoder), moved(build().unet, read.unet)
+
+
+def test_text_encoder_as_well(tmp_path):
+    """DreamBooth: pictures of a subject beside pictures of its class, by one prompt each."""
+    build = peers.stable_diffusion_1
+    given = config(
+        "text_to_image",
+        peers.saved(build),
+        adapter=Adapter(train_text_encoder=True),
+        objective=Objective(with_prior_preservation=True, prior_loss_weight=0.3),
+    )
+    recipe = recipes.RECIPES["text_to_image"](given)
+    data = {"latents": latents(2, 8, 8, 4), "caption": CAPTIONS}
+    ours, *keys = updated(recipe, data, tmp_path)
+
+    pipe = build()
+    x, t, target = noised(recipe.pipe.scheduler, data, *keys)
+    pred = pipe.unet(x, t, text(pipe)).sample
+    mse = torch.nn.functional.mse_loss
+    loss = mse(pred[:1], target[:1]) + 0.3 * mse(pred[1:], target[1:])
+    both = [*pipe.unet.parameters(), *pipe.text_encoder.parameters()]
+    assert ours == pytest.approx(step([p for p in both if p.requires_grad], loss), rel=1e-5)
+    read = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
+    same(read.unet, pipe.unet), same(read.text_encoder, pipe.text_encoder)
+    moved(build().text_encoder, read.text_encoder)
+
+
+def test_sizes_that_xl_is_told(tmp_path):
+    build = peers.stable_diffusion_xl
+    recipe = recipes.RECIPES["text_to_image"](config("text_to_image", peers.saved(build)))
+    sizes = {"original_size": np.int32([[40, 60], [16, 16]]), "crop_top_left": np.int32([[0, 8], [3, 0]])}
+    data = {"latents": latents(2, 8, 8, 4), "caption": CAPTIONS, **sizes}
+    ours, *keys = updated(recipe, data, tmp_path)
+
+    pipe = build()
+    x, t, target = noised(recipe.pipe.scheduler, data, *keys)
+    embeds, _, pooled, _ = pipe.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)
+    ids = torch.tensor([[40, 60, 0, 8, 16, 16], [16, 16, 3, 0, 16, 16]])
+    told = {"text_embeds": pooled.detach(), "time_ids": ids}
+    loss = torch.nn.functional.mse_loss(pipe.unet(x, t, embeds.detach(), added_cond_kwargs=told).sample, target)
+    assert ours == pytest.approx(step(pipe.unet.parameters(), loss), rel=1e-5)
+    same(diffusers.UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet"), pipe.unet)
+
+
+def test_lora(tmp_path):
+    """An adapter that peft has, with numbers in both factors."""
+    build, draw = peers.stable_diffusion_1, iter(jax.random.split(jax.random.key(9), 99))
+    recipe = recipes.RECIPES["lora"](config("lora", peers.saved(build)))
+    lively = {
+        path: jax.random.normal(next(draw), a.shape) / 4 for path, a in state.select(recipe.params, r".*\.up").items()
+    }
+    recipe = recipe._replace(params=state.replace(recipe.params, lively))
+    recipe.export(tmp_path / "before", recipe.params)
+    data = {"latents": latents(2, 8, 8, 4), "caption": CAPTIONS}
+    ours, *keys = updated(recipe, data, tmp_path / "after")
+
+    def wearing(folder):
+        pipe = build()
+        pipe.load_lora_weights(folder)
+        return pipe
+
+    pipe = wearing(tmp_path / "before")
+    for name, parameter in pipe.unet.named_parameters():
+        parameter.requires_grad_("lora" in name)
+    x, t, target = noised(recipe.pipe.scheduler, data, *keys)
+    loss = torch.nn.functional.mse_loss(pipe.unet(x, t, text(pipe).detach()).sample, target)
+    learned = [p for p in pipe.unet.parameters() if p.requires_grad]
+    assert ours == pytest.approx(step(learned, loss), rel=1e-5)
+    after = wearing(tmp_path / "after").unet
+    same(after, pipe.unet), moved(wearing(tmp_path / "before").unet, after)
+
+
+def test_controlnet(tmp_path):
+    build = peers.stable_diffusion_1
+    made = recipes.RECIPES["controlnet"](config("controlnet", peers.saved(build)))
+    start = diffusers.ControlNetModel.from_unet(build().unet, conditioning_embedding_out_channels=(16, 32))
+    peers.lively(start).save_pretrained(tmp_path / "start")
+    given = config("controlnet", peers.saved(build))
+    given = given.__class__(
+        **{**vars(given), "model": Model(peers.saved(build), controlnet_model_name_or_path=str(tmp_path / "start"))}
+    )
+    recipe = recipes.RECIPES["controlnet"](given)
+    assert dict(made.pipe.specs)["controlnet"] == dict(recipe.pipe.specs)["controlnet"]
+    picture = latents(2, 16, 16, 3).clip(-1, 1)
+    data = {"latents": latents(2, 8, 8, 4), "caption": CAPTIONS, "conditioning_image": picture}
+    ours, *keys = updated(recipe, data, tmp_path / "after")
+
+    pipe, net = build(), diffusers.ControlNetModel.from_pretrained(tmp_path / "start").train()
+    x, t, target = noised(recipe.pipe.scheduler, data, *keys)
+    down, mid = net(x, t, text(pipe).detach(), peers.nchw((picture + 1) / 2), return_dict=False)
+    more = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    loss = torch.nn.functional.mse_loss(pipe.unet(x, t, text(pipe).detach(), **more).sample, target)
+    assert ours == pytest.approx(step(net.parameters(), loss), rel=1e-5)
+    read = diffusers.ControlNetModel.from_pretrained(tmp_path / "after")
+    same(read, net), moved(diffusers.ControlNetModel.from_pretrained(tmp_path / "start"), read)
+
+
+def test_unconditional(tmp_path):
+    recipe = recipes.RECIPES["unconditional"](config("unconditional", peers.saved(peers.ddpm)))
+    data = {"image": latents(2, 8, 8, 3)}
+    ours, *keys = updated(recipe, data, tmp_path)
+
+    net = peers.ddpm().unet
+    x, t, target = noised(recipe.pipe.scheduler, {"latents": data["image"]}, *keys)
+    assert ours == pytest.approx(
+        step(net.parameters(), torch.nn.functional.mse_loss(net(x, t).sample, target)), rel=1e-5
+    )
+    same(diffusers.DDPMPipeline.from_pretrained(tmp_path).unet, net)
+
+
+def test_a_word(tmp_path):
+    """Textual inversion: two vectors move, the rest of the table does not."""
+    build = peers.stable_diffusion_1
+    word = Adapter(placeholder_token="<x>", initializer_token="red", num_vectors=2)
+    recipe = recipes.RECIPES["textual_inversion"](config("textual_inversion", peers.saved(build), adapter=word))
+    recipe.export(tmp_path / "before", recipe.params)
+    data = {"image": latents(2, 16, 16, 3), "caption": CAPTIONS}
+    batch = recipe.batch(data)
+    batch = {"latents": latents(2, 8, 8, 4), "conditions": batch["conditions"]}
+    ours, *keys = updated(recipe._replace(batch=lambda data: batch), data, tmp_path / "after")
+
+    pipe = build()
+    pipe.load_textual_inversion(tmp_path / "before")
+    table = pipe.text_encoder.get_input_embeddings().weight
+    x, t, target = noised(recipe.pipe.scheduler, batch, *keys)
+    prompts = [pipe.maybe_convert_prompt(p, pipe.tokenizer) for p in recipes.said(config("", "", adapter=word), data)]
+    ids = pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    np.testing.assert_array_equal(ids, batch["conditions"]["prompt_ids"])
+    loss = torch.nn.functional.mse_loss(pipe.unet(x, t, pipe.text_encoder(ids)[0]).sample, target)
+    rows = torch.autograd.grad(loss, table)[0][-2:]
+    vectors = torch.nn.Parameter(table[-2:].detach().clone())
+    assert ours == pytest.approx(loss.item(), rel=1e-5)
+    step([vectors], (vectors * rows).sum())
+    again = build()
+    again.load_textual_inversion(tmp_path / "after")
+    read = again.text_encoder.get_input_embeddings().weight
+    torch.testing.assert_close(read[-2:], vectors, rtol=0, atol=1e-4)
+    torch.testing.assert_close(read[:-2], table[:-2])
+
+
+def test_keys_and_values(tmp_path):
+    """Custom Diffusion: its file gives PyTorch's U-Net the weights that it has learned itself."""
+    build = peers.stable_diffusion_1
+    recipe = recipes.RECIPES["custom_diffusion"](config("custom_diffusion", peers.saved(build)))
+    data = {"latents": latents(2, 8, 8, 4), "caption": CAPTIONS}
+    ours, *keys = updated(recipe, data, tmp_path)
+
+    pipe = build()
+    learned = {n: p for n, p in pipe.unet.named_parameters() if "attn2.to_k" in n or "attn2.to_v" in n}
+    for name, parameter in pipe.unet.named_parameters():
+        parameter.requires_grad_(name in learned)
+    x, t, target = noised(recipe.pipe.scheduler, data, *keys)
+    loss = torch.nn.functional.mse_loss(pipe.unet(x, t, text(pipe).detach()).sample, target)
+    assert ours == pytest.approx(step(learned.values(), loss), rel=1e-5)
+    other = build().unet
+    other.load_attn_procs(tmp_path, weight_name="pytorch_custom_diffusion_weights.safetensors")
+    for name, parameter in learned.items():
+        read = other.get_parameter(
+            name.replace(".to_", ".processor.to_").replace(".weight", "_custom_diffusion.weight")
+        )
+        torch.testing.assert_close(read, parameter, rtol=0, atol=1e-4, msg=name)
+
+
+def test_pictures_to_change(tmp_path):
+    """InstructPix2Pix: the first layer sees the picture's latent as well; of the second example it is left out."""
+    build = peers.stable_diffusion_1
+    recipe = recipes.RECIPES["instruct_pix2pix"](config("instruct_pix2pix", peers.saved(build)))
+    picture = latents(2, 16, 16, 3).clip(-1, 1)
+    data = {
+        "latents": latents(2, 8, 8, 4),
+        "caption": CAPTIONS,
+        "conditioning_image": picture,
+        "conditioning": np.float32([1, 0]),
+    }
+    ours, *keys = updated(recipe, data, tmp_path)
+
+    pipe = build()
+    first, net = pipe.unet.conv_in, pipe.unet
+    wide = torch.nn.Conv2d(8, first.out_channels, 3, padding=1)
+    with torch.no_grad():
+        wide.weight.zero_(), wide.weight[:, :4].copy_(first.weight), wide.bias.copy_(first.bias)
+    net.conv_in = wide
+    beside = (
+        pipe.vae.encode(peers.nchw(picture)).latent_dist.mode().detach() * torch.tensor([1.0, 0])[:, None, None, None]
+    )
+    x, t, target = noised(recipe.pipe.scheduler, data, *keys)
+    loss = torch.nn.functional.mse_loss(net(torch.cat([x, beside], 1), t, text(pipe).detach()).sample, target)
+    assert ours == pytest.approx(step(net.parameters(), loss), rel=1e-5)
+    read = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path).unet
+    same(read, net)
+    assert read.conv_in.weight[:, 4:].abs().max() > 1e-4
+
+
+def test_flow_of_stable_diffusion_3(tmp_path):
+    """Velocities, at times that follow from the scheduler's shift; three encoders read the captions."""
+    recipe = recipes.RECIPES["text_to_image"](config("text_to_image", test_sd3.folder()))
+    data = {"latents": latents(2, 8, 8, 16), "caption": CAPTIONS}
+    ours, *keys = updated(recipe, data, tmp_path)
+
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(test_sd3.folder())
+    x, t, target = noised(recipe.pipe.scheduler, data, *keys)
+    embeds, _, pooled, _ = pipe.encode_prompt(CAPTIONS, None, None, do_classifier_free_guidance=False)
+    told = {"encoder_hidden_states": embeds.detach(), "pooled_projections": pooled.detach()}
+    loss = torch.nn.functional.mse_loss(pipe.transformer(x, timestep=t, **told).sample, target)
+    assert ours == pytest.approx(step(pipe.transformer.parameters(), loss), rel=1e-5)
+    same(diffusers.SD3Transformer2DModel.from_pretrained(tmp_path, subfolder="transformer"), pipe.transformer)
+
+
+def test_flow_of_flux(tmp_path):
+    """Tokens of packed latents, and a network that is told the strength of guidance."""
+    recipe = recipes.RECIPES["text_to_image"](config("text_to_image", test_flux.folder()))
+    data = {"latents": latents(2, 8, 8, 4), "caption": CAPTIONS}
+    ours, *keys = updated(recipe, data, tmp_path)
+
+    pipe = diffusers.FluxPipeline.from_pretrained(test_flux.folder())
+    x, t, target = noised(recipe.pipe.scheduler, data, *keys)
+    pack = lambda a: pipe._pack_latents(a, 2, a.shape[1], *a.shape[2:])
+    embeds, pooled, text_ids = pipe.encode_prompt(CAPTIONS, None)
+    where = pipe._prepare_latent_image_ids(2, 4, 4, None, torch.float32)
+    told = {"encoder_hidden_states": embeds.detach(), "pooled_projections": pooled.detach(), "txt_ids": text_ids}
+    pred = pipe.transformer(pack(x), timestep=t / 1000, guidance=torch.full((2,), 3.5), img_ids=where, **told).sample
+    loss = torch.nn.functional.mse_loss(pred, pack(target))
+    assert ours == pytest.approx(step(pipe.transformer.parameters(), loss), rel=1e-5)
+    same(diffusers.FluxTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer"), pipe.transformer)
