@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flaxdiff.checkpoint import gguf, msgpack, pickles, safetensors
-from flaxdiff.checkpoint.bitsandbytes import unpacked
+from flaxdiff.checkpoint.packed import unpacked
 from flaxdiff.checkpoint.tensors import Tensor, damaged
 
 CONFIG, PIPELINE = "config.json", "model_index.json"

@@ -7,6 +7,7 @@ and offsets must fit the file.
 Reference: ggml, docs/gguf.md.
 """
 
+import functools
 import math
 import struct
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from flaxdiff.checkpoint.tensors import Mapped, Tensor, damaged
+from flaxdiff.checkpoint.tensors import Mapped, Tensor, damaged, unpacked_tensor
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT = "general.alignment"  # the key of a metadatum, by default 32
@@ -139,29 +140,13 @@ KINDS = {
 }
 
 
-class Packed:
-    """Blocks of a file as the float32 numbers that they stand for, in the place of a file."""
-
-    def __init__(self, file: Mapped, start: int, kind: Kind):
-        self.path, self.file, self.start, self.kind = file.path, file, start, kind
-
-    def _span(self, offset: int, nbytes: int) -> tuple[int, int]:
-        """The first and the last block of a span of float32 bytes, the last not counted."""
-        each = 4 * self.kind.count
-        return offset // each, -(-(offset + nbytes) // each)
-
-    def array(self, offset: int, nbytes: int) -> np.ndarray:
-        """The bytes of some numbers."""
-        first, last = self._span(offset, nbytes)
-        size = self.kind.size
-        blocks = self.file.array(self.start + first * size, (last - first) * size).reshape(-1, size)
-        skip = offset - first * 4 * self.kind.count
-        return np.ascontiguousarray(self.kind.unpack(blocks)).reshape(-1).view(np.uint8)[skip : skip + nbytes]
-
-    def forget(self, offset: int, nbytes: int) -> None:
-        """Their pages need not stay."""
-        first, last = self._span(offset, nbytes)
-        self.file.forget(self.start + first * self.kind.size, (last - first) * self.kind.size)
+def numbers(file: Mapped, start: int, kind: Kind, first: int, last: int) -> np.ndarray:
+    """The numbers from the first on and before the last of those whose blocks begin at a byte of the file."""
+    above, below = first // kind.count, -(-last // kind.count)  # the blocks that are asked for
+    span = start + above * kind.size, (below - above) * kind.size
+    found = kind.unpack(file.array(*span).reshape(-1, kind.size)).reshape(-1)
+    file.forget(*span)
+    return found[first - above * kind.count : last - above * kind.count]
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
@@ -235,10 +220,10 @@ def read(path: Path) -> dict[str, Tensor]:
         blocks = math.prod(shape) // kind.count
         if (shape[-1] if shape else 1) % kind.count or start + offset + blocks * kind.size > file.size or name in found:
             raise damaged(path, f"{name!r} of shape {shape}, {kind.name} at {offset:,}, does not fit")
-        packed, was = Packed(file, start + offset, kind), said.get(SHAPE + name)
+        was = said.get(SHAPE + name)
         if isinstance(was, tuple) and all(isinstance(n, int) and n > 0 for n in was):
             shape = was if math.prod(was) == math.prod(shape) else shape
-        found[name] = Tensor(packed, 0, 4 * math.prod(shape), np.dtype(np.float32), shape)
+        found[name] = unpacked_tensor(path, shape, functools.partial(numbers, file, start + offset, kind))
     return found
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import mmap
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Tensor:
       crc: the CRC-32 that the bytes should have, where the file records one.
     """
 
-    file: "Mapped | Held"  # or what unpacks numbers when they are read
+    file: "Mapped | Held | Unpacked"
     offset: int
     nbytes: int
     dtype: np.dtype
@@ -123,6 +123,31 @@ class Held:
 def held(numbers: np.ndarray, path: Path) -> Tensor:
     """A tensor of numbers that were made of those of a file."""
     return Tensor(Held(numbers, path), 0, numbers.nbytes, numbers.dtype, numbers.shape)
+
+
+class Unpacked:
+    """Numbers that are worked out when they are asked for, in the place of a file.
+
+    Args:
+      path: of the file that they are worked out of.
+      numbers: (first, last) -> those from the first on and before the last, float32.
+    """
+
+    def __init__(self, path: Path, numbers: Callable[[int, int], np.ndarray]):
+        self.path, self.numbers = path, numbers
+
+    def array(self, offset: int, nbytes: int) -> np.ndarray:
+        first, last = offset // 4, -(-(offset + nbytes) // 4)
+        found = np.ascontiguousarray(self.numbers(first, last), np.float32).reshape(-1).view(np.uint8)
+        return found[offset - 4 * first :][:nbytes]
+
+    def forget(self, offset: int, nbytes: int) -> None:
+        """Nothing is kept."""
+
+
+def unpacked_tensor(path: Path, shape: tuple[int, ...], numbers: Callable[[int, int], np.ndarray]) -> Tensor:
+    """A tensor of float32 whose numbers are worked out when they are read, see `Unpacked`."""
+    return Tensor(Unpacked(path, numbers), 0, 4 * math.prod(shape), np.dtype(np.float32), shape)
 
 
 # --- numbers on the host --------------------------------------------------------------------------------------------

@@ -1,15 +1,18 @@
-"""Weights that bitsandbytes has packed, against what it unpacks itself."""
+"""Weights that lie in a file as several tensors: those of bitsandbytes against what it unpacks, and scaled ones."""
 
 import copy
 import json
 
 import bitsandbytes
 import diffusers
+import jax.numpy as jnp
 import numpy as np
 import peers
 import pytest
 import safetensors.torch
+import test_flux as flux
 import torch
+from test_single_file import as_original
 
 import flaxdiff
 from flaxdiff.checkpoint import files
@@ -50,6 +53,56 @@ def test_unpacked(kind, tmp_path):
         np.testing.assert_allclose(numbers, dense(made), atol=1e-6)
 
 
+def test_into_a_kind_that_runs(tmp_path):
+    """Whole numbers with a scale a row are what `Int8` is, so that packing them again gives them back."""
+    made = layer("int8")
+    safetensors.torch.save_file({f"a.{k}": v for k, v in made.state_dict().items()}, tmp_path / "model.safetensors")
+    with files.open_weights(tmp_path / "model.safetensors")["a.weight"].view() as numbers:
+        again = flaxdiff.weights.quantize(jnp.asarray(numbers.T))
+        np.testing.assert_array_equal(again.q, made.weight.data.numpy().T)
+        np.testing.assert_allclose(127 * again.scale, made.weight.SCB, rtol=1e-6)
+        rounded = flaxdiff.weights.quantize(jnp.asarray(numbers.T, jnp.bfloat16))
+        assert np.abs(np.int32(rounded.q) - np.int32(again.q)).max() == 1
+
+
+def scaled(weight: torch.Tensor, rows: bool, kind: torch.dtype = torch.float8_e4m3fn) -> tuple:
+    """A weight in eight bits and its scale, one or one for each row, and what they stand for."""
+    peak = weight.abs().amax(1, keepdim=True) if rows else weight.abs().max()
+    scale = (peak / torch.finfo(kind).max).float()
+    packed = (weight / scale).to(kind)
+    return packed, scale, packed.float() * scale
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_scaled_floats(newer, tmp_path):
+    """Flux in the names of Black Forest Labs, queries, keys and values in one; with the marks of both generations."""
+    spec, _ = flaxdiff.FluxTransformer2DModel.from_pretrained(flux.folder(), subfolder="transformer")
+    own = flux.transformer(guidance_embeds=True).state_dict()
+    state = {k: v.contiguous() for k, v in as_original(spec, own).items()}
+    weight, read = ("weight_scale", "input_scale") if newer else ("scale_weight", "scale_input")
+    dense, prefix = {}, "model.diffusion_model."
+    packed = {prefix + "scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    for i, (name, value) in enumerate(state.items()):
+        dense[name] = packed[prefix + name] = value
+        if "blocks" in name and value.ndim == 2:
+            at = prefix + name.removesuffix("weight")
+            kind = torch.float8_e5m2 if i % 5 == 0 else torch.float8_e4m3fn
+            packed[prefix + name], packed[at + weight], dense[name] = scaled(value, i % 2 == 0, kind)
+            packed[at + read] = torch.ones(1)
+            if newer:
+                packed[at + "comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    for name, tensors in (("packed", packed), ("dense", {prefix + k: v for k, v in dense.items()})):
+        safetensors.torch.save_file(tensors, tmp_path / f"{name}.safetensors")
+    load = lambda name: flaxdiff.FluxTransformer2DModel.from_single_file(
+        tmp_path / f"{name}.safetensors", axes_dims_rope=(4, 4, 4)
+    )[1]
+    found, wanted = load("packed"), load("dense")
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_array_equal(found[name], wanted[name])
+    assert sum(k.endswith(weight) for k in packed) > 10
+
+
 def test_a_network(tmp_path):
     """Of which all linear layers are packed: the one of what they stand for."""
     peer = peers.unet()
@@ -88,4 +141,11 @@ def test_damaged(tmp_path):
     refused({"a.weight.absmax": None}, "what is said of the packed weight 'a.weight' is not complete")
     refused({"a.weight": state["a.weight"][:5]}, "the parts of the packed weight 'a.weight' of shape .70, 130. do not")
     state.clear()
+    eight = torch.ones(4, 2, dtype=torch.float8_e4m3fn)
+    refused(
+        {"a.scale_weight": torch.ones(()), "a.weight": torch.ones(4, 2)}, "scales one of float32; known are weights"
+    )
+    refused({"a.weight_scale": torch.ones(())}, "a.weight_scale scales no such weight")
+    refused({"a.scale_weight": torch.ones(3), "a.weight": eight}, "a.scale_weight has shape .3,. for a weight of")
+    refused({"a.scale_weight": torch.ones(2, 2), "a.weight": eight}, "a.scale_weight has shape .2, 2. for a weight of")
     refused({"a.SCB": torch.ones(3), "a.weight": torch.ones(4, 2)}, "a.SCB has shape .3,., and no weight with as many")

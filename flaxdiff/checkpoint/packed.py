@@ -1,7 +1,8 @@
-"""Weights that bitsandbytes has packed: of four bits with tables, and of eight with a scale a row.
+"""Weights that lie in a file as several tensors: those of bitsandbytes, of four bits with tables and of eight with a
+scale a row, and those of eight bits in floating point with a scale, as ComfyUI keeps them.
 
-A packed weight lies in a file as several tensors. Here they are one again, of float32, whose numbers are unpacked when
-they are read; `flaxdiff.quantize` packs them in kinds that run.
+Here they are one again, of float32, whose numbers are unpacked when they are read; `flaxdiff.quantize` packs them in
+kinds that run.
 
 Reference: Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale, 2022; QLoRA: Efficient
 Finetuning of Quantized LLMs, 2023.
@@ -11,29 +12,18 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from flaxdiff.checkpoint.tensors import Tensor, damaged
+from flaxdiff.checkpoint.tensors import Tensor, damaged, unpacked_tensor
 
 STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(?:nf4|fp4)")
+SCALED = re.compile(r"(.+\.)(?:scale_weight|weight_scale)")  # of older files, and of newer ones
+BESIDE = "scale_input", "input_scale", "comfy_quant"  # which say how to compute, not what the weight is
+FLOATS = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
+MARK = "scaled_fp8"  # of files that have such weights
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-
-
-class Unpacked:
-    """Numbers that are worked out when they are asked for, in the place of a file."""
-
-    def __init__(self, path: Path, numbers: Callable[[], np.ndarray]):
-        self.path, self.numbers = path, numbers
-
-    def array(self, offset: int, nbytes: int) -> np.ndarray:
-        """The bytes of some of them."""
-        return np.ascontiguousarray(self.numbers(), np.float32).reshape(-1).view(np.uint8)[offset : offset + nbytes]
-
-    def forget(self, offset: int, nbytes: int) -> None:
-        """Nothing is kept."""
 
 
 def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -48,7 +38,9 @@ def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             _four_bits(found, state[1], name)
         elif name.endswith(".SCB"):
             _eight_bits(found, name.removesuffix("SCB"))
-    return found
+        elif scaled := SCALED.fullmatch(name):
+            _floats(found, scaled[1], name)
+    return {name: tensor for name, tensor in found.items() if name.split(".")[-1] != MARK}
 
 
 def _numbers(tensor: Tensor) -> np.ndarray:
@@ -82,7 +74,7 @@ def _four_bits(found: dict[str, Tensor], name: str, state: str) -> None:
         places = np.stack([pairs >> 4, pairs & 15], -1).reshape(-1)[: math.prod(shape)]
         return _numbers(parts["quant_map"])[places] * np.repeat(largest(), block)[: len(places)]
 
-    found[name] = _tensor(path, shape, numbers)
+    found[name] = unpacked_tensor(path, shape, lambda first, last: numbers()[first:last])
 
 
 def _eight_bits(found: dict[str, Tensor], prefix: str) -> None:
@@ -91,9 +83,35 @@ def _eight_bits(found: dict[str, Tensor], prefix: str) -> None:
     found.pop(f"{prefix}weight_format", None)
     if packed is None or len(packed.shape) != 2 or scale.shape != packed.shape[:1]:
         raise damaged(scale.file.path, f"{prefix}SCB has shape {scale.shape}, and no weight with as many rows")
-    numbers = lambda: _numbers(packed).astype(np.float32) * (_numbers(scale)[:, None].astype(np.float32) / 127)
-    found[f"{prefix}weight"] = _tensor(packed.file.path, packed.shape, numbers)
+    _scaled(found, f"{prefix}weight", lambda: _numbers(scale).astype(np.float32) / 127)
 
 
-def _tensor(path: Path, shape: tuple[int, ...], numbers: Callable[[], Any]) -> Tensor:
-    return Tensor(Unpacked(path, numbers), 0, 4 * math.prod(shape), np.dtype(np.float32), shape)
+def _floats(found: dict[str, Tensor], prefix: str, name: str) -> None:
+    """Floating point of eight bits, times a scale for all or one for each row."""
+    scale, packed = found.pop(name), found.get(f"{prefix}weight")
+    said = [found.pop(f"{prefix}{part}", None) for part in BESIDE]
+    if packed is None or packed.dtype not in FLOATS:
+        there = "no such weight" if packed is None else f"one of {packed.dtype}"
+        how = "" if said[-1] is None else f" ({bytes(_numbers(said[-1]))[:80].decode(errors='replace')})"
+        raise ValueError(
+            f"{scale.file.path}: {name} scales {there}{how}; known are weights of {' and '.join(map(str, FLOATS))}."
+        )
+    if math.prod(scale.shape) not in (1, *packed.shape[:1]) or math.prod(scale.shape) != max((1, *scale.shape)):
+        raise damaged(scale.file.path, f"{name} has shape {scale.shape} for a weight of shape {packed.shape}")
+    _scaled(found, f"{prefix}weight", lambda: _numbers(scale).astype(np.float32).reshape(-1))
+
+
+def _scaled(found: dict[str, Tensor], name: str, scale: Callable[[], np.ndarray]) -> None:
+    """Numbers of few bits, times a scale for each row [rows], or for all [1]."""
+    packed = found[name]
+
+    def numbers(first: int, last: int) -> np.ndarray:
+        with packed.view() as view:
+            rows = view.reshape(len(view), -1)
+            above, below = first // rows.shape[1], -(-last // rows.shape[1])  # the rows that are asked for
+            factor = scale()
+            part = rows[above:below].astype(np.float32) * (factor if len(factor) == 1 else factor[above:below, None])
+        skip = above * rows.shape[1]
+        return part.reshape(-1)[first - skip : last - skip]
+
+    found[name] = unpacked_tensor(packed.file.path, packed.shape, numbers)
