@@ -28,6 +28,7 @@ OTHERWISE = {
     "IPAdapter": "no class of diffusers: `test_ip_adapter.py::test_pictures`",
     "KarrasVeScheduler": PROPERTIES.format("karras_ve_as_diffusers"),
     "RePaintScheduler": PROPERTIES.format("repaint_as_diffusers"),
+    "SD3IPAdapter": "two classes of diffusers: `test_ip_adapter.py::test_stable_diffusion_3`",
     "ScoreSdeVeScheduler": PROPERTIES.format("score_sde_ve_as_diffusers"),
     "ScoreSdeVpScheduler": PROPERTIES.format("score_sde_vp_as_diffusers"),
     "StableDiffusionKDiffusionPipeline": "names of schedulers: `test_tasks.py::test_k_diffusion_names_schedulers`",

@@ -309,7 +309,8 @@ def test_magnitudes(tmp_path, attended, capsys):
 def test_beside_a_controlnet():
     """What is remembered is of the network in the loop alone."""
     pipe, params = flaxdiff.DiffusionPipeline.from_pretrained(peers.saved(peers.stable_diffusion_1))
-    spec, own = flaxdiff.ControlNetModel.from_unet(pipe.unet, params["unet"], KEY)
+    net = functools.partial(peers.controlnet, peers.stable_diffusion_1().unet)
+    spec, own = flaxdiff.ControlNetModel.from_pretrained(peers.saved(net))
     followed = flaxdiff.StableDiffusionControlNetPipeline.from_pipe(pipe, controlnet=spec)
 
     def rows(pipe, params, **options):
