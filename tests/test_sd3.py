@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import sys
 
 import diffusers
@@ -334,6 +335,39 @@ def test_single_file(tmp_path):
         tmp_path / "sd3.safetensors", config=folder(newer=True), text_encoder_3=None
     )
     assert type(less) is type(pipe) and "text_encoder_3" not in found and len(less.tokenizers) == 2
+
+
+def test_lora_of_kohya(tmp_path):
+    """Its names are the original ones, queries, keys and values in one: what the file with the updates added holds."""
+    prefix = "model.diffusion_model."
+    bare = {k.removeprefix(prefix): v for k, v in single().items() if k.startswith(prefix)}
+    file, merged, draw = {}, dict(bare), torch.Generator().manual_seed(1)
+    for name, weight in bare.items():
+        if name.endswith(".weight") and weight.ndim in (2, 4) and not name.startswith("pos_embed"):
+            key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+            down = torch.randn(2, *weight.shape[1:], generator=draw) / 8
+            up = torch.randn(len(weight), 2, *(1,) * (weight.ndim - 2), generator=draw) / 8
+            file |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(3.0)}
+            merged[name] = weight + 1.5 * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    save_file(file, tmp_path / "kohya.safetensors")
+    save_file(merged, tmp_path / "merged.safetensors")
+    pipe, params = flaxdiff.load(folder(newer=True))
+    params = flaxdiff.fuse_lora(flaxdiff.load_lora(pipe, params, tmp_path / "kohya.safetensors"))["transformer"]
+    _, wanted = flaxdiff.SD3Transformer2DModel.from_single_file(tmp_path / "merged.safetensors", sample_size=8)
+    for name in wanted:
+        np.testing.assert_allclose(params[name], wanted[name], atol=1e-5, err_msg=name)
+    assert sum("qkv" in name for name in file) > 10
+
+
+def test_several_controlnets_in_a_folder(tmp_path):
+    """Under the class that diffusers has for them; PyTorch cannot save them, and knows no folder of several."""
+    pipe, params, _ = load("StableDiffusion3ControlNetPipeline", [controlnet(), controlnet(seed=1)])
+    flaxdiff.save(tmp_path, pipe, params)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["controlnet"] == ["diffusers", "SD3MultiControlNetModel"] and "controlnet_1" not in index
+    again, found = flaxdiff.load(tmp_path)
+    assert type(again) is type(pipe) and dict(again.specs) == dict(pipe.specs)
+    jax.tree.map(np.testing.assert_array_equal, found, params)
 
 
 def test_what_follows_from_a_single_file(tmp_path):

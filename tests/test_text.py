@@ -1,4 +1,4 @@
-"""CLIP's plain tokenizer files read without transformers: the same ids."""
+"""Tokenizers: CLIP's plain files, read without transformers, and those of language models give the same ids."""
 
 import json
 import random
@@ -9,8 +9,11 @@ import sys
 
 import numpy as np
 import pytest
+import transformers
 
 import flaxdiff
+from flaxdiff import registry
+from flaxdiff.checkpoint import pipelines
 from flaxdiff.pipelines import text
 
 TEXTS = [
@@ -74,3 +77,33 @@ def test_transformers_reads_the_rest(file, content, folder):
 def test_transformers_is_not_imported():
     code = "import sys, flaxdiff; flaxdiff.load()[0].prepare_inputs(prompt='cat'); print('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.mark.filterwarnings("ignore:The prompt is longer")
+@pytest.mark.parametrize("name", ["GemmaTokenizerFast", "LlamaTokenizerFast", "Qwen2TokenizerFast"])
+def test_of_language_models(name, tmp_path):
+    """A component of a checkpoint, of which the texts go in as in transformers, cut and filled up on its own side."""
+    words = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "<eos>",
+        "<bos>",
+        "<s>",
+        "<|endoftext|>",
+        *map(chr, range(33, 127)),
+        "\u2581",
+        "\u0120",
+    ]
+    vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    made = getattr(transformers, name)(vocab=vocab, merges=[], pad_token="<pad>", padding_side="left")
+    made.save_pretrained(tmp_path / "tokenizer")
+    assert registry.sort_of(name, "model", "tokenizer") == "tokenizer"
+    ours = pipelines.read_tokenizer(tmp_path / "tokenizer", name)
+    given = TEXTS[:3]
+    wanted = made(given, padding="max_length", max_length=9, truncation=True)["input_ids"]
+    np.testing.assert_array_equal(ours(given, 9), wanted)
+    assert len(np.unique(ours(given, 9))) > 8
+    (tmp_path / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="has no tokenizer.json"):
+        text._load.__wrapped__(str(tmp_path / "tokenizer"), name)

@@ -38,7 +38,12 @@ SKIPPED = (
     "image_processor",
 )
 CHECKER = "safety_checker"
-SEVERAL = {"MultiControlNetModel": "ControlNetModel", "MultiAdapter": "T2IAdapter"}  # in folders name, name_1, …
+SEVERAL = {  # in folders name, name_1, …
+    "MultiControlNetModel": "ControlNetModel",
+    "SD3MultiControlNetModel": "SD3ControlNetModel",
+    "FluxMultiControlNetModel": "FluxControlNetModel",
+    "MultiAdapter": "T2IAdapter",
+}
 SCHEDULER, PROCESSOR = "scheduler_config.json", "preprocessor_config.json"
 DEFAULTS = "_defaults"  # how the checkpoint likes to be sampled; PyTorch's diffusers skips what begins so
 SORTS = ("model", "scheduler", "tokenizer")

@@ -1,7 +1,8 @@
 """Prompts on the host: texts to token ids. Tokenizers are transformers', imported when a prompt first needs one.
 
 CLIP's plain files (a vocabulary and its merges) are read by the tokenizers library alone: transformers takes half a
-second to import. T5's are `tokenizer.json`, or where there is none SentencePiece's, see spiece.py.
+second to import. T5's are `tokenizer.json`, or where there is none SentencePiece's, see spiece.py; a language model's
+are `tokenizer.json`.
 """
 
 import functools
@@ -76,6 +77,8 @@ def _load(folder: str, class_name: str) -> Any:
 
     if class_name.removesuffix("Fast") == "T5Tokenizer" and not (Path(folder) / "tokenizer.json").is_file():
         return spiece.t5_tokenizer(Path(folder))
+    if not any((Path(folder) / file).is_file() for file in ("tokenizer.json", "vocab.json", "vocab.txt")):
+        raise FileNotFoundError(f"{folder} has no tokenizer.json; save it by transformers' save_pretrained once more.")
     return getattr(transformers, class_name).from_pretrained(folder)
 
 
