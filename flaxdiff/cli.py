@@ -186,8 +186,8 @@ def precompute(args: argparse.Namespace) -> None:
     from flaxdiff.pipelines.tasks import native_size, stride
     from flaxdiff.training import data
 
-    parallel.start()
     source = data.open_source(args.data, split=args.split, images=(args.image_column,))
+    parallel.start()
     pipe, params = flaxdiff.load(args.model, **({"dtype": args.dtype} if args.dtype else {}))
     resolution = args.resolution or min(native_size(pipe).height, native_size(pipe).width)
     examples = data.Examples(

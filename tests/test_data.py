@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import io
 import json
+import subprocess
 import sys
 import tarfile
 import zlib
@@ -24,7 +25,7 @@ from flaxdiff.pipelines.tasks import native_size
 from flaxdiff.training import data
 from flaxdiff.training.data import batches as batching
 from flaxdiff.training.data import order, pictures, stored, tables, tars
-from flaxdiff.training.data.precompute import repeated
+from flaxdiff.training.data.encoders import repeated
 
 SMALL = data.Examples(resolution=8, center_crop=True)
 
@@ -516,7 +517,9 @@ def test_datasets(tmp_path):
 def test_streams(tmp_path):
     folder = table(tmp_path, 11)
     examples = dataclasses.replace(SMALL, numbers={"label": "label"})
-    source = data.open_source(folder / "part.parquet", streaming=True)
+    files = data.open_source(folder / "part.parquet", streaming=True)
+    assert files.columns == ("image", "text", "label")
+    source = data.open_source(folder / "saved", streaming=True)  # which waits less at the end of a pass
     of = lambda **options: data.Stream.of(source, examples, 4, seed=3, **options)
     loader = data.DataLoader(of())
     made = [next(loader) for _ in range(5)]
@@ -692,7 +695,9 @@ def test_precomputed_is_what_the_model_says(model, tmp_path):
     assert batch["original_size"].tolist() == [[90 - i, 70] for i in kept]
     pixels = np.stack([torchvision_s(noise(70, 90 - i, i), 64)[0] for i in kept])
     posterior = apply(pipe.vae, params["vae"], pixels, method="encode")
-    mean, deviation = (np.asarray(a) * pipe.vae.config.scaling_factor for a in (posterior.mean, posterior.std))
+    mean, deviation = (
+        np.asarray(a) * pipe.vae.config.scaling_factor for a in (posterior.mean, np.exp(0.5 * posterior.logvar))
+    )
     assert 0.8 < ((batch["latents"] - mean) / deviation).std() < 1.2, "drawn from the posterior"
     text = apply(pipe.text_encoder, params["text_encoder"], pipe.tokenizer(batch["caption"])).last_hidden_state
     assert np.abs(batch["prompt_embeds"] - np.asarray(text)).max() < 1e-4
@@ -714,6 +719,9 @@ def test_precomputed_is_what_the_model_says(model, tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     with pytest.raises(ValueError, match="was written otherwise: seed was 0 and is 1"):
         write(tmp_path / "two", seed=1)
+    stranger = {**params, "text_encoder": {k: v * 1.5 for k, v in params["text_encoder"].items()}}
+    with pytest.raises(ValueError, match="another model"):
+        data.precompute(pipe, stranger, source, examples, tmp_path / "two", batch_size=4, shard_size=3)
     with pytest.raises(ValueError, match="takes multiples of"):
         data.precompute(pipe, params, source, dataclasses.replace(examples, resolution=30), tmp_path / "three")
 
@@ -747,9 +755,15 @@ def test_the_command_precomputes(model, tmp_path, capsys):
         noise(*size, i).save(tmp_path / "photographs" / f"{i}.png")
     out = str(tmp_path / "encoded")
     given = ["precompute", "--data", str(tmp_path / "photographs"), "--out", out, "--buckets", "--samples", "0"]
-    assert cli.main(given) == 1 and "no column 'text'" in capsys.readouterr().err
-    assert cli.main([*given, "--prompt", "a dog", "--batch", "2"]) == 0
-    assert "no example was left out" in capsys.readouterr().out
+    assert cli.main(["precompute", "--data", str(tmp_path / "none"), "--out", out]) == 1
+    assert "none is no folder" in capsys.readouterr().err
+    for more, code, said in (
+        ([], 1, "no column 'text'"),
+        (["--prompt", "a dog", "--batch", "2"], 0, "no example was left"),
+    ):
+        command = [sys.executable, "-m", "flaxdiff.cli", *given, *more]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == code and said in run.stdout + run.stderr, run.stderr
     found = data.open_source(out)
     batches = data.Batches.of(found, data.Stored(), 2)
     shapes = {batches[n]["latents"].shape for n in range(6)}

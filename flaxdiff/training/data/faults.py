@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import NamedTuple
 
-NAMES = 5  # that a report keeps for each reason
+NAMES = 5  # that a report shows for each reason
 
 
 class BadExample(ValueError):
@@ -53,11 +53,11 @@ class Report:
             new += [Fault(name, reason)] if reason not in self.counts else []
             self.counts[reason] = self.counts.get(reason, 0) + 1
             first = self.names.setdefault(reason, [])
-            if name not in first and len(first) < NAMES:
+            if name not in first and len(first) <= NAMES:
                 first.append(name)
         return new
 
     def __str__(self) -> str:
-        more = lambda reason: ", …" if self.counts[reason] > len(self.names[reason]) else ""
-        lines = [f"{n} x {reason}: {', '.join(self.names[reason])}{more(reason)}" for reason, n in self.counts.items()]
+        first = lambda names: ", ".join(names[:NAMES]) + (", …" if len(names) > NAMES else "")
+        lines = [f"{n} x {reason}: {first(self.names[reason])}" for reason, n in self.counts.items()]
         return "\n".join(lines) or "no example was left out"

@@ -12,7 +12,9 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
+
+import numpy as np
 
 from flaxdiff.training.data.batches import CHANCES, PATIENCE, Batch, Batches, Made, PriorPreservation, collate, share
 from flaxdiff.training.data.examples import Examples, draw
@@ -113,10 +115,14 @@ class DataLoader:
             data = data.mp_prefetch(options)
         with contextlib.closing(iter(data)) as ahead:
             for n in itertools.count(first + 1):
-                yield Made(*next(ahead)), {"batch": n}
+                batch, faults = next(ahead)
+                if self.num_workers:  # arrays lie in memory that is shared with a worker, and that is scarce
+                    batch = {k: np.array(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
+                yield Made(batch, faults), {"batch": n}
 
 
-class _Endless(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Endless:
     """Batches by number, as grain takes a source."""
 
     batches: Any

@@ -7,38 +7,32 @@ stopped goes on with those that are missing. How the folder is laid out is said 
 
 import concurrent.futures
 import contextlib
-import inspect
 import itertools
 import json
 import math
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from flaxdiff import parallel
 from flaxdiff.checkpoint import files, safetensors
 from flaxdiff.core import Params
-from flaxdiff.pipelines.generate import DENOISERS, Networks
-from flaxdiff.pipelines.tasks import native_size, stride
-from flaxdiff.schedulers.tables import folded, image_keys
+from flaxdiff.pipelines.tasks import stride
 from flaxdiff.training.data.batches import CHANCES, Batch, collate, joined
+from flaxdiff.training.data.encoders import image_encoder, text_encoder
 from flaxdiff.training.data.examples import Examples, draw
 from flaxdiff.training.data.faults import BadExample, Fault, Report
 from flaxdiff.training.data.pictures import Size
 from flaxdiff.training.data.protocol import Source, check_columns
-from flaxdiff.training.data.stored import EMPTY, MANIFEST, shards
+from flaxdiff.training.data.stored import EMPTY, MANIFEST, empty, shards
 
 if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
-
-# what the families' conditions are called where a call is given them
-GIVEN = {"text": "prompt_embeds", "pooled": "pooled_prompt_embeds", "mask": "prompt_mask"}
 
 
 def precompute(
@@ -86,16 +80,7 @@ def precompute(
         raise ValueError(
             f"One text of an example is encoded, not {', '.join(examples.texts)}; give texts= of one name."
         )
-    wrong: list[Fault] = []
-    groups = examples.grouped(source, range(len(source)), wrong)
-    step = stride(pipe)
-    if odd := [size for size in groups if size[0] % step or size[1] % step]:
-        raise ValueError(
-            f"Pictures of {odd[:3]} (height, width): {type(pipe).__name__} takes multiples of {step} pixels."
-        )
-    sizes = {int(i): size for size, group in groups.items() for i in group}
-    unusable = {fault.name: fault.reason for fault in wrong}
-
+    sizes, unusable = sized(pipe, source, examples)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     manifest = {
@@ -105,15 +90,16 @@ def precompute(
         "seed": seed,
         "made": repr(examples),
         "pipeline": type(pipe).__name__,
+        "data": [source.name(0), source.name(len(source) - 1)],
     }
     agree(out / MANIFEST, manifest)
     mesh = parallel.make_mesh(devices=jax.local_devices()[: math.gcd(batch_size, jax.local_device_count())])
     params = parallel.replicate(params, mesh)
     read = text_encoder(pipe, params, mesh, batch_size)
     see = image_encoder(pipe, params, mesh, tuple(examples.images), samples, seed)
-    if not (out / EMPTY).exists():
-        write(out / EMPTY, {f"text/{name}": array for name, array in read([""]).items()})
+    agree_on_empty(out / EMPTY, read([""]))
 
+    caption = next(iter(examples.texts), "caption")
     report, names = Report.of(source.faults), shards(manifest)
     for s in range(process_index, len(names), process_count):
         if (out / names[s]).exists():
@@ -121,16 +107,31 @@ def precompute(
         numbers = range(s * shard_size, min((s + 1) * shard_size, len(source)))
         faults = [Fault(source.name(i), unusable[source.name(i)]) for i in numbers if i not in sizes]
         own = {i: sizes[i] for i in numbers if i in sizes}
-        arrays, captions = {}, {}  # a caption -> its number
+        arrays, captions = {}, {}  # a text -> its number
         for (height, width), columns in encoded(source, examples, own, batch_size, seed, see, faults).items():
-            told = columns.pop("caption", [""] * len(columns["index"]))
-            columns["text"] = np.int32([captions.setdefault(caption, len(captions)) for caption in told])
+            told = columns.pop(caption, [""] * len(columns["index"]))
+            columns["text"] = np.int32([captions.setdefault(text, len(captions)) for text in told])
             arrays |= {f"{height}x{width}/{name}": array for name, array in columns.items()}
         arrays |= {f"text/{name}": array for name, array in (read(list(captions)) if captions else {}).items()}
         write(out / names[s], {**arrays, "captions": as_json(list(captions)), "faults": as_json(faults)})
         report.add(faults)
         log(f"{names[s]}: {numbers.stop} of {len(source)} examples")
     return report
+
+
+def sized(pipe: "DiffusionPipeline", source: Source, examples: Examples) -> tuple[dict[int, Size], dict[str, str]]:
+    """At which size each example is made, and of those that cannot be used the name and the reason.
+
+    Raises:
+      ValueError: the pipeline does not take such sizes.
+    """
+    wrong: list[Fault] = []
+    groups, step = examples.grouped(source, range(len(source)), wrong), stride(pipe)
+    if odd := [size for size in groups if size[0] % step or size[1] % step]:
+        raise ValueError(
+            f"Pictures of {odd[:3]} (height, width): {type(pipe).__name__} takes multiples of {step} pixels."
+        )
+    return {int(i): size for size, group in groups.items() for i in group}, dict(wrong)
 
 
 def encoded(
@@ -168,68 +169,6 @@ def encoded(
     return {size: joined(parts) for size, parts in found.items()}
 
 
-class Encoders(Networks):
-    """Networks of which the one in the loop makes nothing of a text: it is what is trained."""
-
-    def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        return args[0] if name in DENOISERS else super().__call__(name, *args, **kwargs)
-
-
-def text_encoder(
-    pipe: "DiffusionPipeline", params: Mapping[str, Params], mesh: Mesh, batch_size: int
-) -> Callable[[Sequence[str]], Batch]:
-    """Captions -> arrays [N, …] by the names that a call of the pipeline gives them, so many captions at a time."""
-    size = native_size(pipe)
-    takes = inspect.signature(pipe.family.prepare).parameters
-    told = {name: value for name, value in {"guidance_scale": 1.0}.items() if name in takes}
-
-    @jax.jit
-    def run(params: Mapping[str, Params], inputs: Mapping[str, Any]) -> dict[str, jax.Array]:
-        cond = pipe.family.encode(Encoders(dict(pipe.specs), params), {**inputs, "size": size})["positive"]
-        return {GIVEN.get(name, name): value for name, value in cond.items() if name not in inputs}
-
-    def read(captions: Sequence[str]) -> Batch:
-        if "prompt" not in takes:
-            return {}
-        parts = []
-        for at in range(0, len(captions), batch_size):
-            part = list(captions[at : at + batch_size])
-            filled = part + part[-1:] * (batch_size - len(part))
-            inputs = pipe.family.prepare(pipe, size, False, prompt=filled, **told)
-            found = jax.device_get(run(params, parallel.shard(repeated(inputs, batch_size), mesh)))
-            parts.append({name: array[: len(part)] for name, array in found.items()})
-        return joined(parts)
-
-    return read
-
-
-def repeated(inputs: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    """Inputs with a row for each caption where there was one for all; numbers stay."""
-    rows = lambda a: np.repeat(a, batch, 0) if np.ndim(a) and len(a) == 1 else np.asarray(a)
-    return {name: rows(a) for name, a in inputs.items()}
-
-
-def image_encoder(
-    pipe: "DiffusionPipeline", params: Mapping[str, Params], mesh: Mesh, images: Sequence[str], samples: int, seed: int
-) -> Callable[[Batch], Batch]:
-    """A batch -> the same with latents [B, samples, …] in the place of pictures, drawn by each example's own key."""
-
-    @jax.jit
-    def run(params: Mapping[str, Params], index: jax.Array, pixels: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        networks, keys = Networks(dict(pipe.specs), params), image_keys(jax.random.key(seed), len(index), index)
-        draws = range(max(samples, 1))
-        see = lambda x, i: pipe.family.encode_image(networks, x, folded(keys, i), 1.0 if samples else 0.0)
-        return {name: jnp.stack([see(x, i) for i in draws], 1) for name, x in pixels.items()}
-
-    def encode(batch: Batch) -> Batch:
-        given = np.int32(batch["index"]), {name: batch[name] for name in images}
-        seen = jax.device_get(run(params, *parallel.shard(given, mesh)))
-        names = {name: f"{name}_latents" if i else "latents" for i, name in enumerate(images)}
-        return {k: v for k, v in batch.items() if k not in images} | {names[k]: v for k, v in seen.items()}
-
-    return encode
-
-
 def agree(path: Path, manifest: Mapping[str, Any]) -> None:
     """Write a manifest, or see that the one that is there says the same.
 
@@ -248,6 +187,20 @@ def agree(path: Path, manifest: Mapping[str, Any]) -> None:
             files.write_json(new, manifest)
 
 
+def agree_on_empty(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write the encoding of an empty text, or see that the one that is there is of the same model.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if not path.exists():
+        return write(path, {f"text/{name}": array for name, array in arrays.items()})
+    there = empty(path)
+    near = lambda a, b: a.shape == b.shape and np.abs(np.float32(a) - np.float32(b)).max() <= 0.05 * np.abs(b).max()
+    if there.keys() != arrays.keys() or not all(near(there[name], array[0]) for name, array in arrays.items()):
+        raise ValueError(f"{path.parent} was written with another model; give that, or another folder.")
+
+
 def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write a safetensors file, in one step."""
     with beside(path) as new:
@@ -257,7 +210,7 @@ def write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """The name of a new file, which takes the place of `path` when it is complete, or vanishes when anything fails."""
-    new = path.with_name(f".{os.getpid()}-{path.name}")
+    new = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
     try:
         yield new
         os.replace(new, path)

@@ -29,7 +29,7 @@ def open_source(
       images: the columns that hold pictures.
       dataset_config_name: which configuration, where a name on the Hub has several.
       data_dir: where tensorflow-datasets keeps its data.
-      streaming: read a data set of the Hub from the beginning on instead of by number.
+      streaming: read what `datasets` reads from the beginning on instead of by number.
 
     Raises:
       ValueError: nothing there, or nothing that can be used.
@@ -52,7 +52,7 @@ def _of_folder(path: Path, split: str, images: Sequence[str], streaming: bool) -
     if (path / MANIFEST).is_file():
         return Precomputed.of(path)
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        return Rows.saved(path, split)
+        return Rows.saved(path, split, streaming)
     for pattern in ("*.tar", "*.parquet", "*.array_record*"):
         if files := sorted(path.rglob(pattern)):
             return _of_files(files, split, streaming)

@@ -45,7 +45,7 @@ class Rows:
         return cls._of_table(table, path, streaming)
 
     @classmethod
-    def saved(cls, path: Path, split: str) -> "Rows":
+    def saved(cls, path: Path, split: str, streaming: bool) -> "Rows | Streamed":
         """What `save_to_disk` of `datasets` wrote."""
         datasets = needed("datasets")
         table = datasets.load_from_disk(str(path))
@@ -53,7 +53,7 @@ class Rows:
             if split not in table:
                 raise ValueError(f"{path} has no split {split!r}; it has {', '.join(table)}.")
             table = table[split]
-        return cls._of_table(table, path.name, False)
+        return cls._of_table(table.to_iterable_dataset() if streaming else table, path.name, streaming)
 
     @classmethod
     def _of_table(cls, table: Any, title: str, streaming: bool) -> "Rows | Streamed":
@@ -143,13 +143,13 @@ class Streamed:
 
     def rows(self, seed: int | None, epoch: int, process_index: int, process_count: int) -> Iterator[dict[str, Any]]:
         """The rows of one epoch that are a process's, in an order that these numbers determine; still encoded."""
-        datasets = needed("datasets")
         table = self.table
         if seed is not None:
             table = table.shuffle(seed=seed, buffer_size=self.buffer_size)
             table.set_epoch(epoch)
         if process_count > 1:
-            table = datasets.distributed.split_dataset_by_node(table, process_index, process_count)
+            split = needed("datasets.distributed").split_dataset_by_node
+            table = split(table, process_index, process_count)
         return iter(table)
 
 
