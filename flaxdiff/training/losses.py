@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from flaxdiff.core import Spec, apply
 from flaxdiff.training import timesteps as times
-from flaxdiff.training.noising import Noise, Path, Weight, weights_of
+from flaxdiff.training.noising import Noise, Path, Weight, at, weights_of
 from flaxdiff.training.state import Loss
 
 Batch = Mapping[str, Any]
@@ -29,6 +29,7 @@ def denoising(
     weight: Weight | None = None,
     noise: Noise = jax.random.normal,
     input_perturbation: float = 0.0,
+    dream_detail_preservation: float | None = None,
     prior_loss_weight: float | None = None,
 ) -> Loss:
     """E w(t) ‖F(x_t, t) - target‖² over t and ε, with x_t = α x_0 + σ ε and the target p x_0 + q ε of the path.
@@ -40,6 +41,8 @@ def denoising(
       weight: what each level counts, e.g. `noising.min_snr(5.0)`; by default 1.
       noise: of ε, e.g. `noising.offset(0.1)`.
       input_perturbation: further noise in x_t alone, in parts of σ; 0.1.
+      dream_detail_preservation: p of DREAM, which asks the network twice: the second time about x_t and the target with
+        ε + σ^p (ε - ε̂), what it said the first time being ε̂; 1.
       prior_loss_weight: the second half of a batch counts so much beside the first: DreamBooth's class pictures.
 
     The batch is a dictionary whose "latents" [B, ...] are x_0, and whose "mask" [B, ..., 1], if there is one, says how
@@ -53,8 +56,8 @@ def denoising(
     1.0
 
     Reference: Ho et al., Denoising Diffusion Probabilistic Models, 2020; Salimans and Ho, 2022 (v); Esser et al., 2024
-    (flow); Ning et al., Input Perturbation Reduces Exposure Bias in Diffusion Models, 2023; Ruiz et al., DreamBooth,
-    2023 (prior).
+    (flow); Ning et al., Input Perturbation Reduces Exposure Bias in Diffusion Models, 2023; Zhou et al., DREAM, 2023;
+    Ruiz et al., DreamBooth, 2023 (prior).
     """
     counts, rows = weights_of(path, weight), len(path.time)
     draw = timesteps or times.sampler()
@@ -64,10 +67,16 @@ def denoising(
         x0 = batch["latents"].astype(jnp.float32)
         row, eps = draw(k_time, len(x0), rows), noise(k_noise, x0.shape)
         x, target = path.noised(row, x0, eps)
+        ask = lambda x: predict(params, x, jnp.asarray(path.time)[row], batch).astype(jnp.float32)
         if input_perturbation:
             more = input_perturbation * jax.random.normal(jax.random.fold_in(k_noise, 2), x0.shape)
             x, _ = path.noised(row, x0, eps + more)
-        prediction = predict(params, x, jnp.asarray(path.time)[row], batch).astype(jnp.float32)
+        if dream_detail_preservation is not None:
+            (sigma,) = at(row, x0, path.sigma)
+            apart = eps - path.predicted(row, x, ask(x))[1]
+            apart = jax.lax.stop_gradient(sigma**dream_detail_preservation * apart)
+            x, (_, target) = x + sigma * apart, path.noised(row, x0, eps + apart)
+        prediction = ask(x)
         error = squared(prediction - target, batch.get("mask"))
 
         value = of_halves(jnp.asarray(counts, jnp.float32)[row] * error, prior_loss_weight)
