@@ -182,7 +182,7 @@ def encoders(pipe: DiffusionPipeline, config: Config) -> str:
 def text_to_image(config: Config) -> Recipe:
     """All of the denoiser: Stable Diffusion 1, 2 and XL, PixArt, SD3, Flux; DreamBooth with `instance_prompt`."""
     pipe, params = load(config)
-    return plain(pipe, params, rf"{encoders(pipe, config)}\..*", config)
+    return plain(pipe, params, rf"{encoders(pipe, config)}\.(?!pos_embed\.pos_embed).*", config)  # a table of sinusoids
 
 
 def with_lora(config: Config) -> Recipe:
