@@ -552,6 +552,7 @@ def test_streams(tmp_path):
 
 TINY = """
 import io
+import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
@@ -559,7 +560,7 @@ class TinyPictures(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     def _info(self):
         features = {"image": tfds.features.Image(shape=(None, None, 3)), "text": tfds.features.Text()}
-        features["label"] = tfds.features.Scalar("int64")
+        features["label"] = tfds.features.Scalar(np.int64)
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
     def _split_generators(self, manager):
         return {"train": self._generate_examples()}

@@ -17,6 +17,9 @@ from flaxdiff.training.data.faults import BadExample, Fault
 from flaxdiff.training.data.pictures import SUFFIXES
 
 
+LONGEST = 1 << 20  # bytes of a caption: more is none
+
+
 @dataclasses.dataclass(frozen=True)
 class Folder:
     """The pictures of a folder and of those in it, in the order of their names; see `of`.
@@ -130,6 +133,7 @@ def _beside(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        with open(path, "rb") as file:
+            return file.read(LONGEST).decode().strip()
     except (OSError, ValueError):
         raise BadExample("with a caption that cannot be read") from None
