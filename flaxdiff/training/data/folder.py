@@ -16,7 +16,6 @@ from typing import Any
 from flaxdiff.training.data.faults import BadExample, Fault
 from flaxdiff.training.data.pictures import SUFFIXES
 
-
 LONGEST = 1 << 20  # bytes of a caption: more is none
 
 
