@@ -54,6 +54,7 @@ def load_custom_diffusion(
                 new = jnp.asarray(convert.read(name, place, np.dtype(own[name].dtype)))
                 own[name] = own[name].at[i].set(new) if leaf.stack else new
                 fits.add(file_name)
+    fits |= {name for name, tensor in found.items() if 0 in tensor.shape}  # of attentions that are as they were
     if wrong := [f"{key} {list(tensor.shape)}" for key, tensor in found.items() if key not in fits]:
         raise ValueError(
             f"{path} does not fit as Custom Diffusion of this U-Net: {wrong[:6]}; it was learned with another model, "
@@ -65,6 +66,8 @@ def load_custom_diffusion(
 def save_custom_diffusion(folder: str | os.PathLike[str], pipe: Any, params: Mapping[str, Params], names: str) -> None:
     """Write attention weights as `pytorch_custom_diffusion_weights.safetensors`, as PyTorch's diffusers reads them.
 
+    It asks for an entry of every attention: those that nothing is written of have an empty one.
+
     Args:
       folder: where to write; made if it is not there.
       pipe, params: the model that was trained.
@@ -73,6 +76,11 @@ def save_custom_diffusion(folder: str | os.PathLike[str], pipe: Any, params: Map
     arrays: dict[str, np.ndarray] = {}
     for name, leaf in layout(pipe.unet).items():
         if not re.fullmatch(names, name):
+            places = [
+                re.fullmatch(r"(.*\.attn\d)\.to_k\.weight", file_name)
+                for file_name in convert.names_in_file(name, leaf)
+            ]
+            arrays |= {f"{place[1]}.processor": np.zeros(0, np.float32) for place in places if place}
             continue
         own = np.asarray(params["unet"][name])
         for file_name, one in zip(convert.names_in_file(name, leaf), own if leaf.stack else own[None], strict=True):
