@@ -128,10 +128,12 @@ class Objective:
     Attributes:
       prediction_type: what the network is to predict; by default what the scheduler says.
       snr_gamma: of Min-SNR weighting, 5 in its paper; none if left out.
-      weighting: of each level otherwise: "none", "p2", "soft_min_snr", "debiased", "sigma_sqrt" or "cosmap".
+      weighting: what each level counts: "none", "min_snr", "soft_min_snr", "p2" or "debiased".
       noise_offset: noise that is the same at all places of a channel.
       input_perturbation: further noise that the target does not know.
-      weighting_scheme: how times are drawn: "stratified", "uniform", "logit_normal", "mode" or "cosmap".
+      dream_detail_preservation: λ of DREAM, which adds to the noise what the network makes of it; none if left out.
+      weighting_scheme: how times are drawn, and weighed: "stratified", "none", "logit_normal", "mode", "sigma_sqrt" or
+        "cosmap".
       logit_mean, logit_std: of "logit_normal".
       mode_scale: of "mode".
       timestep_bias_strategy: "none", "earlier", "later" or "range".
@@ -156,6 +158,7 @@ class Objective:
     weighting: str = "none"
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
+    dream_detail_preservation: float | None = None
     weighting_scheme: str = "stratified"
     logit_mean: float = 0.0
     logit_std: float = 1.0

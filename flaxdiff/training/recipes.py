@@ -90,38 +90,41 @@ def denoising(pipe: DiffusionPipeline, given: Objective) -> Loss:
     path = noising.path_of(pipe.scheduler)
     if given.prediction_type:
         path = path._replace(prediction_type=given.prediction_type)
-    weights = {
-        "none": None,
-        "p2": noising.p2(),
-        "soft_min_snr": noising.soft_min_snr(),
-        "debiased": noising.debiased(),
-        "sigma_sqrt": noising.sd3("sigma_sqrt"),
-        "cosmap": noising.sd3("cosmap"),
-    }
-    rows = len(path.time)
     bias = timesteps.timestep_bias(
         given.timestep_bias_strategy,
         multiplier=given.timestep_bias_multiplier,
         begin=given.timestep_bias_begin,
         end=given.timestep_bias_end,
         portion=given.timestep_bias_portion,
-        rows=rows,
+        rows=len(path.time),
     )
     uniform = timesteps.uniform if given.timestep_bias_strategy == "none" else timesteps.weighted(bias)
-    draws = {
-        "stratified": timesteps.sampler(uniform),
-        "uniform": timesteps.sampler(uniform, stratified=False),
-        "logit_normal": timesteps.sampler(timesteps.logit_normal(given.logit_mean, given.logit_std), stratified=False),
-        "mode": timesteps.sampler(timesteps.mode(given.mode_scale), stratified=False),
-        "cosmap": timesteps.sampler(timesteps.cosmap, stratified=False),
+    alone = lambda density: timesteps.sampler(density, stratified=False)
+    schemes = {  # how times are drawn, and how they are weighed
+        "stratified": (timesteps.sampler(uniform), None),
+        "none": (alone(uniform), None),
+        "logit_normal": (alone(timesteps.logit_normal(given.logit_mean, given.logit_std)), None),
+        "mode": (alone(timesteps.mode(given.mode_scale)), None),
+        "sigma_sqrt": (alone(uniform), noising.sd3("sigma_sqrt")),
+        "cosmap": (alone(uniform), noising.sd3("cosmap")),
     }
+    draw, weight = _named("weighting_scheme", given.weighting_scheme, schemes)
+    weights = {
+        "none": weight,
+        "min_snr": noising.min_snr(given.snr_gamma or 5.0),
+        "soft_min_snr": noising.soft_min_snr(given.snr_gamma or 5.0),
+        "p2": noising.p2(),
+        "debiased": noising.debiased(),
+    }
+    name = "min_snr" if given.snr_gamma and given.weighting == "none" else given.weighting
     loss = losses.denoising(
         predict(pipe),
         path,
-        timesteps=_named("weighting_scheme", given.weighting_scheme, draws),
-        weight=noising.min_snr(given.snr_gamma) if given.snr_gamma else _named("weighting", given.weighting, weights),
+        timesteps=draw,
+        weight=_named("weighting", name, weights),
         noise=noising.offset(given.noise_offset) if given.noise_offset else jax.random.normal,
         input_perturbation=given.input_perturbation,
+        dream_detail_preservation=given.dream_detail_preservation,
         prior_loss_weight=given.prior_loss_weight if given.with_prior_preservation else None,
     )
     return encoded(pipe, loss)
