@@ -415,7 +415,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     step, start = state.jitted(loss, tx), state.create({"w": jnp.float32(1)}, tx)
     data = lambda n: jnp.float32(n)
     with pytest.raises(FloatingPointError, match="nan at step 6"):
-        loop.fit(step, start, data, jax.random.key(0), 9, directory=tmp_path, save_every=2, log_every=3, writers=[])
+        loop.fit(step, start, data, jax.random.key(0), 9, directory=tmp_path, save_every=2, log_every=9, writers=[])
     assert sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdecimal()) == [2, 4]
 
 

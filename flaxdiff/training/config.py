@@ -131,7 +131,7 @@ class Objective:
       weighting: what each level counts: "none", "min_snr", "soft_min_snr", "p2" or "debiased".
       noise_offset: noise that is the same at all places of a channel.
       input_perturbation: further noise that the target does not know.
-      dream_detail_preservation: λ of DREAM, which adds to the noise what the network makes of it; none if left out.
+      dream_detail_preservation: p of DREAM, by which a network learns from its own error; none if left out.
       weighting_scheme: how times are drawn, and weighed: "stratified", "none", "logit_normal", "mode", "sigma_sqrt" or
         "cosmap".
       logit_mean, logit_std: of "logit_normal".
