@@ -262,6 +262,11 @@ def test_flux(count, avoided, tmp_path):
     call = lambda scale: pipe(params, KEY, **given, ip_adapter_scale=scale, latents=flux.NOISE).images
     assert peers.relative(call(scale), there, of="FluxPipeline") < 1e-3
     assert np.abs(call([0.0, 0.0]) - there).max() > 5e-3
+    if avoided == "picture":
+        several = given | dict(ip_adapter_image=[[picture(), picture()]], negative_ip_adapter_image=None)
+        assert pipe(params, KEY, **several, latents=flux.NOISE).images.shape == there.shape
+        with pytest.raises(ValueError, match="ip_adapter sees 2 pictures, and 1 to be avoided; give as many"):
+            pipe.prepare_inputs(**{k: v for k, v in (several | more).items() if k != "output_type"})
 
 
 def sd3_adapter(net):

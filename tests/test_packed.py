@@ -145,6 +145,7 @@ def test_damaged(tmp_path):
     refused(
         {"a.scale_weight": torch.ones(()), "a.weight": torch.ones(4, 2)}, "scales one of float32; known are weights"
     )
+    refused({"a.scale_weight": torch.ones(()), "a.weight": eight[0, 0]}, "the packed weight 'a.weight' has shape ")
     refused({"a.weight_scale": torch.ones(())}, "a.weight_scale scales no such weight")
     refused({"a.scale_weight": torch.ones(3), "a.weight": eight}, "a.scale_weight has shape .3,. for a weight of")
     refused({"a.scale_weight": torch.ones(2, 2), "a.weight": eight}, "a.scale_weight has shape .2, 2. for a weight of")

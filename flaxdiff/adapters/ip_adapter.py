@@ -278,8 +278,12 @@ def prepare(
     avoided = negative_ip_adapter_image, negative_ip_adapter_image_embeds
     if not alone and any(v is not None for v in avoided):
         raise ValueError("negative_ip_adapter_image is for Flux; leave it out.")
-    if alone and guided and all(v is None for v in avoided):
-        negative_ip_adapter_image = [np.zeros((1, 1, 3), np.float32)] * len(names)
+    if alone and guided and all(v is None for v in avoided):  # black pictures, as many as there are
+        if ip_adapter_image is not None:
+            counts = [len(_list(own)) for own in _each("ip_adapter_image", ip_adapter_image, names)]
+        else:
+            counts = [np.shape(own)[1] for own in _each("embeds", ip_adapter_image_embeds, names)]
+        negative_ip_adapter_image = [[np.zeros((1, 1, 3), np.float32)] * count for count in counts]
     read = pictures.square_pixels if isinstance(config, SD3Config) else pictures.clip_pixels
     for prefix, shown in (("", ip_adapter_image), ("negative_", negative_ip_adapter_image if guided else None)):
         if shown is not None and "image_encoder" not in specs:
@@ -288,17 +292,14 @@ def prepare(
         for name, own in zip(names, _each("ip_adapter_image", shown, names) if shown is not None else ()):
             pixels = [read(p, specs["image_encoder"].config.image_size) for p in _list(own)]
             arrays[f"{prefix}{name}_image"] = np.concatenate(pixels)[None]
-    for key, embeds in (
-        ("embeds", ip_adapter_image_embeds),
-        ("patches", ip_adapter_clip_embeds),
-        ("negative_embeds", negative_ip_adapter_image_embeds if guided else None),
-    ):
-        before, _, key = key.rpartition("_")
+    for key, embeds in (("embeds", ip_adapter_image_embeds), ("patches", ip_adapter_clip_embeds)):
         for name, own in zip(names, _each(key, embeds, names) if embeds is not None else ()):
             if own is not None:
                 halves = np.split(np.asarray(own), 2) if guided and not alone else [np.asarray(own)]
-                keys = (f"negative_{name}_{key}", f"{name}_{key}")[-len(halves) :]
-                arrays |= dict(zip((f"negative_{name}_{key}",) if before else keys, halves))
+                arrays |= dict(zip((f"negative_{name}_{key}", f"{name}_{key}")[-len(halves) :], halves))
+    if negative_ip_adapter_image_embeds is not None and guided:
+        embeds = _each("negative_ip_adapter_image_embeds", negative_ip_adapter_image_embeds, names)
+        arrays |= {f"negative_{name}_embeds": np.asarray(own) for name, own in zip(names, embeds)}
     for name in names:
         faces = specs[name].config.kind
         if faces.startswith("faceid") and f"{name}_embeds" not in arrays:
@@ -313,6 +314,9 @@ def prepare(
     masks = _each("ip_adapter_masks", ip_adapter_masks, names, every=ip_adapter_masks is None)
     for name, scale, mask in zip(names, scales, masks):
         shown = arrays.get(f"{name}_embeds", arrays.get(f"{name}_image")).shape[1]
+        other = arrays.get(f"negative_{name}_embeds", arrays.get(f"negative_{name}_image"))
+        if other is not None and other.shape[1] != shown:
+            raise ValueError(f"{name} sees {shown} pictures, and {other.shape[1]} to be avoided; give as many.")
         of_pictures = [scale] if isinstance(config, JOINT) else _list(scale)
         arrays[f"{name}_scale"] = np.stack([by_layer(config, s) for s in of_pictures])[None]
         if mask is not None:

@@ -104,6 +104,8 @@ def _floats(found: dict[str, Tensor], prefix: str, name: str) -> None:
 def _scaled(found: dict[str, Tensor], name: str, scale: Callable[[], np.ndarray]) -> None:
     """Numbers of few bits, times a scale for each row [rows], or for all [1]."""
     packed = found[name]
+    if min(packed.shape, default=0) < 1:
+        raise damaged(packed.file.path, f"the packed weight {name!r} has shape {packed.shape}")
 
     def numbers(first: int, last: int) -> np.ndarray:
         with packed.view() as view:
