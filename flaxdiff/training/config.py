@@ -7,6 +7,7 @@ A file of `configs/` is Python that sets `config`; every field is a flag of the 
 
 import argparse
 import dataclasses
+import difflib
 import inspect
 import re
 import runpy
@@ -290,7 +291,7 @@ def read(path: str | Path) -> Config:
     """The `config` that a Python file sets. The file is run: take none from strangers.
 
     Raises:
-      ValueError: it is no Python file, or sets none.
+      ValueError: it is no Python file, or sets none, or one with a value of another type.
     """
     path = Path(path)
     if path.suffix != ".py" or not path.is_file():
@@ -298,7 +299,23 @@ def read(path: str | Path) -> Config:
     found = runpy.run_path(str(path)).get("config")
     if not isinstance(found, Config):
         raise ValueError(f"{path} sets no `config`; it ends with config = Config(…).")
-    return found
+    return _typed(found)
+
+
+def based_on(file: str | Path, name: str, recipe: str | None = None, **given: Any) -> Config:
+    """The configuration of another file of the same folder, with some fields set by their own names.
+
+    Args:
+      file: `__file__` of the one that asks.
+      name: of the other file, without its ending.
+      recipe: by default the same.
+      **given: fields, whichever part they belong to.
+
+    Raises:
+      ValueError: no such file or field, or a value of another type.
+    """
+    config = override(read(Path(file).with_name(f"{name}.py")), given)
+    return dataclasses.replace(config, recipe=recipe or config.recipe)
 
 
 def fields() -> Iterator[tuple[str, dataclasses.Field, str]]:
@@ -350,13 +367,38 @@ def _reader(hint: Any) -> tuple[Any, dict[str, Any]]:
 def override(config: Config, given: dict[str, Any]) -> Config:
     """A configuration with some fields set, by their own names.
 
+    Raises:
+      ValueError: no part has such a field, or it is of another type.
+
     >>> override(Config("lora"), {"learning_rate": 1e-5, "rank": 8}).optimizer.learning_rate
     1e-05
     """
+    part_of = {field.name: part for part, field, _ in fields()}
+    for name, value in given.items():
+        if name not in part_of:
+            near = difflib.get_close_matches(name, part_of) or sorted(part_of)
+            raise ValueError(f"There is no field {name!r}; use one of {near}.")
+        value = tuple(value) if isinstance(value, list) else value
+        part = dataclasses.replace(getattr(config, part_of[name]), **{name: value})
+        config = dataclasses.replace(config, **{part_of[name]: part})
+    return _typed(config)
+
+
+def _typed(config: Config) -> Config:
+    """The same configuration. Raises ValueError where a field has a value of another type."""
     for part, field, _ in fields():
-        if field.name in given:
-            value = given[field.name]
-            value = tuple(value) if isinstance(value, list) else value
-            own = dataclasses.replace(getattr(config, part), **{field.name: value})
-            config = dataclasses.replace(config, **{part: own})
+        own = getattr(config, part)
+        hint, value = typing.get_type_hints(type(own))[field.name], getattr(own, field.name)
+        if not _fits(value, hint):
+            raise ValueError(f"{field.name}={value!r}: give {getattr(hint, '__name__', hint)}.")
     return config
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    options = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, option) for option in options)
+    if typing.get_origin(hint) is tuple:
+        long = options[-1] is ... or (isinstance(value, tuple) and len(value) == len(options))
+        return long and isinstance(value, tuple) and all(_fits(one, options[0]) for one in value)
+    return isinstance(value, (int, float) if hint is float else hint) and (hint is bool or not isinstance(value, bool))

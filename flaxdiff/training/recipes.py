@@ -312,7 +312,7 @@ def textual_inversion_of(config: Config) -> Recipe:
     pipe, params, words = with_word(*load(config), config)
     loss = denoising(pipe, config.objective)
     export = functools.partial(save_word, config=config)
-    made = plain(pipe, {**params, "word": words}, r"word\..*", config, export=export)
+    made = plain(pipe, {**params, "word": words}, r"word\..*", config, export=export, captioned=False)
     return made._replace(
         loss=lambda params, batch, key: loss(spoken(params), batch, key),
         batch=lambda batch: told(pipe, batch, prompt=said(config, batch)),

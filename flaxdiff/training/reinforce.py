@@ -69,7 +69,6 @@ def reinforce(config: Config, made: Recipe, data: DataLoader, tx: Any, writers: 
         now = loop.fit(step, now, source, key, (n + 1) * updates, writers=writers, log_every=config.run.logging_steps)
         keeper.save(now, n + 1, key)
     keeper.close()
-    made.export(folder, now.params)
     return now.params
 
 

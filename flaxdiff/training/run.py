@@ -4,6 +4,7 @@ Everything is checked before work begins: the recipe, the data's columns, the fo
 """
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from flaxdiff import parallel
+from flaxdiff.checkpoint import hub
 from flaxdiff.images import make_image_grid
 from flaxdiff.training import emoji, loop, report, state
 from flaxdiff.training.config import Config
@@ -49,6 +51,7 @@ def train(config: Config) -> Params2:
     """
     given, folder = config.run, Path(config.run.output)
     recipe = named("recipe", config.recipe, RECIPES)(config)
+    recipe = recipe._replace(trainable=config.model.trainable or recipe.trainable)
     dtype = named("mixed_precision", given.mixed_precision, DTYPES)
     mesh = parallel.make_mesh(given.mesh)
     data = batches(config, recipe)
@@ -56,7 +59,9 @@ def train(config: Config) -> Params2:
     tx = optimiser(config)
 
     if recipe.judged:
-        return reinforce(config, recipe, data, tx, writers(config))
+        params = reinforce(config, recipe, data, tx, writers(config))
+        written(config, recipe, params)
+        return params
     with jax.set_mesh(mesh):
         first = state.create(recipe.params, tx, recipe.trainable, average=given.use_ema)
         places = parallel.shardings(first, mesh)
@@ -84,9 +89,19 @@ def train(config: Config) -> Params2:
             examples=given.train_batch_size,
         )
         params = state.averaged(final)
-        if jax.process_index() == 0:
-            recipe.export(folder, params)
+        written(config, recipe, params)
     return recipe.draws(params)
+
+
+def written(config: Config, recipe: Recipe, params: Params2) -> None:
+    """Write the result, by the first process; to the Hub as well, without checkpoints, where the run says so."""
+    if jax.process_index():
+        return
+    recipe.export(Path(config.run.output), params)
+    if config.run.push_to_hub:
+        with tempfile.TemporaryDirectory() as folder:
+            recipe.export(Path(folder), params)
+            hub.upload(config.run.push_to_hub, Path(folder), None, None, False, "Trained with flaxdiff")
 
 
 def named(option: str, name: str, known: Mapping[str, Any]) -> Any:

@@ -1,0 +1,22 @@
+"""A ControlNet of Flux that fills circles with colours; all devices share the weights.
+
+    flaxdiff train configs/controlnet_flux.py
+
+Downloads a model that asks for consent (`hf auth login` first) and data from the Hub.
+"""
+
+from flaxdiff.training.config import based_on
+
+config = based_on(
+    __file__,
+    "controlnet_sd15",
+    pretrained_model_name_or_path="black-forest-labs/FLUX.1-dev",
+    lr_scheduler="cosine",
+    max_train_steps=15_000,
+    train_batch_size=16,
+    gradient_accumulation_steps=1,
+    checkpointing_steps=200,
+    mesh="fsdp",
+    seed=42,
+    output="runs/controlnet_flux",
+)

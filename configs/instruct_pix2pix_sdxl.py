@@ -1,0 +1,18 @@
+"""InstructPix2Pix: Stable Diffusion XL learns to change a picture as it is told.
+
+    flaxdiff train configs/instruct_pix2pix_sdxl.py
+
+Downloads model, autoencoder and data from the Hub.
+"""
+
+from flaxdiff.training.config import based_on
+
+config = based_on(
+    __file__,
+    "instruct_pix2pix",
+    pretrained_model_name_or_path="stabilityai/stable-diffusion-xl-base-1.0",
+    pretrained_vae_model_name_or_path="madebyollin/sdxl-vae-fp16-fix",
+    resolution=512,
+    use_ema=True,
+    output="runs/instruct_pix2pix_sdxl",
+)

@@ -1,0 +1,21 @@
+"""Latent consistency as a LoRA, with which Stable Diffusion XL and its offspring draw in four steps.
+
+    flaxdiff train configs/lcm_lora_sdxl.py
+
+Downloads model and autoencoder from the Hub and reads the data from there as they are needed.
+"""
+
+from flaxdiff.training.config import based_on
+
+config = based_on(
+    __file__,
+    "lcm_sd15",
+    recipe="lcm_lora",
+    pretrained_model_name_or_path="stabilityai/stable-diffusion-xl-base-1.0",
+    pretrained_vae_model_name_or_path="madebyollin/sdxl-vae-fp16-fix",
+    resolution=1024,
+    rank=64,
+    learning_rate=1e-4,
+    use_ema=False,
+    output="runs/lcm_lora_sdxl",
+)

@@ -1,0 +1,21 @@
+"""DreamBooth as a LoRA of Flux: one dog from five pictures; all devices share the weights.
+
+    flaxdiff train configs/lora_flux.py
+
+Downloads a model that asks for consent (`hf auth login` first) and data from the Hub.
+"""
+
+from flaxdiff.training.config import based_on
+
+config = based_on(
+    __file__,
+    "dreambooth_lora",
+    pretrained_model_name_or_path="black-forest-labs/FLUX.1-dev",
+    weighting_scheme="uniform",
+    guidance_scale=1.0,
+    optimizer="prodigy",
+    learning_rate=1.0,
+    train_batch_size=8,
+    mesh="fsdp",
+    output="runs/lora_flux",
+)

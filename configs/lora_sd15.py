@@ -1,0 +1,21 @@
+"""A LoRA of Stable Diffusion 1.5, a file of a few megabytes, on pictures of Naruto with captions.
+
+    flaxdiff train configs/lora_sd15.py
+
+Downloads model and data from the Hub.
+"""
+
+from flaxdiff.training.config import based_on
+
+config = based_on(
+    __file__,
+    "text_to_image_sd15",
+    recipe="lora",
+    learning_rate=1e-4,
+    lr_scheduler="cosine",
+    use_ema=False,
+    gradient_checkpointing=False,
+    dataloader_num_workers=8,
+    validation_prompt="A naruto with blue eyes.",
+    output="runs/lora_sd15",
+)

@@ -1,0 +1,16 @@
+"""A LoRA of the shipped text-to-emoji model, on the emoji that it knows: a run to try everything with.
+
+    flaxdiff train configs/quick_start.py
+
+Needs no download and no accelerator.
+"""
+
+from flaxdiff.training.config import Adapter, Config, Data, Optimizer, Run
+
+config = Config(
+    recipe="lora",
+    data=Data("emoji", resolution=64),
+    adapter=Adapter(rank=8),
+    optimizer=Optimizer(learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=20),
+    run=Run("runs/quick_start", max_train_steps=200, checkpointing_steps=100, logging_steps=10),
+)

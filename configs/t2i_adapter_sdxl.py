@@ -1,0 +1,15 @@
+"""A T2I-Adapter of Stable Diffusion XL, a small network beside it, that fills circles with colours.
+
+    flaxdiff train configs/t2i_adapter_sdxl.py
+
+Downloads model, autoencoder and data from the Hub.
+"""
+
+from flaxdiff.training.config import based_on
+
+config = based_on(
+    __file__,
+    "controlnet_sdxl",
+    recipe="t2i_adapter",
+    output="runs/t2i_adapter_sdxl",
+)

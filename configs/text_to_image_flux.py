@@ -1,0 +1,17 @@
+"""All of the transformer of Flux, on pictures of Naruto; all devices share the weights.
+
+    flaxdiff train configs/text_to_image_flux.py
+
+Downloads a model that asks for consent (`hf auth login` first) and data from the Hub.
+"""
+
+from flaxdiff.training.config import based_on
+
+config = based_on(
+    __file__,
+    "text_to_image_sd3",
+    pretrained_model_name_or_path="black-forest-labs/FLUX.1-dev",
+    weighting_scheme="uniform",
+    guidance_scale=1.0,
+    output="runs/text_to_image_flux",
+)

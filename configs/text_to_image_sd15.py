@@ -1,0 +1,24 @@
+"""All of the U-Net of Stable Diffusion 1.5, on pictures of Naruto with captions.
+
+    flaxdiff train configs/text_to_image_sd15.py
+
+Downloads model and data from the Hub.
+"""
+
+from flaxdiff.training.config import Config, Data, Model, Optimizer, Run
+
+config = Config(
+    recipe="text_to_image",
+    data=Data("lambdalabs/naruto-blip-captions", center_crop=True, random_flip=True),
+    model=Model("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    optimizer=Optimizer(learning_rate=1e-5),
+    run=Run(
+        "runs/text_to_image_sd15",
+        max_train_steps=15_000,
+        train_batch_size=4,
+        gradient_accumulation_steps=4,
+        mixed_precision="bf16",
+        gradient_checkpointing=True,
+        use_ema=True,
+    ),
+)
