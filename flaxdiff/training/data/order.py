@@ -34,7 +34,7 @@ def generate_aspect_ratio_buckets(resolution: int, divisibility: int = 16) -> tu
       ValueError: a number that is not positive.
 
     >>> generate_aspect_ratio_buckets(64, 16)[:4]
-    ((64, 64), (80, 64), (64, 80), (80, 48))
+    ((64, 64), (80, 48), (48, 80), (96, 48))
     """
     if resolution < 1 or divisibility < 1:
         raise ValueError(f"resolution={resolution} and divisibility={divisibility} must be positive; give pixels.")
