@@ -11,7 +11,7 @@ config = based_on(
     __file__,
     "dreambooth_lora",
     pretrained_model_name_or_path="black-forest-labs/FLUX.1-dev",
-    weighting_scheme="uniform",
+    weighting_scheme="none",
     guidance_scale=1.0,
     optimizer="prodigy",
     learning_rate=1.0,

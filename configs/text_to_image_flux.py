@@ -11,7 +11,7 @@ config = based_on(
     __file__,
     "text_to_image_sd3",
     pretrained_model_name_or_path="black-forest-labs/FLUX.1-dev",
-    weighting_scheme="uniform",
+    weighting_scheme="none",
     guidance_scale=1.0,
     output="runs/text_to_image_flux",
 )
