@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -174,8 +175,9 @@ def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     space = {}
-    for block in re.findall(r"```python\n(.*?)```", PAGE, re.S):
-        exec(block, space)
+    with jax.numpy_dtype_promotion("standard"):  # as optax needs it
+        for block in re.findall(r"```python\n(.*?)```", PAGE, re.S):
+            exec(block, space)
     assert (
         np.isfinite(float(space["metrics"]["loss"]))
         and (tmp_path / "runs/mine/pytorch_lora_weights.safetensors").is_file()
