@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 
-def parser() -> argparse.ArgumentParser:
-    """What the command takes."""
+def parser(command: str | None = None) -> argparse.ArgumentParser:
+    """What the command takes; the flags of `train`, a hundred, where that is the command."""
     top = argparse.ArgumentParser(prog="flaxdiff", description="Diffusion models in JAX.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     sample = commands.add_parser("sample", help="draw a prompt", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         description="Every field of the configuration is a flag as well.",
     )
     train.add_argument("config", help="Python file that sets `config`; it is run, so take none from strangers")
-    if "train" in sys.argv[1:2]:  # the flags of a hundred fields are for those who train
+    if command == "train":
         from flaxdiff.training.config import add_flags
 
         add_flags(train)
@@ -217,12 +217,13 @@ def precompute(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The entry point: 0 if all went well, 1 after an error of the user's, which is printed in one line."""
-    args = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser(*argv[:1]).parse_args(argv)
     try:
         {"sample": sample, "plan": plan, "train": train, "evaluate": evaluate, "precompute": precompute}[args.command](
             args
         )
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"flaxdiff: {error}", file=sys.stderr)
         return 1
     return 0

@@ -15,8 +15,8 @@ import test_flux
 import test_sd3
 import torch
 
-from flaxdiff.training import noising, optimizers, recipes, state, timesteps
-from flaxdiff.training.config import Adapter, Config, Data, Model, Objective
+from flaxdiff.training import noising, optimizers, recipes, run, state, timesteps
+from flaxdiff.training.config import Adapter, Config, Data, Model, Objective, Run
 
 KEY, RATE, EPS = jax.random.key(3), 1e-3, 1e-3
 CAPTIONS = ["red", "a bed"]
@@ -315,3 +315,36 @@ def test_flow_of_flux(tmp_path):
     loss = torch.nn.functional.mse_loss(pred, pack(target))
     assert ours == pytest.approx(step(pipe.transformer.parameters(), loss), rel=1e-5)
     same(diffusers.FluxTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer"), pipe.transformer)
+
+
+def test_the_scheduler_follows_what_is_predicted():
+    given = config("lora", peers.saved(peers.stable_diffusion_1), objective=Objective(prediction_type="v_prediction"))
+    assert recipes.RECIPES["lora"](given).pipe.scheduler.prediction_type == "v_prediction"
+    flow = config("lora", test_sd3.folder(), objective=Objective(prediction_type="epsilon"))
+    with pytest.raises(ValueError, match="is of a flow"):
+        recipes.RECIPES["lora"](flow)
+
+
+def test_what_a_run_refuses(tmp_path):
+    """Before any work: what cannot go together, and rounds that are longer than the run."""
+    folder = peers.saved(peers.stable_diffusion_1)
+
+    def train(recipe, data=None, objective=None, **options):
+        data = {"train_data": "emoji", "resolution": 16, **(data or {})}
+        run.train(Config(recipe, Data(**data), Model(folder), objective=objective or Objective(), run=Run(**options)))
+
+    with pytest.raises(ValueError, match="recipe='dream' is not known"):
+        train("dream")
+    with pytest.raises(ValueError, match="stream cannot be asked"):
+        train("lora", {"streaming": True}, validation_batches=1)
+    with pytest.raises(ValueError, match="no other weighting"):
+        train("lora", objective=Objective(weighting_scheme="cosmap", snr_gamma=5.0))
+    with pytest.raises(ValueError, match="half of it pictures"):
+        train("lora", objective=Objective(with_prior_preservation=True), train_batch_size=3)
+    short = Objective(num_inference_steps=4, sample_batch_size=4)
+    with pytest.raises(ValueError, match="max_train_steps=1: a round has"):
+        train("ddpo_lora", objective=short, train_batch_size=4, max_train_steps=1, output=str(tmp_path))
+    with pytest.raises(ValueError, match="without use_ema"):
+        train("ddpo_lora", objective=short, train_batch_size=4, use_ema=True, output=str(tmp_path))
+    with pytest.raises(ValueError, match="reward='nothing:at_all'"):
+        recipes.reward("nothing:at_all")

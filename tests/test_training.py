@@ -450,3 +450,21 @@ def test_flops_are_those_of_the_compiled_program():
     ours = report.flops(functools.partial(call, UNET), params)
     theirs = jax.jit(functools.partial(call, UNET)).lower(params).compile().cost_analysis()["flops"]
     assert 0.6 * theirs < ours <= theirs  # which also counts what is done to each number
+
+
+@pytest.mark.parametrize("name", sorted(set(optimizers.OPTIMIZERS) - {"prodigy"}))
+def test_weights_decay_by_the_rate(name):
+    """Without a gradient an update takes off rate · decay, no more."""
+    tx = optimizers.optimizer(name, lambda n: 0.1, decay=0.01)
+    params = {"w": jnp.ones((8, 8))}
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -0.001, rtol=1e-4)
+
+
+def test_a_plan_is_whole_in_every_part():
+    plan = DDIMScheduler().plan(3)
+    loss = lambda params, batch, key: (params["w"] * batch["x"].mean() * batch["plan"].timesteps.mean(), {})
+    batch = {"plan": plan, "x": np.ones((4, 2), np.float32)}
+    now = state.create({"w": jnp.float32(1)}, optax.sgd(0.1))
+    _, metrics = state.train_step(loss, optax.sgd(0.1), now, batch, jax.random.key(0), parts=2)
+    np.testing.assert_allclose(metrics["loss"], plan.timesteps.mean(), rtol=1e-6)

@@ -145,7 +145,7 @@ class Objective:
       guidance_scale: that a distilled network is told, and that pictures to be judged are drawn with.
       w_min, w_max: range of the guidance that a consistency model learns.
       num_ddim_timesteps: of the teacher's steps.
-      loss_type: "l2" or "huber".
+      loss_type: "l2" or "huber"; of preferences "sigmoid", for which "l2" stands, "hinge" or "ipo".
       huber_c: its width.
       num_inference_steps: of the pictures that a reward judges.
       reward: "brightness", or "module:function" of one's own.

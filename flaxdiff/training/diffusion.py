@@ -47,6 +47,12 @@ def conditions(pipe: DiffusionPipeline, **options: Any) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in OF_RUN}
 
 
+def wordless(pipe: DiffusionPipeline, side: int) -> dict[str, Any]:
+    """The conditions of one example without a text, as far as they are of the text: for `distillation.emptied`."""
+    empty = conditions(pipe, prompt=[""], height=side, width=side)
+    return {"conditions": {name: value[0] for name, value in empty.items() if "prompt_" in name}}
+
+
 def told(pipe: DiffusionPipeline, networks: Networks, keys: jax.Array, inputs: Inputs) -> dict[str, Any]:
     """What the positive branch of a run tells the network, of `conditions`."""
     inputs = {**inputs, "keys": keys, "plan": Once(), "guidance": {}}

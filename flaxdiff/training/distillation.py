@@ -39,9 +39,17 @@ def instead(predict: Predict, **components: str) -> Predict:
 
 
 def emptied(batch: Batch, empty: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch whose conditions are all left out; `empty` holds what stands for none, by key, of one example."""
-    fill = lambda given, empty: jnp.broadcast_to(empty, given.shape).astype(given.dtype)
-    return {**batch, **{name: jax.tree.map(fill, batch[name], value) for name, value in empty.items()}}
+    """A batch whose conditions are left out; `empty` holds what stands for none, by key, of one example.
+
+    Of a dictionary in the batch those entries are left out that the one in `empty` has.
+    """
+
+    def fill(given: Any, empty: Any) -> Any:
+        if isinstance(empty, Mapping):
+            return {**given, **{name: fill(given[name], value) for name, value in empty.items()}}
+        return jax.tree.map(lambda a, none: jnp.broadcast_to(none, a.shape).astype(a.dtype), given, empty)
+
+    return fill(batch, empty)
 
 
 def guided(predict: Predict, empty: Mapping[str, Any], guidance_scale: float) -> Predict:

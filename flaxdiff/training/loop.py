@@ -113,7 +113,8 @@ class Keeper(NamedTuple):
             (folder / ".writable").touch()
             (folder / ".writable").unlink(missing_ok=True)
         size, free = sum(leaf.nbytes for leaf in jax.tree.leaves(kept(state))), shutil.disk_usage(folder).free
-        if (keep + 1) * size > free:
+        there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # of a run that goes on
+        if (keep + 1) * size > free + there:
             raise OSError(
                 f"{folder}: {keep + 1} checkpoints of {size / 1e9:.2f} GB do not fit into the {free / 1e9:.2f} GB "
                 "that are free; make room, or keep fewer."
@@ -138,8 +139,8 @@ class Keeper(NamedTuple):
         self.manager.save(int(state.step), args=items, metrics=dict(metrics) if metrics else None, force=True)
 
     def restore(self, state: TrainState, key: jax.Array) -> tuple[TrainState, Any] | None:
-        """The last whole checkpoint, laid out over devices as `state` is, and the position in the data; None if there
-        is none.
+        """The last whole checkpoint, laid out over devices as `state` is, whose arrays are given up for it, and the
+        position in the data; None if there is none.
 
         Raises:
           ValueError: it is of another run: another key, other parameters or another optimiser.
@@ -151,6 +152,7 @@ class Keeper(NamedTuple):
         if found["key"] != jax.random.key_data(key).tolist():
             raise ValueError(f"{self.manager.directory} is of a run with another seed; use its seed or another folder.")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, kept(state))
+        jax.tree.map(lambda a: a.delete(), kept(state))  # its memory is for what is read
         try:
             items = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
         except (ValueError, KeyError) as error:

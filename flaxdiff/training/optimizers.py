@@ -38,7 +38,9 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
         scale_by_adam_8bit(b1, b2, eps), optax.add_decayed_weights(decay), optax.scale_by_learning_rate(rate)
     ),
     "adafactor": lambda rate, b1, b2, eps, decay: optax.adafactor(
-        rate, multiply_by_parameter_scale=False, weight_decay_rate=decay or None
+        rate,
+        multiply_by_parameter_scale=False,
+        weight_decay_rate=lambda n: decay * (rate(n) if callable(rate) else rate),  # which it takes as it is
     ),
     "lion": lambda rate, b1, b2, eps, decay: optax.lion(rate, b1, b2, weight_decay=decay),
     "prodigy": lambda rate, b1, b2, eps, decay: contrib.prodigy(rate, (b1, b2), eps=eps, weight_decay=decay),

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxdiff import registry
+from flaxdiff import parallel, registry
 from flaxdiff.adapters import custom_diffusion, lora, textual_inversion
 from flaxdiff.checkpoint import pipelines
 from flaxdiff.checkpoint.writing import save_model
@@ -27,7 +27,7 @@ from flaxdiff.pipelines.generate import autoencoder, denoiser
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
 from flaxdiff.training import distillation, losses, noising, rewards, timesteps
 from flaxdiff.training.config import Config, Objective
-from flaxdiff.training.diffusion import conditions, encoded, predict
+from flaxdiff.training.diffusion import conditions, encoded, predict, wordless
 from flaxdiff.training.state import Loss
 
 Params2 = dict[str, Params]  # component -> parameters
@@ -48,6 +48,7 @@ class Recipe(NamedTuple):
       captioned: whether pictures have texts.
       drops: whether texts and conditioning pictures are left out of some examples.
       judged: whether what is learned from is what the pipeline draws, see reinforce.py.
+      shows: the option of the pipeline's call that is a picture to follow or to change.
       draws: parameters -> those that the pipeline draws with; by default the same.
     """
 
@@ -61,6 +62,7 @@ class Recipe(NamedTuple):
     captioned: bool = True
     drops: bool = False
     judged: bool = False
+    shows: str = "image"
     draws: Callable[[Params2], Params2] = lambda params: params
 
 
@@ -72,10 +74,22 @@ def load(config: Config, **options: Any) -> tuple[DiffusionPipeline, Params2]:
     model = config.model
     if model.pretrained_vae_model_name_or_path:
         options["vae"] = registry.find("AutoencoderKL").from_pretrained(model.pretrained_vae_model_name_or_path)
+    if config.run.mesh != "dp" or jax.process_count() > 1:  # what every device holds whole is spread later
+        options["mesh"] = parallel.make_mesh(config.run.mesh)
     pipe, params = pipelines.load(
         model.pretrained_model_name_or_path, revision=model.revision, variant=model.variant, **options
     )
-    return checkpointed(pipe, config), params
+    return checkpointed(predicting(pipe, config), config), params
+
+
+def predicting(pipe: DiffusionPipeline, config: Config) -> DiffusionPipeline:
+    """The pipeline whose scheduler takes the network to say what it is trained to say."""
+    kind, own = config.objective.prediction_type, pipe.scheduler
+    if not kind:
+        return pipe
+    if noising.path_of(own).prediction_type == "flow_prediction":
+        raise ValueError(f"prediction_type={kind!r}: {type(own).__name__} is of a flow, whose velocity is predicted.")
+    return pipe.replace(scheduler=own.from_config(own, prediction_type=kind))
 
 
 def checkpointed(pipe: DiffusionPipeline, config: Config) -> DiffusionPipeline:
@@ -85,11 +99,12 @@ def checkpointed(pipe: DiffusionPipeline, config: Config) -> DiffusionPipeline:
     return pipe.replace(**{name: spec.replace(remat="full") for name, spec in pipe.specs})
 
 
+CURVES = ("logit_normal", "mode")  # schemes that say how times are drawn
+
+
 def denoising(pipe: DiffusionPipeline, given: Objective) -> Loss:
     """The denoising loss of a pipeline's network, of pictures and conditions."""
     path = noising.path_of(pipe.scheduler)
-    if given.prediction_type:
-        path = path._replace(prediction_type=given.prediction_type)
     bias = timesteps.timestep_bias(
         given.timestep_bias_strategy,
         multiplier=given.timestep_bias_multiplier,
@@ -117,6 +132,10 @@ def denoising(pipe: DiffusionPipeline, given: Objective) -> Loss:
         "debiased": noising.debiased(),
     }
     name = "min_snr" if given.snr_gamma and given.weighting == "none" else given.weighting
+    if weight and name != "none" or given.timestep_bias_strategy != "none" and given.weighting_scheme in CURVES:
+        raise ValueError(
+            f"weighting_scheme={given.weighting_scheme!r} goes with no other weighting and no bias of times."
+        )
     loss = losses.denoising(
         predict(pipe),
         path,
@@ -136,11 +155,13 @@ def _named(option: str, name: str, known: Mapping[str, Any]) -> Any:
     return known[name]
 
 
-def told(pipe: DiffusionPipeline, batch: Batch, **options: Any) -> dict[str, Any]:
+def told(pipe: DiffusionPipeline, batch: Batch, config: Config, **options: Any) -> dict[str, Any]:
     """Pictures, or their latents, and what the network is to be told of them: captions, or what encoders made of them.
 
-    And their sizes before they were cut, where the network is told those.
+    And their sizes before they were cut, and a strength of guidance, where the network is told those.
     """
+    if getattr(pipe.denoiser.config, "guidance_embeds", False):
+        options = {"guidance_scale": config.objective.guidance_scale, **options}
     encodings = {name: value for name, value in batch.items() if "prompt_" in name}
     words = encodings or {"prompt": options.pop("prompt", None) or batch["caption"]}
     name, factor = ("image", 1) if "image" in batch else ("latents", tasks.vae_factor(pipe))
@@ -160,23 +181,17 @@ def whole(folder: Path, params: Params2, pipe: DiffusionPipeline) -> None:
 
 def plain(pipe: DiffusionPipeline, params: Params2, trainable: str, config: Config, **changes: Any) -> Recipe:
     """A recipe that denoises pictures of captions."""
-    scale = {"guidance_scale": config.objective.guidance_scale} if _distilled(pipe) else {}
-    batch = lambda batch: told(pipe, batch, **scale)
+    batch = lambda batch: told(pipe, batch, config)
     made = Recipe(
         pipe, params, trainable, denoising(pipe, config.objective), batch, functools.partial(whole, pipe=pipe)
     )
     return made._replace(**changes)
 
 
-def _distilled(pipe: DiffusionPipeline) -> bool:
-    """Whether the denoiser is told the strength of guidance."""
-    return bool(getattr(pipe.denoiser.config, "guidance_embeds", False))
-
-
 def encoders(pipe: DiffusionPipeline, config: Config) -> str:
     """Regex of the denoiser, and of CLIP's text encoders where they move too."""
-    own = denoiser(dict(pipe.specs))
-    return rf"(?:{own}|text_encoder(?:_2)?)" if config.adapter.train_text_encoder else own
+    clip = [name for name, spec in pipe.specs if spec.module.__name__.startswith("CLIPText")]
+    return "|".join([denoiser(dict(pipe.specs)), *(clip if config.adapter.train_text_encoder else [])])
 
 
 # --- the recipes -----------------------------------------------------------------------------------------------------
@@ -185,14 +200,15 @@ def encoders(pipe: DiffusionPipeline, config: Config) -> str:
 def text_to_image(config: Config) -> Recipe:
     """All of the denoiser: Stable Diffusion 1, 2 and XL, PixArt, SD3, Flux; DreamBooth with `instance_prompt`."""
     pipe, params = load(config)
-    return plain(pipe, params, rf"{encoders(pipe, config)}\.(?!pos_embed\.pos_embed).*", config)  # a table of sinusoids
+    moving = rf"(?:{encoders(pipe, config)})\.(?!pos_embed\.pos_embed).*"  # which is a table of sinusoids
+    return plain(pipe, params, moving, config)
 
 
 def with_lora(config: Config) -> Recipe:
     """Low-rank updates of the denoiser's attentions, of text encoders as well, or of what `target_modules` says."""
     pipe, params = load(config)
     given, own = config.adapter, encoders(pipe, config)
-    usual = rf"{own}\..*(?:attn|attention).*\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkv]_proj|out_proj)"
+    usual = rf"(?:{own})\..*(?:attn|attention).*\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkv]_proj|out_proj)"
     key = jax.random.fold_in(jax.random.key(config.run.seed), 1)
     adapter = lora.init_lora(pipe, key, given.rank, given.target_modules or usual)
     share = (given.lora_alpha or given.rank) / given.rank
@@ -210,7 +226,7 @@ def unconditional(config: Config) -> Recipe:
         usual = {"sample_size": config.data.resolution, **_UNCONDITIONAL}
         given = json.loads(Path(config.model.component).read_text()) if config.model.component else usual
         spec = registry.find("UNet2DModel").from_config(given)
-        pipe = checkpointed(ddpm((("unet", spec),), scheduler()), config)
+        pipe = checkpointed(predicting(ddpm((("unet", spec),), scheduler()), config), config)
         params = {"unet": init(spec, jax.random.key(config.run.seed))}
     told_nothing = lambda batch: {
         "image": batch["image"],
@@ -247,10 +263,10 @@ def controlnet(config: Config) -> Recipe:
     pipe = checkpointed(AutoPipelineForText2Image.from_pipe(base, controlnet=spec), config)
     params = {**params, "controlnet": start}
     option = "image" if "image" in _options(pipe) else "control_image"
-    batch = lambda batch: told(pipe, batch, **{option: (np.asarray(batch["conditioning_image"]) + 1) / 2})
+    batch = lambda batch: told(pipe, batch, config, **{option: (np.asarray(batch["conditioning_image"]) + 1) / 2})
     export = lambda folder, params: save_model(folder, spec, params["controlnet"])
     images = {"conditioning_image": config.data.conditioning_image_column}
-    return plain(pipe, params, r"controlnet\..*", config, batch=batch, export=export, images=images)
+    return plain(pipe, params, r"controlnet\..*", config, batch=batch, export=export, images=images, shows=option)
 
 
 def _options(pipe: DiffusionPipeline) -> set[str]:
@@ -270,7 +286,7 @@ def t2i_adapter(config: Config) -> Recipe:
     spec = registry.find("T2IAdapter").from_config(given)
     pipe = checkpointed(cls.from_pipe(base, adapter=spec), config)
     start = init(spec, jax.random.fold_in(jax.random.key(config.run.seed), 1))
-    batch = lambda batch: told(pipe, batch, image=(np.asarray(batch["conditioning_image"]) + 1) / 2)
+    batch = lambda batch: told(pipe, batch, config, image=(np.asarray(batch["conditioning_image"]) + 1) / 2)
     export = lambda folder, params: save_model(folder, spec, params["adapter"])
     images = {"conditioning_image": config.data.conditioning_image_column}
     params = {**params, "adapter": start}
@@ -294,7 +310,7 @@ def instruct_pix2pix(config: Config) -> Recipe:
     pipe = cls.from_pipe(base, unet=spec)
 
     def batch(batch: Batch) -> dict[str, Any]:
-        made = told(pipe, batch, image=(np.asarray(batch["conditioning_image"]) + 1) / 2)
+        made = told(pipe, batch, config, image=(np.asarray(batch["conditioning_image"]) + 1) / 2)
         if "conditioning" in batch:  # 0 where the picture is left out
             gain = made["conditions"]["beside_gain"] * np.asarray(batch["conditioning"], np.float32)
             made["conditions"]["beside_gain"] = gain.reshape(-1, 1, 1, 1)
@@ -315,7 +331,7 @@ def textual_inversion_of(config: Config) -> Recipe:
     made = plain(pipe, {**params, "word": words}, r"word\..*", config, export=export, captioned=False)
     return made._replace(
         loss=lambda params, batch, key: loss(spoken(params), batch, key),
-        batch=lambda batch: told(pipe, batch, prompt=said(config, batch)),
+        batch=lambda batch: told(pipe, batch, config, prompt=said(config, batch)),
         draws=spoken,
     )
 
@@ -354,7 +370,9 @@ def latent_consistency(config: Config) -> Recipe:
     student = {name: params["unet"].get(name, weight) for name, weight in drawn.items()}
     teacher = distillation.instead(predict(base), unet="teacher")
     made = plain(pipe, {**params, "unet": student, "teacher": params["unet"]}, r"unet\..*", config)
-    made = made._replace(batch=lambda batch: told(base, batch))  # the loss says what strength of guidance is told
+    made = made._replace(
+        batch=lambda batch: told(base, batch, config)
+    )  # the loss says what strength of guidance is told
     return made._replace(loss=_consistent(base, predict(pipe), teacher, config, time_cond_proj_dim=width))
 
 
@@ -378,13 +396,15 @@ def _consistent(
     base: DiffusionPipeline, student: losses.Predict, teacher: losses.Predict, config: Config, **options: Any
 ) -> Loss:
     """The loss of a student and its teacher, which guides by the empty text."""
-    given, side = config.objective, config.data.resolution
-    empty = conditions(base, prompt=[""], height=side, width=side)
+    given = config.objective
+    path = noising.path_of(base.scheduler)
+    if path.prediction_type == "flow_prediction":
+        raise ValueError(f"{type(base).__name__} is a flow; {config.recipe} is for diffusion.")
     loss = distillation.latent_consistency(
         student,
         teacher,
-        noising.path_of(base.scheduler),
-        {"conditions": jax.tree.map(lambda a: a[0] if np.ndim(a) else a, empty)},
+        path,
+        wordless(base, config.data.resolution),
         num_ddim_timesteps=given.num_ddim_timesteps,
         w_min=given.w_min,
         w_max=given.w_max,
@@ -405,11 +425,13 @@ def preferences(config: Config) -> Recipe:
     """
     made = with_lora(config)
     ours, path = predict(made.pipe), noising.path_of(made.pipe.scheduler)
-    loss = rewards.diffusion_dpo(ours, distillation.adapterless(ours), path, beta_dpo=config.objective.beta_dpo)
+    kind = {"l2": "sigmoid"}.get(config.objective.loss_type, config.objective.loss_type)
+    options = {"beta_dpo": config.objective.beta_dpo, "loss_type": kind}
+    loss = rewards.diffusion_dpo(ours, distillation.adapterless(ours), path, **options)
 
     def batch(batch: Batch) -> dict[str, Any]:
         both = {"image": np.concatenate([batch["image"], batch["rejected"]]), "caption": 2 * list(batch["caption"])}
-        return told(made.pipe, both)
+        return told(made.pipe, both, config)
 
     images = {"rejected": config.data.rejected_image_column}
     return made._replace(loss=encoded(made.pipe, loss), batch=batch, images=images)

@@ -44,7 +44,7 @@ Writer = Callable[[Moment], None]
 
 
 def line(moment: Moment) -> None:
-    """A line on the terminal, over the one before it where there is a terminal and both are of the same figures."""
+    """A line on the terminal."""
     told = "  ".join(f"{name} {value:.4g}" for name, value in moment.figures.items())
     if told:
         print(f"step {moment.step}/{moment.steps}  {told}", flush=True)

@@ -4,6 +4,7 @@ Everything is checked before work begins: the recipe, the data's columns, the fo
 """
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from PIL import Image
 
 from flaxdiff import parallel
@@ -31,10 +33,12 @@ from flaxdiff.training.data import (
 )
 from flaxdiff.training.data.pictures import SUFFIXES
 from flaxdiff.training.data.stored import Precomputed
+from flaxdiff.training.data.tables import Streamed
 from flaxdiff.training.optimizers import optimizer, schedule
 from flaxdiff.training.recipes import RECIPES, Params2, Recipe
 from flaxdiff.training.reinforce import reinforce
 
+ENCODED = ("text_to_image", "lora")  # recipes that need no pictures where there are latents
 FAR = 1 << 20  # batches beyond those of any run
 DTYPES = {"no": None, "bf16": jnp.bfloat16}
 
@@ -63,16 +67,16 @@ def train(config: Config) -> Params2:
         written(config, recipe, params)
         return params
     with jax.set_mesh(mesh):
-        first = state.create(recipe.params, tx, recipe.trainable, average=given.use_ema)
-        places = parallel.shardings(first, mesh)
-        first = jax.device_put(first, places)
-        step = state.jitted(
-            recipe.loss, tx, given.ema_decay, dtype=dtype, parts=given.gradient_accumulation_steps, places=places
-        )
+        create = functools.partial(state.create, tx=tx, trainable=recipe.trainable, average=given.use_ema)
+        params = jax.device_put(recipe.params, parallel.shardings(recipe.params, mesh))
+        places = parallel.shardings(jax.eval_shape(create, params), mesh)
+        parts = given.gradient_accumulation_steps
+        step = state.jitted(recipe.loss, tx, given.ema_decay, dtype=dtype, parts=parts, places=places)
+        first, params, recipe = [jax.jit(create, out_shardings=places)(params)], None, recipe._replace(params={})
         place = lambda batch: parallel.shard(recipe.batch(batch), mesh, part=jax.process_count() > 1)
         final = loop.fit(
             step,
-            first,
+            first.pop(),  # nobody else is to hold it
             data,
             key,
             given.max_train_steps,
@@ -82,7 +86,7 @@ def train(config: Config) -> Params2:
             best=given.best,
             log_every=given.logging_steps,
             writers=writers(config),
-            validate=validation(config, recipe, data, place),
+            validate=validation(config, recipe, data, place, dtype),
             validate_every=given.validation_steps,
             place=place,
             profile=given.profile,
@@ -95,6 +99,7 @@ def train(config: Config) -> Params2:
 
 def written(config: Config, recipe: Recipe, params: Params2) -> None:
     """Write the result, by the first process; to the Hub as well, without checkpoints, where the run says so."""
+    params = jax.tree.map(_gathered, params)
     if jax.process_index():
         return
     recipe.export(Path(config.run.output), params)
@@ -102,6 +107,11 @@ def written(config: Config, recipe: Recipe, params: Params2) -> None:
         with tempfile.TemporaryDirectory() as folder:
             recipe.export(Path(folder), params)
             hub.upload(config.run.push_to_hub, Path(folder), None, None, False, "Trained with flaxdiff")
+
+
+def _gathered(a: jax.Array) -> Any:
+    """An array that lies on several hosts, on each of them."""
+    return a if a.is_fully_addressable else multihost_utils.process_allgather(a, tiled=True)
 
 
 def named(option: str, name: str, known: Mapping[str, Any]) -> Any:
@@ -129,29 +139,40 @@ def batches(config: Config, recipe: Recipe) -> DataLoader:
         proportion_empty_prompts=given.proportion_empty_prompts,
         conditioning_dropout_prob=objective.conditioning_dropout_prob if recipe.drops else 0.0,
     )
+    pairs = objective.with_prior_preservation or "rejected" in recipe.images
+    if pairs and jax.process_count() > 1:
+        raise ValueError(f"{config.recipe} of pairs of pictures runs in one process; start it on one host.")
+    if given.streaming and (objective.with_prior_preservation or config.run.validation_batches or recipe.judged):
+        raise ValueError("A stream cannot be asked for batches by number; leave out streaming, or what needs them.")
     parts, size = 1 + objective.with_prior_preservation, config.run.train_batch_size
     if size % parts:
         raise ValueError(f"train_batch_size={size}: half of it pictures, half of their class; give an even number.")
 
-    def of(where: str, examples: Examples) -> Batches | Stream:
-        options = {"dataset_config_name": given.dataset_config_name, "streaming": given.streaming}
-        columns = tuple(images.values())
-        source = emoji.Drawn() if where == "emoji" else open_source(where, split=given.split, images=columns, **options)
-        encoded = isinstance(source, Precomputed)
-        return (Stream if given.streaming else Batches).of(
+    def of(source: Any, examples: Examples, limit: int | None) -> Batches | Stream:
+        return (Stream if isinstance(source, Streamed) else Batches).of(
             source,
-            Stored(proportion_empty_prompts=given.proportion_empty_prompts) if encoded else examples,
+            examples,
             objective.sample_batch_size if recipe.judged else size // parts,
             seed=config.run.seed,
-            max_train_samples=given.max_train_samples,
+            max_train_samples=limit,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
 
-    made = of(given.train_data, examples)
+    options = {"dataset_config_name": given.dataset_config_name, "streaming": given.streaming, "split": given.split}
+    columns, emojis = tuple(images.values()), given.train_data == "emoji"
+    source = emoji.Drawn() if emojis else open_source(given.train_data, images=columns, **options)
+    if isinstance(source, Precomputed):
+        if config.recipe not in ENCODED or given.instance_prompt or config.adapter.train_text_encoder or pairs:
+            raise ValueError(
+                f"{given.train_data} holds latents and texts that were encoded before, which are for "
+                f"{' and '.join(ENCODED)} without instance_prompt, train_text_encoder and pairs; give pictures."
+            )
+        examples = Stored(proportion_empty_prompts=given.proportion_empty_prompts)
+    made = of(source, examples, given.max_train_samples)
     if objective.with_prior_preservation:
-        prior = dataclasses.replace(examples, prompt=given.class_prompt)
-        made = PriorPreservation(made, of(class_pictures(config, recipe), prior))
+        prior = dataclasses.replace(examples, images={"image": "image"}, prompt=given.class_prompt)
+        made = PriorPreservation(made, of(open_source(class_pictures(config, recipe)), prior, None))
     return DataLoader(made, given.dataloader_num_workers)
 
 
@@ -196,6 +217,8 @@ def optimiser(config: Config) -> Any:
 def writers(config: Config) -> list[report.Writer]:
     """What is told of the run: the terminal, and what `report_to` says."""
     folder = Path(config.run.output)
+    if jax.process_index():
+        return []
     known = {
         "jsonl": lambda: report.jsonl(folder / "log.jsonl"),
         "tensorboard": lambda: report.tensorboard(folder / "tensorboard"),
@@ -204,7 +227,7 @@ def writers(config: Config) -> list[report.Writer]:
     return [report.bar(), *(named("report_to", name, known)() for name in config.run.report_to)]
 
 
-def validation(config: Config, recipe: Recipe, data: DataLoader, place: Callable) -> Any:
+def validation(config: Config, recipe: Recipe, data: DataLoader, place: Callable, dtype: Any) -> Any:
     """What is looked at now and then, with the moving average where there is one: a loss, pictures, or nothing.
 
     The loss is that of a few batches far ahead in the data, with the same noise each time.
@@ -214,7 +237,9 @@ def validation(config: Config, recipe: Recipe, data: DataLoader, place: Callable
     if not prompts and not given.validation_batches:
         return None
     images = [Image.open(path).convert("RGB") for path in (given.validation_image or "").split("|") if path]
-    pipe, loss = recipe.pipe.replace(progress=False), jax.jit(lambda *given: recipe.loss(*given)[0])
+    pipe = recipe.pipe.replace(progress=False)
+    loss = jax.jit(lambda params, *given: recipe.loss(state.computed(params, dtype), *given)[0])
+    side = {"height": config.data.resolution, "width": config.data.resolution} if recipe.captioned else {}
 
     def look(now: state.TrainState) -> dict[str, Any]:
         params, found = state.averaged(now), {}
@@ -224,8 +249,8 @@ def validation(config: Config, recipe: Recipe, data: DataLoader, place: Callable
             found["validation_loss"] = float(np.mean(jax.device_get(each)))
         if prompts:
             params, many = recipe.draws(params), given.num_validation_images
-            more = {"image": [images[i % len(images)] for i in range(len(prompts))]} if images else {}
-            made = pipe(params, key, prompt=prompts, num_images_per_prompt=many, **more).images
+            more = {recipe.shows: [images[i % len(images)] for i in range(len(prompts))]} if images else {}
+            made = pipe(params, key, prompt=prompts, num_images_per_prompt=many, **more, **side).images
             found["validation"] = make_image_grid(made, rows=len(prompts), cols=many)
         return found
 

@@ -93,17 +93,19 @@ def create(params: Any, tx: optax.GradientTransformation, trainable: str = ".*",
     return TrainState(jnp.zeros((), jnp.int32), hot, opt, ema, replace(params, dict.fromkeys(hot)))
 
 
+def computed(params: Any, dtype: Any = None) -> Any:
+    """Parameters in the dtype that networks compute in; None for as they are."""
+    floating = lambda a: dtype is not None and jnp.issubdtype(a.dtype, jnp.floating)
+    return jax.tree.map(lambda a: a.astype(dtype) if floating(a) else a, params)
+
+
 def gradients(
     loss: Loss, state: TrainState, batch: Any, key: jax.Array, dtype: Any = None
 ) -> tuple[tuple[jax.Array, Mapping[str, jax.Array]], dict[str, jax.Array]]:
     """((value, metrics), gradients of what `state` trains), computed in `dtype`, in the masters' own by default."""
 
     def objective(hot: dict[str, jax.Array]) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-        params = replace(state.frozen, hot)
-        if dtype is not None:
-            floating = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
-            params = jax.tree.map(lambda a: a.astype(dtype) if floating(a) else a, params)
-        return loss(params, batch, key)
+        return loss(computed(replace(state.frozen, hot), dtype), batch, key)
 
     return jax.value_and_grad(objective, has_aux=True)(state.trainable)
 
@@ -125,7 +127,7 @@ def accumulated(
         n, batch = part
         return gradients(loss, state, batch, jax.random.fold_in(key, n), dtype)
 
-    every = jnp.arange(parts), by_kind(lambda a: jnp.broadcast_to(a, (parts,)), rows, batch)
+    every = jnp.arange(parts), by_kind(lambda a: jnp.broadcast_to(a, (parts, *jnp.shape(a))), rows, batch)
     shapes = jax.eval_shape(of, jax.tree.map(lambda a: a[0], every))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     add = lambda total, part: (jax.tree.map(lambda a, b: a + b / parts, total, of(part)), None)
