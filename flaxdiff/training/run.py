@@ -111,7 +111,7 @@ def written(config: Config, recipe: Recipe, params: Params2) -> None:
 
 def _gathered(a: jax.Array) -> Any:
     """An array that lies on several hosts, on each of them."""
-    return a if a.is_fully_addressable else multihost_utils.process_allgather(a, tiled=True)
+    return a if getattr(a, "is_fully_addressable", True) else multihost_utils.process_allgather(a, tiled=True)
 
 
 def named(option: str, name: str, known: Mapping[str, Any]) -> Any:
