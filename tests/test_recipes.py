@@ -15,7 +15,7 @@ import test_flux
 import test_sd3
 import torch
 
-from flaxdiff.training import noising, optimizers, recipes, run, state, timesteps
+from flaxdiff.training import noising, optimizers, recipes, run, state, timesteps, words
 from flaxdiff.training.config import Adapter, Config, Data, Model, Objective, Run
 
 KEY, RATE, EPS = jax.random.key(3), 1e-3, 1e-3
@@ -201,7 +201,7 @@ def test_unconditional(tmp_path):
 
 def test_a_word(tmp_path, monkeypatch):
     """Textual inversion: two vectors move, the rest of the table does not."""
-    monkeypatch.setattr(recipes, "OBJECTS", ("a {}",))  # the tiny tokenizer has letters for words
+    monkeypatch.setattr(words, "OBJECTS", ("a {}",))  # the tiny tokenizer has letters for words
     build = peers.stable_diffusion_1
     word = Adapter(placeholder_token="<x>", initializer_token="red", num_vectors=2)
     recipe = recipes.RECIPES["textual_inversion"](config("textual_inversion", peers.saved(build), adapter=word))
@@ -216,7 +216,7 @@ def test_a_word(tmp_path, monkeypatch):
     pipe.load_textual_inversion(tmp_path / "before")
     table = pipe.text_encoder.get_input_embeddings().weight
     x, t, target = noised(recipe.pipe.scheduler, batch, *keys)
-    prompts = [pipe.maybe_convert_prompt(p, pipe.tokenizer) for p in recipes.said(config("", "", adapter=word), data)]
+    prompts = [pipe.maybe_convert_prompt(p, pipe.tokenizer) for p in words.said(config("", "", adapter=word), data)]
     ids = pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     loss = torch.nn.functional.mse_loss(pipe.unet(x, t, pipe.text_encoder(ids)[0]).sample, target)
     rows = torch.autograd.grad(loss, table)[0][-2:]

@@ -13,7 +13,7 @@ import re
 import runpy
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +282,13 @@ class Config:
     objective: Objective = Objective()
     optimizer: Optimizer = Optimizer()
     run: Run = Run()
+
+
+def named(option: str, name: str, known: Mapping[str, Any]) -> Any:
+    """What a name stands for. Raises ValueError where it stands for nothing."""
+    if name not in known:
+        raise ValueError(f"{option}={name!r} is not known; use one of {sorted(known)}.")
+    return known[name]
 
 
 PARTS = tuple(field.name for field in dataclasses.fields(Config) if field.name != "recipe")

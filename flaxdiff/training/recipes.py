@@ -7,7 +7,6 @@ a way to write the result, in the format that PyTorch's diffusers reads. All are
 import functools
 import importlib
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,20 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxdiff import parallel, registry
-from flaxdiff.adapters import custom_diffusion, lora, textual_inversion
-from flaxdiff.checkpoint import pipelines
+from flaxdiff.adapters import custom_diffusion, lora
+from flaxdiff.checkpoint import files, pipelines
 from flaxdiff.checkpoint.writing import save_model
 from flaxdiff.core import Params, init
 from flaxdiff.pipelines import tasks
 from flaxdiff.pipelines.auto import AutoPipelineForText2Image
 from flaxdiff.pipelines.generate import autoencoder, denoiser
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
-from flaxdiff.training import distillation, losses, noising, rewards, timesteps
-from flaxdiff.training.config import Config, Objective
+from flaxdiff.training import distillation, losses, noising, rewards, timesteps, words
+from flaxdiff.training.config import Config, Objective, named
 from flaxdiff.training.diffusion import conditions, encoded, predict, wordless
 from flaxdiff.training.state import Loss
+from flaxdiff.training.words import Components
 
-Params2 = dict[str, Params]  # component -> parameters
 Batch = Mapping[str, Any]
 
 
@@ -53,23 +52,23 @@ class Recipe(NamedTuple):
     """
 
     pipe: DiffusionPipeline
-    params: Params2
+    params: Components
     trainable: str
     loss: Loss
     batch: Callable[[Batch], dict[str, Any]]
-    export: Callable[[Path, Params2], None]
+    export: Callable[[Path, Components], None]
     images: Mapping[str, str] = {}
     captioned: bool = True
     drops: bool = False
     judged: bool = False
     shows: str = "image"
-    draws: Callable[[Params2], Params2] = lambda params: params
+    draws: Callable[[Components], Components] = lambda params: params
 
 
 # --- what recipes share ----------------------------------------------------------------------------------------------
 
 
-def load(config: Config, **options: Any) -> tuple[DiffusionPipeline, Params2]:
+def load(config: Config, **options: Any) -> tuple[DiffusionPipeline, Components]:
     """The pipeline that a run starts from, with another autoencoder where one is named; remat as the run says."""
     model = config.model
     if model.pretrained_vae_model_name_or_path:
@@ -102,6 +101,11 @@ def checkpointed(pipe: DiffusionPipeline, config: Config) -> DiffusionPipeline:
 CURVES = ("logit_normal", "mode")  # schemes that say how times are drawn
 
 
+def described(config: Config, usual: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of a network that is trained from nothing: that of the file `component`, or the usual one."""
+    return files.read_json(Path(config.model.component)) if config.model.component else usual
+
+
 def denoising(pipe: DiffusionPipeline, given: Objective) -> Loss:
     """The denoising loss of a pipeline's network, of pictures and conditions."""
     path = noising.path_of(pipe.scheduler)
@@ -123,7 +127,7 @@ def denoising(pipe: DiffusionPipeline, given: Objective) -> Loss:
         "sigma_sqrt": (alone(uniform), noising.sd3("sigma_sqrt")),
         "cosmap": (alone(uniform), noising.sd3("cosmap")),
     }
-    draw, weight = _named("weighting_scheme", given.weighting_scheme, schemes)
+    draw, weight = named("weighting_scheme", given.weighting_scheme, schemes)
     weights = {
         "none": weight,
         "min_snr": noising.min_snr(given.snr_gamma or 5.0),
@@ -140,19 +144,13 @@ def denoising(pipe: DiffusionPipeline, given: Objective) -> Loss:
         predict(pipe),
         path,
         timesteps=draw,
-        weight=_named("weighting", name, weights),
+        weight=named("weighting", name, weights),
         noise=noising.offset(given.noise_offset) if given.noise_offset else jax.random.normal,
         input_perturbation=given.input_perturbation,
         dream_detail_preservation=given.dream_detail_preservation,
         prior_loss_weight=given.prior_loss_weight if given.with_prior_preservation else None,
     )
     return encoded(pipe, loss)
-
-
-def _named(option: str, name: str, known: Mapping[str, Any]) -> Any:
-    if name not in known:
-        raise ValueError(f"{option}={name!r} is not known; use one of {sorted(known)}.")
-    return known[name]
 
 
 def told(pipe: DiffusionPipeline, batch: Batch, config: Config, **options: Any) -> dict[str, Any]:
@@ -163,23 +161,23 @@ def told(pipe: DiffusionPipeline, batch: Batch, config: Config, **options: Any) 
     if getattr(pipe.denoiser.config, "guidance_embeds", False):
         options = {"guidance_scale": config.objective.guidance_scale, **options}
     encodings = {name: value for name, value in batch.items() if "prompt_" in name}
-    words = encodings or {"prompt": options.pop("prompt", None) or batch["caption"]}
+    captions = encodings or {"prompt": options.pop("prompt", None) or batch["caption"]}
     name, factor = ("image", 1) if "image" in batch else ("latents", tasks.vae_factor(pipe))
     shown = np.asarray(batch[name])
     height, width = (factor * side for side in shown.shape[1:3])
-    arrays = conditions(pipe, **words, height=height, width=width, **options)
+    arrays = conditions(pipe, **captions, height=height, width=width, **options)
     if "time_ids" in arrays and "original_size" in batch:
         sizes = batch["original_size"], batch["crop_top_left"], np.broadcast_to([height, width], (len(shown), 2))
         arrays["time_ids"] = np.concatenate(sizes, 1, dtype=np.float32, casting="unsafe")
     return {name: shown, "conditions": arrays}
 
 
-def whole(folder: Path, params: Params2, pipe: DiffusionPipeline) -> None:
+def whole(folder: Path, params: Components, pipe: DiffusionPipeline) -> None:
     """Write a pipeline."""
     pipelines.save(folder, pipe, {name: params[name] for name, _ in pipe.specs})
 
 
-def plain(pipe: DiffusionPipeline, params: Params2, trainable: str, config: Config, **changes: Any) -> Recipe:
+def plain(pipe: DiffusionPipeline, params: Components, trainable: str, config: Config, **changes: Any) -> Recipe:
     """A recipe that denoises pictures of captions."""
     batch = lambda batch: told(pipe, batch, config)
     made = Recipe(
@@ -224,7 +222,7 @@ def unconditional(config: Config) -> Recipe:
         pipe, params = load(config)
     else:
         usual = {"sample_size": config.data.resolution, **_UNCONDITIONAL}
-        given = json.loads(Path(config.model.component).read_text()) if config.model.component else usual
+        given = described(config, usual)
         spec = registry.find("UNet2DModel").from_config(given)
         pipe = checkpointed(predicting(ddpm((("unet", spec),), scheduler()), config), config)
         params = {"unet": init(spec, jax.random.key(config.run.seed))}
@@ -258,7 +256,7 @@ def controlnet(config: Config) -> Recipe:
             raise ValueError(f"{net.__name__} does not begin as another network; give controlnet_model_name_or_path.")
         halvings = len(base.vae.config.block_out_channels) - 1  # of the latent, as the net reads its picture
         usual = {"conditioning_embedding_out_channels": (16, 32, 96, 256)[: halvings + 1]} if own == "unet" else {}
-        given = json.loads(Path(config.model.component).read_text()) if config.model.component else usual
+        given = described(config, usual)
         spec, start = begin(dict(base.specs)[own], params[own], key, **given)
     pipe = checkpointed(AutoPipelineForText2Image.from_pipe(base, controlnet=spec), config)
     params = {**params, "controlnet": start}
@@ -282,7 +280,7 @@ def t2i_adapter(config: Config) -> Recipe:
     channels = list(base.unet.config.block_out_channels)
     usual = {"channels": channels, "adapter_type": "full_adapter_xl"} if large else {"channels": channels}
     factor = {"downscale_factor": 2 ** (len(base.vae.config.block_out_channels) - 1) * (2 if large else 1)}
-    given = json.loads(Path(config.model.component).read_text()) if config.model.component else {**usual, **factor}
+    given = described(config, {**usual, **factor})
     spec = registry.find("T2IAdapter").from_config(given)
     pipe = checkpointed(cls.from_pipe(base, adapter=spec), config)
     start = init(spec, jax.random.fold_in(jax.random.key(config.run.seed), 1))
@@ -325,14 +323,14 @@ def textual_inversion_of(config: Config) -> Recipe:
 
     Reference: Gal et al., An Image is Worth One Word, 2022.
     """
-    pipe, params, words = with_word(*load(config), config)
+    pipe, params, vectors = words.with_word(*load(config), config)
     loss = denoising(pipe, config.objective)
-    export = functools.partial(save_word, config=config)
-    made = plain(pipe, {**params, "word": words}, r"word\..*", config, export=export, captioned=False)
+    export = functools.partial(words.save_word, config=config)
+    made = plain(pipe, {**params, "word": vectors}, r"word\..*", config, export=export, captioned=False)
     return made._replace(
-        loss=lambda params, batch, key: loss(spoken(params), batch, key),
-        batch=lambda batch: told(pipe, batch, config, prompt=said(config, batch)),
-        draws=spoken,
+        loss=lambda params, batch, key: loss(words.spoken(params), batch, key),
+        batch=lambda batch: told(pipe, batch, config, prompt=words.said(config, batch)),
+        draws=words.spoken,
     )
 
 
@@ -343,19 +341,19 @@ def custom_diffusion_of(config: Config) -> Recipe:
     """
     pipe, params = load(config)
     layers = {"crossattn_kv": r"to_[kv]", "crossattn": r"to_(?:[qkv]|out\.0)"}
-    moving = rf"unet\..*attn2\.{_named('freeze_model', config.adapter.freeze_model, layers)}\..*"
-    words: Params = {}
+    moving = rf"unet\..*attn2\.{named('freeze_model', config.adapter.freeze_model, layers)}\..*"
+    vectors: Params = {}
     if config.adapter.placeholder_token:
-        pipe, params, words = with_word(pipe, params, config)
+        pipe, params, vectors = words.with_word(pipe, params, config)
 
-    def export(folder: Path, params: Params2) -> None:
+    def export(folder: Path, params: Components) -> None:
         custom_diffusion.save_custom_diffusion(folder, pipe, params, moving.removeprefix(r"unet\."))
-        if words:
-            save_word(folder, params, config)
+        if vectors:
+            words.save_word(folder, params, config)
 
     loss = denoising(pipe, config.objective)
-    made = plain(pipe, {**params, "word": words}, rf"{moving}|word\..*", config, export=export)
-    return made._replace(loss=lambda params, batch, key: loss(spoken(params), batch, key), draws=spoken)
+    made = plain(pipe, {**params, "word": vectors}, rf"{moving}|word\..*", config, export=export)
+    return made._replace(loss=lambda params, batch, key: loss(words.spoken(params), batch, key), draws=words.spoken)
 
 
 def latent_consistency(config: Config) -> Recipe:
@@ -468,65 +466,6 @@ def reward(name: str) -> Callable[[jax.Array], jax.Array]:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"reward={name!r}: give 'brightness', or 'module:function' of your own ({error}).") from error
-
-
-# --- words -----------------------------------------------------------------------------------------------------------
-
-OBJECTS = ("a photo of a {}", "a rendering of a {}", "a cropped photo of the {}", "a close-up photo of a {}")
-OBJECTS += ("a bright photo of the {}", "a good photo of a {}", "the photo of a {}", "a photo of one {}")
-STYLES = ("a painting in the style of {}", "a rendering in the style of {}", "a picture in the style of {}")
-STYLES += (
-    "a bright painting in the style of {}",
-    "a small painting in the style of {}",
-    "a drawing in the style of {}",
-)
-
-
-def said(config: Config, batch: Batch) -> list[str]:
-    """Captions with the new word: a phrase for each, by what its picture is."""
-    phrases = _named("learnable_property", config.adapter.learnable_property, {"object": OBJECTS, "style": STYLES})
-    number = lambda image: int(np.abs(image).sum() * 1e3)  # any function of the picture and of how it was cut
-    return [phrases[number(image) % len(phrases)].format(config.adapter.placeholder_token) for image in batch["image"]]
-
-
-def with_word(
-    pipe: DiffusionPipeline, params: Params2, config: Config
-) -> tuple[DiffusionPipeline, Params2, dict[str, jax.Array]]:
-    """A pipeline that knows a word more, and the vectors of it, by text encoder, which begin as those of another word.
-
-    Raises:
-      ValueError: no word, or one to begin as that is several tokens.
-    """
-    given = config.adapter
-    if not given.placeholder_token or not given.initializer_token:
-        raise ValueError("Give placeholder_token=, the word to learn, and initializer_token=, one that it begins as.")
-    vectors = {}
-    for name, tokenizer in pipe.tokenizers:
-        encoder = name.replace("tokenizer", "text_encoder")
-        if textual_inversion.TABLE in params[encoder]:
-            ids = np.asarray(tokenizer([given.initializer_token]))[0]
-            empty = np.asarray(tokenizer([""]))[0]
-            if int((ids != empty).sum()) > 2 or ids[2] != empty[1]:
-                raise ValueError(f"initializer_token={given.initializer_token!r} is several tokens; give one word.")
-            row = params[encoder][textual_inversion.TABLE][ids[1]]
-            vectors[encoder] = jnp.repeat(row[None], given.num_vectors, 0)
-    pipe, params = textual_inversion.add_word(pipe, params, given.placeholder_token, vectors)
-    return pipe, params, vectors
-
-
-def spoken(params: Params2) -> Params2:
-    """Parameters with the learned vectors where the text encoders look them up."""
-    table = textual_inversion.TABLE
-    beside = {k: v for k, v in params.items() if k != "word"}
-    for encoder, rows in params.get("word", {}).items():
-        known = beside[encoder][table][: -len(rows)]
-        beside[encoder] = {**beside[encoder], table: jnp.concatenate([known, rows.astype(known.dtype)])}
-    return beside
-
-
-def save_word(folder: Path, params: Params2, config: Config) -> None:
-    """Write the vectors of the new word."""
-    textual_inversion.save_textual_inversion(folder, config.adapter.placeholder_token, params["word"])
 
 
 def autoencoder_of(config: Config) -> Recipe:

@@ -18,15 +18,16 @@ import numpy as np
 from flaxdiff import registry
 from flaxdiff.pipelines.generate import Size
 from flaxdiff.training import distillation, loop, noising, report, rewards, state
+from flaxdiff.training.checkpoints import Keeper
 from flaxdiff.training.config import Config
 from flaxdiff.training.data import DataLoader
 from flaxdiff.training.diffusion import conditions, predict, wordless
-from flaxdiff.training.recipes import Params2, Recipe, reward
+from flaxdiff.training.recipes import Components, Recipe, reward
 
 Batch = Mapping[str, Any]
 
 
-def reinforce(config: Config, made: Recipe, data: DataLoader, tx: Any, writers: Sequence[report.Writer]) -> Params2:
+def reinforce(config: Config, made: Recipe, data: DataLoader, tx: Any, writers: Sequence[report.Writer]) -> Components:
     """Run a recipe whose pictures are judged: of the data the captions count, round by round.
 
     Returns:
@@ -60,7 +61,7 @@ def reinforce(config: Config, made: Recipe, data: DataLoader, tx: Any, writers: 
     step = state.jitted(rewards.ddpo(asked, plan, clip_range=given.clip_range), tx, **dtype)
     now = state.create(made.params, tx, made.trainable, average=False)
     key = jax.random.key(config.run.seed)
-    keeper = loop.Keeper.of(folder / "checkpoints", now, config.run.checkpoints_total_limit)
+    keeper = Keeper.of(folder / "checkpoints", now, config.run.checkpoints_total_limit)
     now = (keeper.restore(now, key) or (now,))[0]
 
     def round_from(now: state.TrainState, n: int) -> state.TrainState:

@@ -6,7 +6,7 @@ Everything is checked before work begins: the recipe, the data's columns, the fo
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from flaxdiff import parallel
 from flaxdiff.checkpoint import hub
 from flaxdiff.images import make_image_grid
 from flaxdiff.training import emoji, loop, report, state
-from flaxdiff.training.config import Config
+from flaxdiff.training.config import Config, named
 from flaxdiff.training.data import (
     Batches,
     DataLoader,
@@ -35,7 +35,7 @@ from flaxdiff.training.data.pictures import SUFFIXES
 from flaxdiff.training.data.stored import Precomputed
 from flaxdiff.training.data.tables import Streamed
 from flaxdiff.training.optimizers import optimizer, schedule
-from flaxdiff.training.recipes import RECIPES, Params2, Recipe
+from flaxdiff.training.recipes import RECIPES, Components, Recipe
 from flaxdiff.training.reinforce import reinforce
 
 ENCODED = ("text_to_image", "lora")  # recipes that need no pictures where there are latents
@@ -43,7 +43,7 @@ FAR = 1 << 20  # batches beyond those of any run
 DTYPES = {"no": None, "bf16": jnp.bfloat16}
 
 
-def train(config: Config) -> Params2:
+def train(config: Config) -> Components:
     """Run a configuration to its end, from its last checkpoint if there is one, and write the result.
 
     Returns:
@@ -97,7 +97,7 @@ def train(config: Config) -> Params2:
     return recipe.draws(params)
 
 
-def written(config: Config, recipe: Recipe, params: Params2) -> None:
+def written(config: Config, recipe: Recipe, params: Components) -> None:
     """Write the result, by the first process; to the Hub as well, without checkpoints, where the run says so."""
     params = jax.tree.map(_gathered, params)
     if jax.process_index():
@@ -112,13 +112,6 @@ def written(config: Config, recipe: Recipe, params: Params2) -> None:
 def _gathered(a: jax.Array) -> Any:
     """An array that lies on several hosts, on each of them."""
     return a if getattr(a, "is_fully_addressable", True) else multihost_utils.process_allgather(a, tiled=True)
-
-
-def named(option: str, name: str, known: Mapping[str, Any]) -> Any:
-    """What a name stands for. Raises ValueError where it stands for nothing."""
-    if name not in known:
-        raise ValueError(f"{option}={name!r} is not known; use one of {sorted(known)}.")
-    return known[name]
 
 
 def batches(config: Config, recipe: Recipe) -> DataLoader:
