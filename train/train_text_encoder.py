@@ -1,21 +1,54 @@
-"""Warm up a text encoder by letting it draw: the launch script of configs/emoji_text_encoder.json.
+"""Warm up a text encoder by letting it draw: the launch script of configs/emoji_text_encoder.json and emoji_t5.json.
 
-Captions are short and padded with the end-of-text token, and the encoder is causal, so its last positions have read
-the whole caption. Each of the last sixteen is made to say, through one linear layer that is thrown away afterwards,
-what one cell of a 4 x 4 grid over the picture looks like (principal components of its pixels). A denoiser that
-attends to these positions finds the layout already there: without the warm-up, diffusion learns to read text a
-hundred times more slowly.
+Sixteen positions of every text have read the whole caption: the last ones of CLIP, which is causal and padded with the
+end of the text; the marks before the words of T5, which reads both ways. Each is made to say, through one linear layer
+that is thrown away afterwards, what one cell of a 4 x 4 grid over the picture looks like (principal components of its
+pixels). A denoiser that attends to these positions finds the layout already there: without the warm-up, diffusion
+learns to read text a hundred times more slowly.
 """
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flaxdiff.checkpoint import save_model
-from flaxdiff.core import apply, init
+from flaxdiff.core import Model, Params, Spec, apply, init
 from flaxdiff.models.clip import CLIPTextModel
+from flaxdiff.models.t5 import T5EncoderModel
 from flaxdiff.pipelines.text import Tokenizer
 from flaxdiff.training import emoji, loop, optimizers, state, tokenizer
+
+
+class Reader(NamedTuple):
+    """A kind of text encoder: its class, its tokenizer's, how that is learned, how it reads, and where it draws."""
+
+    model: type[Model]
+    tokenizer: str
+    learn: Callable[[list[str], Mapping[str, Any], Path], None]  # captions, configuration, folder
+    read: Callable[[Spec, Params, jax.Array], jax.Array]  # ids [B, N] -> [B, N, D]
+    marks: slice  # the places, of the N, that draw
+
+
+READERS = {
+    "clip": Reader(
+        CLIPTextModel,
+        "CLIPTokenizer",
+        lambda captions, c, folder: tokenizer.train(captions, c["vocab_size"], c["max_position_embeddings"], folder),
+        lambda spec, params, ids: apply(spec, params, ids).last_hidden_state,
+        slice(-16, None),
+    ),
+    "t5": Reader(
+        T5EncoderModel,
+        "PreTrainedTokenizerFast",
+        lambda captions, c, folder: tokenizer.train_words(captions, 36, 16, folder),
+        lambda spec, params, ids: apply(spec, params, ids, ids != 0),
+        slice(16),
+    ),
+}
 
 
 class Cells:
@@ -72,28 +105,32 @@ def main() -> None:
     config, out = loop.arguments(__doc__)
 
     names, rgba = emoji.load()
-    settings = config["text_encoder"]
-    tokenizer.train(emoji.corpus(names), settings["vocab_size"], settings["max_position_embeddings"], out / "tokenizer")
-    encode = Tokenizer(str(out / "tokenizer"), "CLIPTokenizer")
+    settings, reader = config["text_encoder"], READERS[config["reader"]]
+    reader.learn(emoji.corpus(names), settings, out / "tokenizer")
+    encode = Tokenizer(str(out / "tokenizer"), reader.tokenizer)
     cells = Cells(rgba, config["grid"], config["components"])
     positions = config["grid"] ** 2
 
-    spec = CLIPTextModel.from_config({**settings, "scan_layers": False})
-    width = settings["hidden_size"]
+    spec = reader.model.from_config({**settings, "scan_layers": False})
+    width = config["width"]
     key = jax.random.key(config["seed"])
     params = {
         "text_encoder": init(spec, key),
         "head": jax.random.normal(key, (width, config["components"])) / width**0.5,
     }
 
+    def drawn_at(params, ids):
+        """The states of the places that draw, [B, 16, D]."""
+        return reader.read(spec, params["text_encoder"], ids)[:, reader.marks]
+
     def predict(params, ids):
-        return apply(spec, params["text_encoder"], ids).last_hidden_state[:, -positions:] @ params["head"]
+        return drawn_at(params, ids) @ params["head"]
 
     code = 4 * jnp.eye(positions)  # what the first components of each of the last positions are to be
 
     def loss(params, batch, key):
         """The cells of the picture, and a mark that tells the positions apart."""
-        hidden = apply(spec, params["text_encoder"], batch["ids"]).last_hidden_state[:, -positions:]
+        hidden = drawn_at(params, batch["ids"])
         drawing = jnp.square(hidden @ params["head"] - batch["target"]).mean()
         marks = jnp.square(hidden[..., :positions] - code).mean()
         return drawing + 0.1 * marks, {"drawing": drawing, "marks": marks}

@@ -45,7 +45,6 @@ def prepare(pipe: "DiffusionPipeline", size: "Size", guided: bool, freeu: Sequen
     Raises:
       ValueError: not four numbers, or a network that has no such stages.
     """
-    freeu = dict(dict(pipe.settings).get("defaults", ())).get("freeu") if freeu is None else freeu
     if freeu is None:
         return {}
     factors = np.atleast_2d(np.asarray(freeu, np.float32))

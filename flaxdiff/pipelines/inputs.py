@@ -50,13 +50,14 @@ def prepare_inputs(
       ValueError: nothing to draw, a size that does not divide, and the like.
     """
     ahead.keep_compiled()
-    defaults = {**pipe.defaults, **dict(dict(pipe.settings).get("defaults", ()))}
+    own = dict(dict(pipe.settings).get("defaults", ()))  # the checkpoint's
+    defaults = {**pipe.defaults, **own}
     scale = defaults["guidance_scale"] if guidance_scale is None else guidance_scale
     distilled = pipe.family.distilled(dict(pipe.specs), scale) if pipe.family.distilled else {}
     options |= {"prompt": prompt, "guidance_scale": scale}
     guided = bool(np.max({**defaults, **options}[pipe.asks]) > 1) and not distilled
     earlier, heard = before(pipe, {**options, "num_images_per_prompt": num_images_per_prompt})
-    takes = lambda function, given=options: {
+    takes = lambda function, given={**own, **options}: {
         k: v for k, v in given.items() if k in inspect.signature(function).parameters
     }
     steered = takes(pipe.rule, {**defaults, **options})

@@ -1,16 +1,19 @@
-"""A tokenizer in CLIP's file format, learned from captions.
+"""Tokenizers learned from captions: one in CLIP's file format, and one of whole words in T5's manner.
 
 CLIP splits lower-cased text into words, digits and runs of punctuation, writes each as bytes, and merges pairs of
 symbols in the order in which they were learned; the last symbol of a word carries `</w>`. All 512 single bytes are in
 the vocabulary, so a word never seen still has tokens. The text begins with <|startoftext|>, ends with <|endoftext|>
 and is padded with that.
+
+Whole words suit a small encoder that reads few of them: none has to be spelled. Other words are read as letters.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from flaxdiff.pipelines.text import PIECES
 
@@ -59,4 +62,48 @@ def train(captions: Iterable[str], vocab_size: int, max_length: int, folder: str
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def train_words(captions: Iterable[str], max_length: int, marks: int, folder: str | Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json` of a tokenizer that knows every word of the captions.
+
+    A text is `<mark_0> … words </s>`, padded with `<pad>`. The marks are the same in every text: places for an encoder
+    that reads both ways to say something at.
+
+    Args:
+      captions: the text whose words are known.
+      max_length: the length that texts are padded to.
+      marks: how many marks come before the words.
+      folder: where the files go; made if it does not exist.
+
+    >>> import tempfile, transformers
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     train_words(["red dog"], 6, 1, folder)
+    ...     transformers.PreTrainedTokenizerFast.from_pretrained(folder).tokenize("Red god")
+    ['▁red', '▁', 'g', 'o', 'd']
+    """
+    words = sorted({word for caption in captions for word in re.findall(r"\w+|[^\w\s]", caption.lower())})
+    letters = sorted(set("▁abcdefghijklmnopqrstuvwxyz0123456789").union(*words))
+    special = ["<pad>", "</s>", "<unk>", *(f"<mark_{i}>" for i in range(marks))]
+    scores = {token: 0.0 for token in special} | {letter: -10.0 for letter in letters}
+    learned = Tokenizer(models.Unigram([*scores.items(), *((f"▁{word}", -1.0) for word in words)], unk_id=2))
+    learned.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    learned.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.Metaspace()]
+    )
+    learned.add_special_tokens(special)
+    learned.post_processor = processors.TemplateProcessing(
+        single=" ".join([*special[3:], "$A", "</s>"]), special_tokens=[(t, i) for i, t in enumerate(special) if i != 2]
+    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    learned.save(str(folder / "tokenizer.json"), pretty=False)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
