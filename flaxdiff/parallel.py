@@ -225,7 +225,7 @@ def batch_axes(mesh: Mesh) -> tuple[str, ...]:
 # --- activations, by the mesh in context -----------------------------------------------------------------------------
 
 
-def _free() -> dict[str, int]:
+def free_axes() -> dict[str, int]:
     """The axes of the mesh in context that XLA may split over; those of a shard_map are the function's own affair."""
     mesh = jax.sharding.get_abstract_mesh()
     types = zip(mesh.shape.items(), mesh.axis_types)
@@ -244,7 +244,7 @@ def splits(shape: tuple[int, ...], wishes: Sequence[str | None]) -> tuple[tuple[
     >>> splits((8, 4), ("batch", "rest"))  # no mesh in context
     ((), ())
     """
-    free, batch = _free(), batch_axes(jax.sharding.get_abstract_mesh())
+    free, batch = free_axes(), batch_axes(jax.sharding.get_abstract_mesh())
     known = {"batch": batch, "rest": ("context",) if "tensor" in free else (*batch, "context")}
     found = []
     for length, wish in zip(shape, wishes):
@@ -267,7 +267,7 @@ def constrain(x: jax.Array, *wishes: str | None) -> jax.Array:
     (2, 4, 4, 3)
     """
     axes = splits(x.shape, wishes)
-    if not any(axes) and not ("whole" in wishes and _free()):
+    if not any(axes) and not ("whole" in wishes and free_axes()):
         return x
     open_ = PartitionSpec.UNCONSTRAINED
     dims = [a or (None if wish == "whole" else open_) for a, wish in zip(axes, wishes)]
@@ -282,7 +282,7 @@ def gathered(weight: jax.Array) -> jax.Array:
     Raises:
       ValueError: the mesh splits rows as well as channels.
     """
-    free = _free()
+    free = free_axes()
     if {"tensor", "context"} <= set(free):
         raise ValueError(
             f"Convolutions cannot be split over tensor and context at once: {free}; use fsdp+tp or fsdp+cp."

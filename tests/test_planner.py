@@ -177,6 +177,28 @@ def test_kernels():
     assert silent.kernel_flops == 0 and silent.unknown_kernels == 1
 
 
+@pytest.mark.parametrize("preset", ["fsdp+tp=2", "cp"])
+def test_kernels_on_several_chips(preset):
+    """The compiler refuses kernels that it would have to split: each chip runs them on its own pictures and heads."""
+    from flaxdiff.core import attention_backend, setting_of
+    from flaxdiff.nn import rope
+    from flaxdiff.nn.attention import attention
+
+    mesh = parallel.make_mesh(preset, chips.describe("v5e:2x2").devices)
+
+    def loss(x, weight, cos, sin):
+        turned = rope.normalised(x, weight, (cos, sin))
+        with setting_of(attention_backend, "flash"):
+            return attention(turned, turned, x).astype(jnp.float32).sum()
+
+    on = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    table = on((512, 128), jnp.float32)
+    arrays = on((2, 512, 2, 128), jnp.bfloat16), on((128,), jnp.bfloat16), table, table
+    with jax.set_mesh(mesh), unkept():
+        made = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).compile()
+    assert made.as_text().count("tpu_custom_call") >= 3
+
+
 def test_collectives():
     """A product summed over a split side is one reduction of its result, split or not; a split weight is gathered."""
     product = lambda a, b: jax.lax.dot(a, b, preferred_element_type=jnp.float32)

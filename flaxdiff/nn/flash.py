@@ -5,6 +5,8 @@ transformations: see kernels.py; and the gradient runs the kernel's own backward
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,17 +74,20 @@ def _backward(causal: bool, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Arr
     return jax.vjp(functools.partial(_forward, causal), q, k, v)[1](g)
 
 
-_heads = dict(n="b n h d", m="b m h d")
-_forward_anywhere = divisible(_forward, [_heads[axis] for axis in "nmm"], _heads["n"])
-_backward_anywhere = divisible(_backward, [_heads[axis] for axis in "nmmn"], [_heads[axis] for axis in "nmm"])
+def _anywhere(function: Callable, causal: bool, *arrays: jax.Array) -> Any:
+    """Either of these with pictures and heads on several devices; Q and its gradient have "n" places, the others "m"."""
+    # compiled apart, which keeps tables of the kernel to itself
+    run = jax.jit(functools.partial(function, causal))
+    q, kv = "b n h d", "b m h d"
+    return divisible(run, [q, kv, kv, q][: len(arrays)], q if function is _forward else (q, kv, kv))(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(causal, q, k, v):
-    return _forward_anywhere(causal, q, k, v)
+    return _anywhere(_forward, causal, q, k, v)
 
 
 _attend.defvjp(
     lambda causal, q, k, v: (_attend(causal, q, k, v), (q, k, v)),
-    lambda causal, saved, g: _backward_anywhere(causal, *saved, g),
+    lambda causal, saved, g: _anywhere(_backward, causal, *saved, g),
 )

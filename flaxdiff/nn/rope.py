@@ -200,7 +200,8 @@ def _where_best(eps: float, x: jax.Array, *how: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, *how, tpu=functools.partial(_by_kernel, eps, False), default=plainly)
 
 
-_anywhere = divisible(_where_best, ["b n h d", "d", "n d", "n d"], "b n h d")
+def _anywhere(eps: float, x: jax.Array, *how: jax.Array) -> jax.Array:
+    return divisible(functools.partial(_where_best, eps), ["b t h d", "d", "t d", "t d"], "b t h d")(x, *how)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
