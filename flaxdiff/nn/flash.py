@@ -75,7 +75,7 @@ def _backward(causal: bool, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Arr
 
 
 def _anywhere(function: Callable, causal: bool, *arrays: jax.Array) -> Any:
-    """Either of these with pictures and heads on several devices; Q and its gradient have "n" places, the others "m"."""
+    """Either of these, with pictures and heads on several devices; Q and its gradient have "n" places, the rest "m"."""
     # compiled apart, which keeps tables of the kernel to itself
     run = jax.jit(functools.partial(function, causal))
     q, kv = "b n h d", "b m h d"
