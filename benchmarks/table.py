@@ -12,18 +12,33 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+SPEEDUPS = {  # model -> what saves work in it, and how strongly
+    "emoji": {"deep_cache": "3", "branch_cache": "3", "tgate": "12", "token_merging": "0.5"},
+    "emoji-flow": {
+        "first_block": "0.1",
+        "tea_cache": "0.25",
+        "mag_cache": "0.1",
+        "taylor_seer": "3",
+        "pyramid_attention_broadcast": "2",
+    },
+}
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 RUNS = (  # (what is measured, the command)
     ("SD 1.5 UNet, float32, batch 2, 256 x 256", "unet.py --side 256"),
     ("SD 1.5 UNet, float32, batch 2, 512 x 512", "unet.py --side 512"),
+    ("SD 1.5 UNet, an update, float32, batch 2, 256 x 256", "training.py --side 256 --batch 2"),
     ("SD 1.5, whole pipeline, float32, 4 steps, 256 x 256", "pipeline.py --side 256 --steps 4"),
     ("SD 1.5, whole pipeline, float32, 4 steps, 512 x 512", "pipeline.py --side 512 --steps 4"),
     ("The tutorial's ladder, SD 1.5, 256 x 256", "ladder.py --side 256 --steps 10 --fewer 4 --batch 8"),
     ("The tutorial's ladder, SD 1.5, 512 x 512", "ladder.py --side 512 --steps 50 --fewer 20 --batch 8"),
     ("Importing, and the first use of StableDiffusionPipeline", "imports.py"),
     *(
-        (f"Emoji, 24 steps, {name} {strength} against none", f"speedups.py --name {name} --strength {strength}")
-        for name, strength in (("deep_cache", "3"), ("branch_cache", "3"), ("tgate", "12"), ("token_merging", "0.5"))
+        (
+            f"{model}, 24 steps, {name} {strength} against none",
+            f"speedups.py --model {model} --name {name} --strength {strength}",
+        )
+        for model, saving in SPEEDUPS.items()
+        for name, strength in saving.items()
     ),
     ("SDXL UNet step, bfloat16, batch 2, 1024 x 1024, compiled for one v5e", "tpu.py --chip v5e"),
     ("SDXL UNet step, bfloat16, batch 2, 1024 x 1024, compiled for one v6e", "tpu.py --chip v6e"),

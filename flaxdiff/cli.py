@@ -21,7 +21,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     add = sample.add_argument
     add("prompt", help='what to draw, e.g. "dog face on blue"')
     add("-o", "--output", default="flaxdiff.png", type=Path, help="picture to write; several pictures become one sheet")
-    add("--model", help="folder or Hub repository in diffusers' layout; the shipped text-to-emoji model if left out")
+    add("--model", help="folder or Hub repository in diffusers' layout, emoji-flow, or emoji (default: emoji)")
     add("--negative", help="what to avoid")
     add("--steps", type=int, help="steps of the scheduler; the pipeline's own number if left out")
     add("--guidance", type=float, help="strength of the prompt; the pipeline's own if left out")
@@ -31,7 +31,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="memory, time and transfers of a run on TPUs that need not exist")
     add = plan.add_argument
-    known = "emoji, sd15, sd21, sdxl, sdxl-refiner, flux-dev, flux-schnell"
+    known = "emoji, emoji-flow, sd15, sd21, sdxl, sdxl-refiner, flux-dev, flux-schnell"
     add("--model", default="emoji", help=f"{known}, or a folder with configurations")
     add("--topology", required=True, help="kind of chip and shape of the slice, e.g. v5e:2x4")
     add("--preset", default="fsdp", help="dp, fsdp, tp, cp, or a product such as dp+fsdp or fsdp+tp=4 (default: fsdp)")

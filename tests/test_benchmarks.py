@@ -43,6 +43,7 @@ def test_speedups(options):
     ("script", "options", "figures"),
     [
         ("unet.py", ["--side", "32"], {"time of a step, s", "peak memory, GB"}),
+        ("training.py", ["--side", "32"], {"time of an update, s", "peak memory, GB"}),
         ("pipeline.py", ["--side", "16", "--steps", "2"], {"time of a picture, s", "peak memory, GB"}),
         ("gpu.py", ["--side", "16", "--steps", "2", "--batch", "2"], {"time of a picture, s", "peak memory, GB"}),
         ("imports.py", [], {"import, s", "import and first use, s", "peak memory, GB"}),

@@ -12,8 +12,10 @@ from diffusers.pipelines.pag import pipeline_pag_pixart_sigma
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha, pipeline_pixart_sigma
 
 import flaxdiff
+from flaxdiff.checkpoint import hub
 from flaxdiff.pipelines.generate import Size
 from flaxdiff.pipelines.tasks import binned
+from flaxdiff.training import emoji, evaluate
 
 rng = np.random.default_rng(0)
 normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
@@ -51,10 +53,11 @@ OPTIONS = dict(num_inference_steps=2, max_sequence_length=16)
 
 
 def theirs_of(peer, latents, monkeypatch, **options):
+    options = {**OPTIONS, **options}
     for module in (pipeline_pixart_alpha, pipeline_pixart_sigma, pipeline_pag_pixart_sigma):
         monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: peers.nchw(latents))
     with torch.no_grad():
-        return peer(**OPTIONS, **options, clean_caption=False, output_type="np").images
+        return peer(**options, clean_caption=False, output_type="np").images
 
 
 @pytest.mark.parametrize("scale", [4.5, 1.0])
@@ -84,6 +87,20 @@ def test_alpha_of_any_size(tmp_path, monkeypatch):
     made = pipe(params | {"transformer": of_net}, KEY, **OPTIONS, **options, latents=latents, output_type="np").images
     assert made.shape == (1, 150, 390, 3)
     assert peers.relative(made, theirs, of="PixArtAlphaPipeline") < 1e-3
+
+
+def test_the_one_that_is_shipped(monkeypatch):
+    """PyTorch's diffusers draws the same pictures with it; and it knows its emoji, in eight steps."""
+    pipe, params = flaxdiff.load("emoji-flow", dtype="float32")
+    peer = diffusers.PixArtAlphaPipeline.from_pretrained(hub.SHIPPED["emoji-flow"])
+    prompts, latents = ["dog face on blue", "slice of pizza"], normal(2, 16, 16, 8)
+    own = dict(num_inference_steps=8, guidance_scale=1.5, max_sequence_length=36, use_resolution_binning=False)
+    theirs = theirs_of(peer, latents, monkeypatch, prompt=prompts, **own)
+    made = pipe(params, KEY, prompt=prompts, latents=latents, output_type="np").images
+    assert peers.relative(made, theirs, of="PixArtAlphaPipeline") < 1e-3
+    if emoji.FONT.exists():
+        found = evaluate.on_white(evaluate.painter(pipe, params, 8, 1.5), range(0, 1386, 43))
+        assert found["R@1"] > 0.95 and found["PSNR"] > 24
 
 
 def test_sigma_with_perturbed_attention(monkeypatch):

@@ -1,5 +1,7 @@
 """From the name of a model to a folder on this machine: a local folder as it is, a Hub repository by download.
 
+The two small models inside this package have names of their own.
+
 Only the files that are asked for are fetched, into huggingface_hub's cache, where they are found again without a
 network.
 """
@@ -8,6 +10,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+ASSETS = Path(__file__).parent.parent / "assets"
+SHIPPED = {"emoji": ASSETS / "emoji", "emoji-flow": ASSETS / "emoji_flow"}
 
 
 def fetch(
@@ -22,7 +27,8 @@ def fetch(
     """A folder that holds those files of a repository which match the patterns.
 
     Args:
-      repo: a local folder, which is returned as it is, or the id of a Hub repository such as "owner/name".
+      repo: a local folder, which is returned as it is, the id of a Hub repository such as "owner/name", or a name of
+        `SHIPPED`; a folder of that name is "./emoji".
       patterns: shell patterns of paths in the repository.
       revision: branch, tag or commit; the main branch by default.
       cache_dir: where downloads are kept; huggingface_hub's own place by default.
@@ -32,7 +38,7 @@ def fetch(
     Raises:
       FileNotFoundError: neither a folder nor a repository that can be reached or was downloaded before.
     """
-    path = Path(repo).expanduser()
+    path = SHIPPED.get(str(repo)) or Path(repo).expanduser()
     if path.is_dir():
         return path
     if path.exists():

@@ -27,7 +27,7 @@ from flaxdiff.schedulers import Scheduler
 if TYPE_CHECKING:
     from flaxdiff.pipelines.pipeline import DiffusionPipeline
 
-EMOJI = Path(__file__).parent.parent / "assets" / "emoji"
+EMOJI = hub.SHIPPED["emoji"]
 # passed over, but by a pipeline whose `reads` names them
 SKIPPED = (
     "feature_extractor",
@@ -351,7 +351,8 @@ def load(repo: str | os.PathLike[str] | None = None, **options: Any) -> tuple["D
     """Load a pipeline, of the class that it names, and its parameters.
 
     Args:
-      repo: a folder or the id of a Hub repository; by default the small text-to-emoji model inside this package.
+      repo: a folder, the id of a Hub repository, or one of the text-to-emoji models inside this package: "emoji", a
+        small Stable Diffusion, which is the default, and "emoji-flow", a transformer that matches flows.
       **options: see `load_pipeline`.
 
     >>> import flaxdiff

@@ -23,8 +23,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flaxdiff import parallel, registry
-from flaxdiff.checkpoint import files
-from flaxdiff.checkpoint.pipelines import EMOJI, SORTS, read_by, read_index
+from flaxdiff.checkpoint import files, hub
+from flaxdiff.checkpoint.pipelines import SORTS, read_by, read_index
 from flaxdiff.core import abstract
 from flaxdiff.pipelines.generate import autoencoder, denoiser
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
@@ -54,8 +54,8 @@ def plan(
     """Compile a run ahead of time for TPUs that need not exist, and say whether it fits and what bounds its speed.
 
     Args:
-      model: "emoji", "sd15", "sd21", "sdxl", "sdxl-refiner", "flux-dev", "flux-schnell", a folder in diffusers' layout,
-        of which only configurations are read, or a pipeline.
+      model: "emoji", "emoji-flow", "sd15", "sd21", "sdxl", "sdxl-refiner", "flux-dev", "flux-schnell", a folder in
+        diffusers' layout, of which only configurations are read, or a pipeline.
       topology: the slice, e.g. "v5e:2x4".
       preset: how weights and batch are split, see `parallel.preset`.
       batch: pictures in all; by default one for each part that the batch is split into.
@@ -131,9 +131,9 @@ def pipeline(model: str | os.PathLike[str]) -> DiffusionPipeline:
         class_name, components, settings = MODELS[str(model)]
         configs = {name: COMPONENTS[title] for name, title in components.items()}
     else:
-        folder = EMOJI if str(model) == "emoji" else Path(model).expanduser()
+        folder = hub.SHIPPED.get(str(model)) or Path(model).expanduser()
         if not folder.is_dir():
-            known = ["emoji", *MODELS]
+            known = [*hub.SHIPPED, *MODELS]
             near = difflib.get_close_matches(str(model), known, 1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ValueError(

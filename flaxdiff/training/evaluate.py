@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 import flaxdiff
-from flaxdiff.checkpoint.pipelines import EMOJI
 from flaxdiff.core import apply
 from flaxdiff.training import emoji
 
@@ -118,19 +117,20 @@ def painter(pipe, params, steps: int, guidance: float, seed: int = 0, size: int 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=str(EMOJI), help="a folder; by default the shipped model")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("model", nargs="?", default="emoji", help="emoji, emoji-flow or a folder (default: emoji)")
+    parser.add_argument("--steps", type=int, help="by default the model's own")
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=1, help="take only every n-th name and pair")
     args = parser.parse_args()
 
     pipe, params = flaxdiff.load(args.model, dtype="float32")
+    steps = args.steps or dict(dict(pipe.settings)["defaults"])["num_inference_steps"]
     names = emoji.load().names
     chosen, pairs = range(0, len(names), args.every), held_out_pairs(names)[:: args.every]
-    draw = painter(pipe, params, args.steps, args.guidance, args.seed)
+    draw = painter(pipe, params, steps, args.guidance, args.seed)
     figures = {
-        "settings": {"steps": args.steps, "guidance_scale": args.guidance, "seed": args.seed},
+        "settings": {"steps": steps, "guidance_scale": args.guidance, "seed": args.seed},
         "autoencoder_PSNR": reconstruction(pipe, params, chosen),
         "on_white": on_white(draw, chosen),
         "held_out": on_held_out(draw, pairs),
