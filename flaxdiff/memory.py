@@ -5,6 +5,7 @@ is found in a parameter's path ("unet.conv_in.weight") wins, or one choice for a
 What a *program* takes is a matter of its spec: `remat`, `forward_chunking`, `slicing`, `tiling`.
 """
 
+import dataclasses
 import itertools
 import math
 import re
@@ -93,8 +94,8 @@ def quantize(params: Params, rules: Any = "int8") -> Params:
 
     def change(weight: weights.Weight, kind: str) -> weights.Weight:
         match weight:
-            case weights.LoRA(base, down, up, scale):
-                return weights.LoRA(change(base, kind), down, up, scale)
+            case weights.LoRA(base):
+                return dataclasses.replace(weight, base=change(base, kind))
             case weights.Quantized():
                 return weight
             case _:

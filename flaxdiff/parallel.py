@@ -111,7 +111,7 @@ RULES: Rules = (
     (rf"norm\w*\.(weight|bias)$|{_VAE}.*bias$", whole),
     (_VAE, Split({"fsdp": None})),
     (rf"{_FIRST}bias$", Split({"tensor": -1})),
-    (rf"bias$|{_SECOND}\.scale$", whole),  # a scale of 8 bits has no side of inputs
+    (rf"bias$|{_SECOND}\.(scale|magnitude)$", whole),  # scales of 8 bits and DoRA's magnitudes have no side of inputs
     (_FIRST, Split({"tensor": -1, "fsdp": None})),
     (_SECOND, Split({"tensor": -2, "fsdp": None})),
     (r"", Split({"fsdp": None})),

@@ -28,24 +28,30 @@ class LoRA:
     Several updates are one whose ranks lie side by side. Where a batch holds several branches of each image side by
     side, what is given for each image holds for each of its branches.
 
+    With magnitudes m it is DoRA, m · (W + Δ) / ‖W₀ + Δ‖, the norm of each output's inputs. As PEFT has it, the norm is
+    a constant to gradients, and sees of several updates its own alone: W₀ is the weight without any.
+
     Attributes:
-      base: the weight [..., in, out] (or HWIO of a convolution); may itself be quantised.
+      base: the weight [..., in, out] (or HWIO of a convolution); may itself be quantised, or under another update.
       down: [..., in, rank] (a convolution: HWI, rank).
       up: [..., rank, out] (a convolution: 1, 1, rank, out).
       scale: a scalar, one for each rank [rank], or for each image and rank [B, rank]; stacked layers have an axis
         before. An argument of the compiled program, free to change between calls.
+      magnitude: [..., out] of DoRA, or None.
 
     >>> w = LoRA(jnp.eye(2), jnp.ones((2, 1)), jnp.ones((1, 2)), jnp.float32(0.5))
     >>> dot(jnp.ones((1, 2)), w)
     Array([[2., 2.]], dtype=float32)
 
-    Reference: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021.
+    Reference: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021; Liu et al., DoRA: Weight-Decomposed
+    Low-Rank Adaptation, 2024.
     """
 
     base: Any
     down: jax.Array
     up: jax.Array
     scale: jax.Array
+    magnitude: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +100,36 @@ Weight = jax.Array | LoRA | Quantized
 
 def quantize(weight: jax.Array, kind: type[Quantized] = Int8) -> Quantized:
     """The 8-bit form of a linear [..., in, out] or convolution HWIO weight: symmetric, one scale per output channel."""
-    inner = (-4, -3, -2) if weight.ndim >= 4 else (-2,)
+    inner = _inner(weight)
     peak = jnp.max(jnp.abs(weight), inner, keepdims=True)
     scale = jnp.where(peak > 0, peak / kind.top, 1)
     q = weight.astype(jnp.float32) / scale.astype(jnp.float32)
     q = jnp.round(q) if jnp.issubdtype(kind.stored, jnp.integer) else q
     return kind(q.astype(kind.stored), scale.squeeze(inner))
+
+
+def _inner(weight: jax.Array) -> tuple[int, ...]:
+    """The axes of a linear or convolution weight that are summed over for an output."""
+    return (-4, -3, -2) if weight.ndim >= 4 else (-2,)
+
+
+def without_updates(weight: Weight) -> Weight:
+    """The weight without the updates that are on it."""
+    return without_updates(weight.base) if isinstance(weight, LoRA) else weight
+
+
+def norm(weight: LoRA) -> jax.Array:
+    """‖W₀ + Δ‖ of each output [..., out] in float32, of the weight with this update alone."""
+    alone = dense(LoRA(without_updates(weight), weight.down, weight.up, weight.scale)).astype(jnp.float32)
+    return jnp.sqrt(jnp.sum(alone**2, _inner(alone)))
+
+
+def _magnified(y: jax.Array, weight: LoRA, inner: tuple[int, ...] = ()) -> jax.Array:
+    """y [..., out], which is of a weight without its magnitudes, with them; `inner` are axes that these have not."""
+    if weight.magnitude is None:
+        return y
+    gain = weight.magnitude.astype(jnp.float32) / jax.lax.stop_gradient(norm(weight))
+    return y * jnp.expand_dims(gain, inner).astype(y.dtype)
 
 
 def dense(weight: Weight) -> jax.Array:
@@ -113,7 +143,7 @@ def dense(weight: Weight) -> jax.Array:
                 raise ValueError(f"A LoRA with a scale for each image, {list(scale.shape)}, is not one weight.")
             down *= scale.reshape(scale.shape[:stack] + (1,) * (down.ndim - stack - 1) + (scale.shape[stack:] or (1,)))
             update = jnp.matmul(down, up) if down.ndim < 4 else jnp.einsum("hwir,xyro->hwio", down, up)
-            return (whole.astype(jnp.float32) + update).astype(whole.dtype)
+            return _magnified(whole.astype(jnp.float32) + update, weight, _inner(whole)).astype(whole.dtype)
         case Quantized(q, scale):
             return q.astype(scale.dtype) * jnp.expand_dims(scale, range(scale.ndim - 1, q.ndim - 1))
         case _:
@@ -155,7 +185,7 @@ def dot(x: jax.Array, weight: Weight) -> jax.Array:
     """x · W for a linear weight [in, out] of any kind."""
     match weight:
         case LoRA(base, down, up, scale):
-            return dot(x, base) + _scaled(x @ down.astype(x.dtype), scale) @ up.astype(x.dtype)
+            return _magnified(dot(x, base) + _scaled(x @ down.astype(x.dtype), scale) @ up.astype(x.dtype), weight)
         case Quantized(q, scale):
             # libtpu 0.0.42 dies of such a product where it fuses it into the next one, of queries and keys
             return jax.lax.optimization_barrier(x @ q.astype(x.dtype)) * scale
@@ -183,7 +213,7 @@ def conv(
     match weight:
         case LoRA(base, down, up, scale):
             low = conv(x, down.astype(x.dtype), **options)
-            return conv(x, base, **options) + dot(_scaled(low, scale), up[0, 0].astype(x.dtype))
+            return _magnified(conv(x, base, **options) + dot(_scaled(low, scale), up[0, 0].astype(x.dtype)), weight)
         case Quantized(q, scale):
             return conv(x, q.astype(x.dtype), **options) * scale
         case _ if doubled:

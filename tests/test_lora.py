@@ -1,5 +1,8 @@
 """LoRA and its kin: every format finds its place, what is put on computes what PyTorch's diffusers and PEFT compute."""
 
+import copy
+import dataclasses
+import functools
 import re
 import zlib
 
@@ -7,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
+import peft
 import pytest
 import torch
 from diffusers.loaders import lora_conversion_utils
@@ -219,6 +223,117 @@ def test_saved_loads_in_pytorch(tmp_path):
     assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape, again, adapter))
 
 
+# --- DoRA -------------------------------------------------------------------------------------------------------------
+
+
+LAYERS = {"linear": torch.nn.Linear(6, 5), "conv": torch.nn.Conv2d(4, 6, 3, stride=2, padding=1)}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_dora_as_peft_does(kind):
+    """A DoRA, a LoRA, and a DoRA upon both, each at a scale of its own: results, gradients, and all merged in."""
+    model = torch.nn.Sequential(copy.deepcopy(LAYERS[kind]))
+    adapters, scales = {}, {"a": 0.7, "b": -0.4, "c": 1.3}
+    for name in scales:
+        options = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["0"], use_dora=name != "b")
+        peft.inject_adapter_in_model(options, model, name)
+    layer = model[0]
+    base, axes = layer.weight, (1, 0) if kind == "linear" else (2, 3, 1, 0)
+    ours = lambda tensor: jnp.asarray(tensor.detach().numpy().transpose(axes))
+    params = {"unet": {"w": ours(base)}}
+    for name in scales:
+        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+        torch.nn.init.normal_(up)
+        unset = LoRA(None, ours(down), ours(up), jnp.ones(2), jnp.full(len(up), jnp.nan))
+        if name != "b":
+            # Put on, it begins with the norms of the weight, as it does there.
+            there = layer.lora_magnitude_vector[name].weight
+            zero = dataclasses.replace(unset, up=0 * unset.up)
+            begun = flaxdiff.set_adapters(params, [{"unet": {"w": zero}}])["unet"]["w"].magnitude
+            np.testing.assert_allclose(begun, there.detach().reshape(-1), rtol=1e-6)
+            torch.nn.init.uniform_(there, 0.5, 2)
+            unset = dataclasses.replace(unset, magnitude=jnp.asarray(there.detach().reshape(-1).numpy()))
+        adapters[name] = {"unet": {"w": unset if name != "b" else dataclasses.replace(unset, magnitude=None)}}
+    layer.set_adapter(list(scales))
+    for name, scale in scales.items():
+        layer.set_scale(name, scale)
+    x = normal(3, 6) if kind == "linear" else normal(2, 5, 5, 4)
+    run = weights.dot if kind == "linear" else functools.partial(weights.conv, strides=(2, 2), padding=((1, 1),) * 2)
+    theirs = model(torch.tensor(x) if kind == "linear" else peers.nchw(x))
+    bias = layer.bias.detach().numpy()
+    last = lambda y: y if kind == "linear" else y.permute(0, 2, 3, 1)
+    adapted = flaxdiff.set_adapters(params, adapters, scales)
+    w = adapted["unet"]["w"]
+    np.testing.assert_allclose(run(x, w) + bias, last(theirs).detach(), atol=1e-5)
+    # One after the other is the same, and so is what is on, put on again.
+    again = flaxdiff.set_adapters(params, [flaxdiff.adapter_of(adapted)])["unet"]["w"]
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, again, w))
+
+    theirs.square().sum().backward()
+    gradient = jax.grad(lambda w: jnp.sum((run(x, w) + bias) ** 2))(w)
+    for name in ("c", "b", "a"):
+        expected = [layer.lora_A[name].weight.grad, layer.lora_B[name].weight.grad]
+        for got, grad in zip((gradient.down, gradient.up), expected):
+            np.testing.assert_allclose(got, ours(grad), rtol=1e-4, atol=1e-4, err_msg=name)
+        if name != "b":
+            grad = layer.lora_magnitude_vector[name].weight.grad.reshape(-1)
+            np.testing.assert_allclose(gradient.magnitude, grad, rtol=1e-4, atol=1e-4, err_msg=name)
+        gradient = gradient.base
+
+    layer.merge()
+    fused = flaxdiff.fuse_lora(adapted)["unet"]["w"]
+    np.testing.assert_allclose(fused, ours(layer.get_base_layer().weight), atol=1e-5)
+    np.testing.assert_allclose(run(x, fused), run(x, w), atol=1e-5)
+    for refused, fault in (
+        (lambda: flaxdiff.unfuse_lora({"unet": {"w": fused}}, flaxdiff.adapter_of(adapted)), "keep the parameters"),
+        (lambda: flaxdiff.merge_adapters([adapters["a"], adapters["b"]], [1.0, 1.0]), "do not add up"),
+        (lambda: flaxdiff.set_adapters(params, [adapters["a"]], [[0.5, 1.0]]), "give it one weight"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            refused()
+
+
+def test_dora_file(tmp_path):
+    """On convolutions and attentions, some layers of a stack: read, weighed, saved, each time as PyTorch has it."""
+    pipe, params, peer, specs = tiny(peers.stable_diffusion_xl)
+    arrays = {}
+    for i, (component, module, shape) in enumerate(modules({"unet": specs["unet"]}, LOCON)):
+        if i % 3:
+            down, up = pair(shape, 2)
+            a, b = FORMATS["diffusers"](component, module)
+            magnitude = 1 + np.abs(normal(*((1, shape[0], 1, 1) if len(shape) > 2 else shape[:1])))
+            arrays |= {a: down, b: up, f"{component}.{module}.lora_magnitude_vector": magnitude}
+    path = write(tmp_path, arrays)
+    adapted = flaxdiff.load_lora(pipe, params, path, scale=0.5)
+    flaxdiff.save_lora(tmp_path / "saved", pipe, flaxdiff.adapter_of(adapted))
+    peer.load_lora_weights(str(path), adapter_name="a")
+    peer.set_adapters("a", 0.5)
+    same_weights(pipe, adapted, peer)
+    _, _, peer, _ = tiny(peers.stable_diffusion_xl)
+    peer.load_lora_weights(str(tmp_path / "saved"))
+    same_weights(pipe, adapted, peer)
+    both = flaxdiff.load_lora(pipe, adapted, path)
+    with pytest.raises(ValueError, match="save each alone"):
+        flaxdiff.save_lora(tmp_path / "both", pipe, flaxdiff.adapter_of(both))
+
+
+def test_dora_scale(tmp_path):
+    """Kohya's and LyCORIS' magnitudes, of outputs; those of inputs are refused."""
+    pipe, params, _, _ = tiny(peers.stable_diffusion_1)
+    module = "mid_block.resnets.0.conv1"
+    key, weight = kohya("unet", module), dict(weights_of(pipe.unet, params["unet"]))[f"{module}.weight"]
+    (down, up), magnitude = pair(weight.shape, 2), 1 + np.abs(normal(len(weight), 1, 1, 1))
+    factors = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": np.float32(1)}
+    path = write(tmp_path, factors | {f"{key}.dora_scale": magnitude})
+    whole = weight + np.einsum("rikl,or->oikl", down, up[..., 0, 0]) / 2
+    expected = magnitude * whole / np.sqrt((whole**2).sum((1, 2, 3), keepdims=True))
+    adapted = flaxdiff.load_lora(pipe, params, path)["unet"]
+    np.testing.assert_allclose(dict(weights_of(pipe.unet, adapted))[f"{module}.weight"], expected, atol=1e-5)
+    write(tmp_path, factors | {f"{key}.dora_scale": magnitude.transpose(1, 0, 2, 3)})
+    with pytest.raises(ValueError, match=r"magnitudes of \[1, 32, 1, 1\], not one for each of its 32 outputs"):
+        flaxdiff.read_lora(pipe, path)
+
+
 # --- LyCORIS' kinds, and what is wrong with a file --------------------------------------------------------------------
 
 
@@ -302,20 +417,20 @@ def test_a_file_that_does_not_fit(tmp_path):
         "lora_unet_mid_block_attentions_0_proj_in.dora_scale": normal(2),
     }
     path = write(tmp_path, arrays | wrong)
-    with pytest.raises(ValueError, match="2 unexpected, 2 misshapen") as error:
+    with pytest.raises(ValueError, match="1 unexpected, 3 misshapen") as error:
         flaxdiff.load_lora(pipe, params, path)
     for part in (
         "updates a weight of [32, 99]",
         "[32, 32]",
         "conv_in has no up",
         "nowhere",
-        "dora_scale",
+        "has no down beside ['dora_scale']",
         "strict=False",
     ):
         assert part in str(error.value), part
     adapter, report = flaxdiff.read_lora(pipe, path, strict=False)
     assert list(adapter["unet"]) == ["mid_block.attentions.0.proj_in.weight"]
-    assert len(report.unexpected) == 2 and len(report.misshapen) == 2
+    assert len(report.unexpected) == 1 and len(report.misshapen) == 3
     with pytest.raises(ValueError, match="another base model"):
         xl = tiny(peers.stable_diffusion_xl)
         flaxdiff.set_adapters(xl[1], [adapter])

@@ -133,10 +133,11 @@ def test_sizes_that_xl_is_told(tmp_path):
     same(diffusers.UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet"), pipe.unet)
 
 
-def test_lora(tmp_path):
-    """An adapter that peft has, with numbers in both factors."""
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_lora(use_dora, tmp_path):
+    """An adapter that peft has, with numbers in both factors; and with magnitudes, in whose norm no gradient flows."""
     build, draw = peers.stable_diffusion_1, iter(jax.random.split(jax.random.key(9), 99))
-    recipe = recipes.RECIPES["lora"](config("lora", peers.saved(build)))
+    recipe = recipes.RECIPES["lora"](config("lora", peers.saved(build), adapter=Adapter(use_dora=use_dora)))
     lively = {
         path: jax.random.normal(next(draw), a.shape) / 4 for path, a in state.select(recipe.params, r".*\.up").items()
     }
@@ -156,6 +157,7 @@ def test_lora(tmp_path):
     x, t, target = noised(recipe.pipe.scheduler, data, *keys)
     loss = torch.nn.functional.mse_loss(pipe.unet(x, t, text(pipe).detach()).sample, target)
     learned = [p for p in pipe.unet.parameters() if p.requires_grad]
+    assert any("magnitude" in name for name, _ in pipe.unet.named_parameters()) == use_dora
     assert ours == pytest.approx(step(learned, loss), rel=1e-5)
     after = wearing(tmp_path / "after").unet
     same(after, pipe.unet), moved(wearing(tmp_path / "before").unet, after)

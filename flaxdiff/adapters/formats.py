@@ -27,6 +27,8 @@ ENDINGS = (  # (regex of the ending, role)
     (r"(?<=_lora\d)\.up\.weight", "up"),
     (r"\.lora_mid\.weight", "mid"),  # LoCon with a core between the factors of a convolution
     (r"(?:_lora|\.lora|\.lora_linear_layer)?\.alpha", "alpha"),
+    (r"\.lora_magnitude_vector(?:\.\w+)?(?:\.weight)?", "magnitude"),  # DoRA
+    (r"\.dora_scale", "dora_scale"),  # of Kohya and LyCORIS, which may have norms of inputs in it
     *((rf"\.hada_{w}", f"hada_{w}") for w in ("w1_a", "w1_b", "w2_a", "w2_b")),
     *((rf"\.lokr_{w}", f"lokr_{w}") for w in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")),
 )
@@ -52,11 +54,12 @@ METADATA = "lora_adapter_metadata"  # diffusers' key in a file's header: PEFT's 
 
 
 class Factors(NamedTuple):
-    """ΔW = scale · up · down, with ΔW as PyTorch flattens it: [out, in · kh · kw]."""
+    """ΔW = scale · up · down, with ΔW as PyTorch flattens it: [out, in · kh · kw]; and DoRA's magnitudes."""
 
     down: np.ndarray  # [rank, in · kh · kw]
     up: np.ndarray  # [out, rank]
     scale: float
+    magnitude: np.ndarray | None = None  # [out]
 
 
 def spellings(component: str, spec: Spec, module: str) -> Iterator[str]:
@@ -149,7 +152,7 @@ def factors(tensors: Tensors, keys: Mapping[str, str], alpha: float | None = Non
 
     Raises:
       KeyError: a factor is missing; it is the role.
-      ValueError: the factors do not multiply.
+      ValueError: the factors do not multiply, or magnitudes are not those of outputs.
     """
     read = {}
     for role, key in keys.items():
@@ -159,13 +162,18 @@ def factors(tensors: Tensors, keys: Mapping[str, str], alpha: float | None = Non
     down, up, rank = kind(read)
     if up.shape[1] != down.shape[0]:
         raise ValueError(f"factors of {list(up.shape)} and {list(down.shape)} do not multiply")
+    magnitude = read.get("magnitude", read.get("dora_scale"))
+    if magnitude is not None and (magnitude.size != len(up) or "dora_scale" in read and len(magnitude) != len(up)):
+        raise ValueError(f"magnitudes of {list(magnitude.shape)}, not one for each of its {len(up)} outputs")
     chosen = original.rows(part, len(up))
-    up = up if chosen is None else up[chosen]
+    if chosen is not None:
+        up, magnitude = up[chosen], None if magnitude is None else magnitude.reshape(-1)[chosen]
     alpha = float(read["alpha"].reshape(())) if "alpha" in read else alpha
     scale = 1.0 if alpha is None or rank is None else alpha / rank
-    if not (np.isfinite(down).all() and np.isfinite(up).all() and math.isfinite(scale)):
+    numbers = (down, up, scale) if magnitude is None else (down, up, scale, magnitude)
+    if not all(np.isfinite(a).all() for a in numbers):
         raise ValueError("infinities or NaNs")
-    return Factors(down.astype(np.float32), up.astype(np.float32), scale)
+    return Factors(down.astype(np.float32), up.astype(np.float32), scale, magnitude)
 
 
 # --- what a configuration beside the numbers says ---------------------------------------------------------------------

@@ -2,12 +2,16 @@
 
 An `Adapter` is a value: for each component, parameter name -> `weights.LoRA` without a base. `read_lora` makes one of a
 file; `set_adapters` returns parameters with any number of them on. Factors and scales are arguments of the compiled
-program, so other weights, or another adapter of the same ranks in the same places, compile nothing.
+program, so other weights, or another adapter of the same ranks in the same places, compile nothing. An update with
+magnitudes is a DoRA; where they are NaN, they become the norms of what it is put on.
 
 Reference: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021; Yeh et al., Navigating Text-To-Image
-Customization: From LyCORIS Fine-Tuning to Model Evaluation, 2023.
+Customization: From LyCORIS Fine-Tuning to Model Evaluation, 2023; Liu et al., DoRA: Weight-Decomposed Low-Rank
+Adaptation, 2024.
 """
 
+import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +29,8 @@ from flaxdiff.checkpoint.tensors import Tensors
 from flaxdiff.core import Leaf, Params, Spec, layout
 from flaxdiff.weights import LoRA
 
-Adapter = dict[str, dict[str, LoRA]]  # component -> parameter name -> an update without a base, scales [..., rank]
+# component -> parameter name -> an update without a base, or upon others with DoRA among them; scales [..., rank]
+Adapter = dict[str, dict[str, LoRA]]
 Weight = Any  # a number, one for each image [B], or a dictionary of them by component and block
 ATTENTIONS = r"(unet|transformer)\..*attn.*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
 NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.bin")
@@ -150,7 +155,9 @@ def assemble(
     return adapter, Report(tuple(unexpected), tuple(misshapen))
 
 
-def init_lora(pipe: Any, key: jax.Array, rank: int = 4, targets: str = ATTENTIONS) -> Adapter:
+def init_lora(
+    pipe: Any, key: jax.Array, rank: int = 4, targets: str = ATTENTIONS, *, use_dora: bool = False
+) -> Adapter:
     """An adapter to train, that changes nothing yet: down is drawn from N(0, 1 / rank²), up is zero.
 
     Args:
@@ -158,6 +165,7 @@ def init_lora(pipe: Any, key: jax.Array, rank: int = 4, targets: str = ATTENTION
       key: a PRNG key.
       rank: of each update.
       targets: regex of the modules, whole names with the component in front; by default the attentions of the denoiser.
+      use_dora: whether magnitudes are trained apart from directions; they are there once `set_adapters` has put it on.
 
     Raises:
       ValueError: no module has such a name.
@@ -177,7 +185,8 @@ def init_lora(pipe: Any, key: jax.Array, rank: int = 4, targets: str = ATTENTION
                 stack, shape = leaf.shape[: bool(leaf.stack)], leaf.shape[bool(leaf.stack) :]
                 down = jax.random.normal(drawn, (*stack, *shape[:-1], rank)) / rank
                 up = jnp.zeros((*stack, *(1,) * (len(shape) - 2), rank, shape[-1]))
-                adapter.setdefault(component, {})[name] = LoRA(None, down, up, jnp.ones((*stack, rank)))
+                magnitude = jnp.full((*stack, shape[-1]), jnp.nan) if use_dora else None
+                adapter.setdefault(component, {})[name] = LoRA(None, down, up, jnp.ones((*stack, rank)), magnitude)
     if not adapter:
         raise ValueError(f"targets={targets!r} matches no module of {sorted(specs)}; they have names as in a file.")
     return adapter
@@ -214,10 +223,12 @@ def _update(leaf: Leaf, layers: Mapping[int | None, formats.Factors]) -> LoRA:
         axes = convert.axes(leaf.kind, len(shape))
         return down.transpose(axes), up.transpose(axes), np.full(rank, 0 if f is None else f.scale, np.float32)
 
-    if leaf.stack is None:
-        return LoRA(None, *map(jnp.asarray, one(layers[None])))
-    stacked = zip(*(one(layers.get(i)) for i in range(leaf.shape[0])))
-    return LoRA(None, *(jnp.asarray(np.stack(arrays)) for arrays in stacked))
+    every = [layers[None]] if leaf.stack is None else [layers.get(i) for i in range(leaf.shape[0])]
+    arrays = [np.stack(arrays) for arrays in zip(*map(one, every))]
+    if any(f is not None and f.magnitude is not None for f in every):
+        none = np.full(shape[0], np.nan, np.float32)
+        arrays.append(np.stack([none if f is None or f.magnitude is None else f.magnitude.reshape(-1) for f in every]))
+    return LoRA(None, *(jnp.asarray(a if leaf.stack else a[0]) for a in arrays))
 
 
 # --- putting on, weighing, taking off ---------------------------------------------------------------------------------
@@ -229,6 +240,8 @@ def set_adapters(
     adapter_weights: Weight | Sequence[Weight] | Mapping[str, Weight] = 1.0,
 ) -> dict[str, Params]:
     """Parameters with these adapters on and no others: W + Σ weight · scale · down · up.
+
+    One with magnitudes multiplies what is on before it: y ← m / ‖W + Δ‖ · (y + x Δ) with its own Δ, as PEFT has it.
 
     Args:
       params: component -> parameters; adapters that are on them are taken off.
@@ -270,12 +283,19 @@ def set_adapters(
             if name not in params[component]:
                 raise ValueError(f"An adapter is for {component}'s {name}, which is not there; read it with this pipe.")
             parts = [
-                _weighed(adapter[component][name], _weight(weight, component, name), name)
+                _weighed(update, _weight(weight, component, name), name)
                 for adapter, weight in zip(adapters, adapter_weights)
                 if name in adapter.get(component, {})
+                for update in _updates(adapter[component][name])
             ]
             adapted[component][name] = _beside(f"{component}'s {name}", adapted[component][name], parts)
     return adapted
+
+
+def _updates(lora: LoRA) -> list[LoRA]:
+    """The updates that lie upon one another, without a base, the first that is put on first."""
+    before = _updates(lora.base) if isinstance(lora.base, LoRA) else []
+    return [*before, dataclasses.replace(lora, base=None)]
 
 
 def _weight(weight: Weight, component: str, name: str) -> Weight:
@@ -309,30 +329,44 @@ def _weighed(lora: LoRA, weight: Weight, name: str) -> LoRA:
         raise ValueError(f"The weight of an adapter is one number or one for each image, not {list(weight.shape)}.")
     if weight.ndim and re.search(TIMES, name):
         raise ValueError(f"{name} is worked out for all images at once; its adapter cannot weigh differently in each.")
+    if weight.ndim and lora.magnitude is not None:
+        raise ValueError(f"{name} has magnitudes (DoRA), and a norm for all images at once; give it one weight.")
     scale = lora.scale * weight if not weight.ndim else lora.scale[..., None, :] * weight[:, None]
-    return LoRA(None, lora.down, lora.up, scale)
+    return dataclasses.replace(lora, scale=scale)
 
 
 def _beside(name: str, base: Any, parts: Sequence[LoRA]) -> LoRA:
-    """A weight with several updates, their ranks side by side."""
-    dtype, whole = weights.dtype(base), jax.eval_shape(weights.dense, base).shape
+    """A weight with several updates, their ranks side by side; one with magnitudes lies upon those before it."""
+    whole = jax.eval_shape(weights.dense, base).shape
     for part in parts:
         if (shape := (*part.down.shape[:-1], part.up.shape[-1])) != whole:
             raise ValueError(
                 f"An adapter updates {name} of {list(shape)}, and it is {list(whole)}: another base model."
             )
+    for dora, together in itertools.groupby(parts, lambda part: part.magnitude is not None):
+        for group in ([part] for part in together) if dora else [list(together)]:
+            base = _upon(base, group)
+    return base
+
+
+def _upon(base: Any, parts: Sequence[LoRA]) -> LoRA:
+    """A weight with updates of which none has magnitudes, or with one that has."""
+    dtype = weights.dtype(base)
     shape = np.broadcast_shapes(*(part.scale.shape[:-1] for part in _aligned(parts)))
     scales = [jnp.broadcast_to(part.scale, (*shape, part.scale.shape[-1])) for part in _aligned(parts)]
     down = jnp.concatenate([part.down for part in parts], -1).astype(dtype)
     up = jnp.concatenate([part.up for part in parts], -2).astype(dtype)
-    return LoRA(base, down, up, jnp.concatenate(scales, -1))
+    lora, magnitude = LoRA(base, down, up, jnp.concatenate(scales, -1)), parts[0].magnitude
+    if magnitude is None:
+        return lora
+    return dataclasses.replace(lora, magnitude=jnp.where(jnp.isnan(magnitude), weights.norm(lora), magnitude))
 
 
 def _aligned(parts: Sequence[LoRA]) -> list[LoRA]:
     """Updates whose scales have an axis of images if any has."""
     rank = max(part.scale.ndim for part in parts)
     widen = lambda s: s if s.ndim == rank else s[..., None, :]
-    return [LoRA(None, part.down, part.up, widen(part.scale)) for part in parts]
+    return [dataclasses.replace(part, scale=widen(part.scale)) for part in parts]
 
 
 def adapter_of(params: Mapping[str, Params]) -> Adapter:
@@ -346,17 +380,18 @@ def adapter_of(params: Mapping[str, Params]) -> Adapter:
 
 
 def _whole(lora: LoRA) -> LoRA:
-    """An update without its base, and a scale for each rank."""
+    """Updates without the weight that they are on, and a scale for each rank."""
     stack = lora.down.ndim - 2 if lora.down.ndim < 4 else 0
     scale = jnp.asarray(lora.scale)
     if scale.ndim == stack:
         scale = jnp.broadcast_to(scale[..., None], (*scale.shape, lora.down.shape[-1]))
-    return LoRA(None, lora.down, lora.up, scale)
+    base = _whole(lora.base) if isinstance(lora.base, LoRA) else None
+    return dataclasses.replace(lora, base=base, scale=scale)
 
 
 def unload_lora(params: Mapping[str, Params]) -> dict[str, Params]:
     """Parameters without the adapters that are on them."""
-    off = lambda weight: weight.base if isinstance(weight, LoRA) else weight
+    off = weights.without_updates
     return {component: {name: off(weight) for name, weight in own.items()} for component, own in params.items()}
 
 
@@ -371,7 +406,18 @@ def fuse_lora(params: Mapping[str, Params]) -> dict[str, Params]:
 
 
 def unfuse_lora(fused: Mapping[str, Params], adapter: Adapter) -> dict[str, Params]:
-    """Fused parameters less an adapter, which is `adapter_of` those that were fused; exact up to rounding."""
+    """Fused parameters less an adapter, which is `adapter_of` those that were fused; exact up to rounding.
+
+    Raises:
+      ValueError: the adapter is a DoRA, of which the norms are lost.
+    """
+    for component, own in adapter.items():
+        for name, lora in own.items():
+            if any(update.magnitude is not None for update in _updates(lora)):
+                raise ValueError(
+                    f"{component}'s {name} has magnitudes (DoRA), and fused weights do not tell the norms that were "
+                    "there; keep the parameters from before."
+                )
     return fuse_lora(set_adapters(fused, [adapter], [-1.0]))
 
 
@@ -384,24 +430,34 @@ def save_lora(folder: str | os.PathLike[str], pipe: Any, adapter: Adapter) -> No
       adapter: from `read_lora`, `merge_adapters` or `adapter_of`; its scales are multiplied into the factors.
 
     Raises:
-      ValueError: it weighs differently in each image.
+      ValueError: it weighs differently in each image, or is of several of which one has magnitudes (DoRA).
     """
     arrays: dict[str, np.ndarray] = {}
     for component, own in adapter.items():
         spec = dict(getattr(pipe, "specs", pipe))[component]
         for name, lora in own.items():
             leaf = layout(spec)[name]
+            if lora.base is not None:
+                raise ValueError(
+                    f"{name} has several updates with DoRA among them, which no file has; save each alone."
+                )
             layers = jax.device_get(lora if leaf.stack else jax.tree.map(lambda a: a[None], lora))
             if layers.scale.ndim != 2:
                 raise ValueError(f"{name} has scales {list(lora.scale.shape)}: save an adapter of one weight.")
             for i, file_name in enumerate(convert.names_in_file(name, leaf)):
-                if not np.any(layers.scale[i]):
+                magnitude = None if layers.magnitude is None else layers.magnitude[i]
+                if magnitude is not None and np.isnan(magnitude).any():
+                    magnitude = None  # put on, it has that of the weight
+                if magnitude is None and not np.any(layers.scale[i]):
                     continue  # a layer that it leaves alone
                 module = f"{component}.{file_name.removesuffix('.weight')}"
                 back = np.argsort(convert.axes(leaf.kind, layers.down.ndim - 1))
                 up = np.swapaxes(np.swapaxes(layers.up[i], -1, -2) * layers.scale[i], -1, -2)
                 for role, array in (("A", layers.down[i]), ("B", up)):
                     arrays[f"{module}.lora_{role}.weight"] = np.ascontiguousarray(array.transpose(back))
+                if magnitude is not None:
+                    flat = leaf.kind == "linear"
+                    arrays[f"{module}.lora_magnitude_vector"] = magnitude if flat else magnitude.reshape(1, -1, 1, 1)
     with files.staged(Path(folder)) as stage:
         shapes = {key: (array.shape, array.dtype) for key, array in arrays.items()}
         safetensors.write(stage / NAMES[0], shapes, arrays.values())

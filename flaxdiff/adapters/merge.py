@@ -75,7 +75,7 @@ def merge_adapters(
       key: a PRNG key, for the rules that prune at random.
 
     Raises:
-      ValueError: an unknown rule, ranks that differ, a density out of (0, 1], or no key where one is needed.
+      ValueError: an unknown rule, ranks that differ, a density out of (0, 1], no key where one is needed, or DoRA.
 
     >>> one = {"unet": {"w": LoRA(None, jnp.ones((3, 1)), jnp.ones((1, 2)), jnp.ones(1))}}
     >>> merge_adapters([one, one], [1.0, 3.0], "linear")["unet"]["w"].down[0, 0].round(3)
@@ -99,6 +99,8 @@ def merge_adapters(
 
 
 def _merged(name: str, loras: Sequence[LoRA], weights: Sequence[float], kind: str, density: float, key: Any) -> LoRA:
+    if any(lora.magnitude is not None or lora.base is not None for lora in loras):
+        raise ValueError(f"{name} has magnitudes (DoRA), which do not add up; put several on with set_adapters.")
     signed = [lora.scale * jnp.float32(weight) for lora, weight in zip(loras, weights)]
     if kind == "cat":
         down = jnp.concatenate([lora.down for lora in loras], -1)

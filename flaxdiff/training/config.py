@@ -101,6 +101,7 @@ class Adapter:
     Attributes:
       rank: of each update.
       lora_alpha: an update counts lora_alpha / rank; by default once.
+      use_dora: train the magnitude of each output apart from its direction (DoRA).
       target_modules: regex of the modules, whole names with the component in front; by default the denoiser's
         attentions.
       train_text_encoder: whether the text encoders move too.
@@ -113,6 +114,7 @@ class Adapter:
 
     rank: int = 4
     lora_alpha: float | None = None
+    use_dora: bool = False
     target_modules: str | None = None
     train_text_encoder: bool = False
     placeholder_token: str | None = None

@@ -208,11 +208,11 @@ def with_lora(config: Config) -> Recipe:
     given, own = config.adapter, encoders(pipe, config)
     usual = rf"(?:{own})\..*(?:attn|attention).*\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkv]_proj|out_proj)"
     key = jax.random.fold_in(jax.random.key(config.run.seed), 1)
-    adapter = lora.init_lora(pipe, key, given.rank, given.target_modules or usual)
+    adapter = lora.init_lora(pipe, key, given.rank, given.target_modules or usual, use_dora=given.use_dora)
     share = (given.lora_alpha or given.rank) / given.rank
     adapted = lora.set_adapters(params, [adapter], [share])
     export = lambda folder, params: lora.save_lora(folder, pipe, lora.adapter_of(params))
-    return plain(pipe, adapted, r".*\.(?:down|up)", config, export=export)
+    return plain(pipe, adapted, r".*\.(?:down|up|magnitude)", config, export=export)
 
 
 def unconditional(config: Config) -> Recipe:
