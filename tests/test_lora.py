@@ -297,7 +297,7 @@ def test_dora_file(tmp_path):
     """On convolutions and attentions, some layers of a stack: read, weighed, saved, each time as PyTorch has it."""
     pipe, params, peer, specs = tiny(peers.stable_diffusion_xl)
     arrays = {}
-    for i, (component, module, shape) in enumerate(modules({"unet": specs["unet"]}, LOCON)):
+    for i, (component, module, shape) in enumerate(modules({"unet": specs["unet"]}, r"to_[qv]|ff\.net\.2|conv1")):
         if i % 3:
             down, up = pair(shape, 2)
             a, b = FORMATS["diffusers"](component, module)

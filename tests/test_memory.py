@@ -255,6 +255,9 @@ def test_cast_of_kinds():
     lora = weights.LoRA(weights.quantize(jnp.ones((4, 4)), weights.Float8), *[jnp.ones((4, 4))] * 2, jnp.ones(()))
     cast = memory.cast({"a.weight": lora}, jnp.bfloat16)["a.weight"]
     assert cast.base.q.dtype == jnp.float8_e4m3fn and weights.dtype(cast) == cast.down.dtype == jnp.bfloat16
+    dora = weights.LoRA(*[jnp.ones((4, 4))] * 3, jnp.ones(()), 2 * jnp.ones(4))
+    packed = memory.quantize({"a.weight": dora})["a.weight"]
+    assert weights.dense(packed) == pytest.approx(np.ones((4, 4)))  # columns of length 2
 
 
 # --- 8 bits ----------------------------------------------------------------------------------------------------------

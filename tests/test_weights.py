@@ -16,6 +16,7 @@ normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
 LINEAR = normal(8, 6)
 KINDS = {
     "LoRA": LoRA(LINEAR, normal(8, 2), normal(2, 6), jnp.float32(0.5)),
+    "DoRA": LoRA(LINEAR, normal(8, 2), normal(2, 6), jnp.float32(0.5), jnp.arange(1.0, 7)),
     "Int8": weights.quantize(LINEAR),
     "LoRA on Int8": LoRA(weights.quantize(LINEAR), normal(8, 2), normal(2, 6), jnp.float32(0.5)),
 }

@@ -29,7 +29,7 @@ from flaxdiff.checkpoint.tensors import Tensors
 from flaxdiff.core import Leaf, Params, Spec, layout
 from flaxdiff.weights import LoRA
 
-# component -> parameter name -> an update without a base, or upon others with DoRA among them; scales [..., rank]
+# component -> parameter name -> an update without a base, or several upon one another (DoRA); scales [..., rank]
 Adapter = dict[str, dict[str, LoRA]]
 Weight = Any  # a number, one for each image [B], or a dictionary of them by component and block
 ATTENTIONS = r"(unet|transformer)\..*attn.*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
