@@ -229,6 +229,7 @@ def test_saved_loads_in_pytorch(tmp_path):
 LAYERS = {"linear": torch.nn.Linear(6, 5), "conv": torch.nn.Conv2d(4, 6, 3, stride=2, padding=1)}
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_dora_as_peft_does(kind):
     """A DoRA, a LoRA, and a DoRA upon both, each at a scale of its own: results, gradients, and all merged in."""
@@ -244,16 +245,15 @@ def test_dora_as_peft_does(kind):
     for name in scales:
         down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
         torch.nn.init.normal_(up)
-        unset = LoRA(None, ours(down), ours(up), jnp.ones(2), jnp.full(len(up), jnp.nan))
+        update = LoRA(None, ours(down), ours(up), jnp.ones(2))
         if name != "b":
-            # Put on, it begins with the norms of the weight, as it does there.
             there = layer.lora_magnitude_vector[name].weight
-            zero = dataclasses.replace(unset, up=0 * unset.up)
+            zero = dataclasses.replace(update, up=0 * update.up, magnitude=jnp.full(len(up), jnp.nan))
             begun = flaxdiff.set_adapters(params, [{"unet": {"w": zero}}])["unet"]["w"].magnitude
-            np.testing.assert_allclose(begun, there.detach().reshape(-1), rtol=1e-6)
+            np.testing.assert_allclose(begun, there.detach().reshape(-1), rtol=1e-6)  # the norms of the weight
             torch.nn.init.uniform_(there, 0.5, 2)
-            unset = dataclasses.replace(unset, magnitude=jnp.asarray(there.detach().reshape(-1).numpy()))
-        adapters[name] = {"unet": {"w": unset if name != "b" else dataclasses.replace(unset, magnitude=None)}}
+            update = dataclasses.replace(update, magnitude=jnp.asarray(there.detach().reshape(-1).numpy()))
+        adapters[name] = {"unet": {"w": update}}
     layer.set_adapter(list(scales))
     for name, scale in scales.items():
         layer.set_scale(name, scale)
