@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -26,6 +27,7 @@ from flaxdiff.training import data
 from flaxdiff.training.data import batches as batching
 from flaxdiff.training.data import order, pictures, stored, tables, tars
 from flaxdiff.training.data.encoders import repeated
+from flaxdiff.training.data.precompute import as_json, write
 
 SMALL = data.Examples(resolution=8, center_crop=True)
 
@@ -683,10 +685,10 @@ def test_precomputed_is_what_the_model_says(model, tmp_path):
     pipe, params = model
     source = rows(7, image=lambda i: b"broken" if i == 4 else noise(70, 90 - i, i), text=lambda i: f"red apple {i % 2}")
     examples = data.Examples(resolution=64, center_crop=True)
-    write = lambda out, **options: data.precompute(
+    run = lambda out, **options: data.precompute(
         pipe, params, source, examples, out, **({"batch_size": 4, "shard_size": 3} | options)
     )
-    report = write(tmp_path / "one")
+    report = run(tmp_path / "one")
     assert report.names == {"not a picture that can be read": ["row 4"]}
     found = data.open_source(tmp_path / "one")
     assert len(found) == 6 and [fault.name for fault in found.faults] == ["row 4"]
@@ -708,18 +710,18 @@ def test_precomputed_is_what_the_model_says(model, tmp_path):
     assert np.abs(dropped["prompt_embeds"] - np.asarray(nothing)).max() < 1e-4
 
     # by two processes, one of which was stopped and started again: the same bits
-    write(tmp_path / "two", process_index=1, process_count=2)
+    run(tmp_path / "two", process_index=1, process_count=2)
     with pytest.raises(ValueError, match="lacks shard-00000.safetensors, shard-00002.safetensors; run"):
         data.open_source(tmp_path / "two")
-    write(tmp_path / "two", process_index=0, process_count=2)
+    run(tmp_path / "two", process_index=0, process_count=2)
     (tmp_path / "two" / "shard-00002.safetensors").unlink()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").glob("shard*")}
-    write(tmp_path / "two", process_index=0, process_count=2)
+    run(tmp_path / "two", process_index=0, process_count=2)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     for name in ("empty.safetensors", *stored.shards({"examples": 7, "shard_size": 3})):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     with pytest.raises(ValueError, match="was written otherwise: seed was 0 and is 1"):
-        write(tmp_path / "two", seed=1)
+        run(tmp_path / "two", seed=1)
     stranger = {**params, "text_encoder": {k: v * 1.5 for k, v in params["text_encoder"].items()}}
     with pytest.raises(ValueError, match="another model"):
         data.precompute(pipe, stranger, source, examples, tmp_path / "two", batch_size=4, shard_size=3)
@@ -793,6 +795,100 @@ def test_damaged_shards_are_told(model, tmp_path):
     stored.opened.cache_clear()
     with pytest.raises(ValueError, match="damaged"):
         data.open_source(tmp_path)
+
+
+def precomputed(folder, sizes=(2, 2, 1), **options):
+    """A folder such as `precompute` writes, without a model: examples 0, 1, … of the data, by twos."""
+    manifest = {"examples": sum(sizes), "shard_size": 2}
+    texts = lambda n: {"text/prompt_embeds": np.ones((n, 3, 4), np.float32)}
+    write(folder / stored.EMPTY, texts(1))
+    (folder / stored.MANIFEST).write_text(json.dumps(manifest))
+    for s, (name, n) in enumerate(zip(stored.shards(manifest), sizes)):
+        arrays = {"index": 2 * s + np.arange(n), "latents": np.ones((n, 1, 2, 2, 4)), "text": np.arange(n)}
+        arrays = {f"16x16/{column}": a for column, a in arrays.items()} | texts(n)
+        lists = {"captions": [f"{s} {i}" for i in range(n)], "faults": []}
+        arrays |= {name: as_json(list_) for name, list_ in lists.items()}
+        write(folder / name, {**arrays, **options} if s == 1 else arrays)
+    stored.opened.cache_clear(), stored.empty.cache_clear()
+    return folder / "shard-00001.safetensors"
+
+
+def test_files_that_are_not_of_the_folder(tmp_path):
+    """Whatever is wrong is told before training, with the file and what to do."""
+    file = precomputed(tmp_path)
+    found = data.open_source(tmp_path)
+    assert [found[i]["caption"] for i in range(5)] == ["0 0", "0 1", "1 0", "1 1", "2 0"]
+    assert found.columns == ("caption", "latents", "prompt_embeds")
+    raw, other = file.read_bytes(), (tmp_path / "shard-00000.safetensors").read_bytes()
+    noise = np.random.default_rng(0).bytes(1000)
+    header = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    foreign = len(header).to_bytes(8, "little") + header + bytes(4)
+    for path, junk, said in (
+        (file, raw[:-9], "the header describes"),
+        (file, raw[:200], "its header would take"),
+        (file, b"", "it is empty"),
+        (file, noise, "its header would take"),
+        (file, foreign, "not what precompute writes"),
+        (file, other, "its examples are not those from 2 to 3 of the data"),
+        (tmp_path / stored.EMPTY, noise, "its header would take"),
+        (tmp_path / stored.EMPTY, foreign, "its arrays text/… are not 2 rows"),
+    ):
+        kept = path.read_bytes()
+        path.write_bytes(junk)
+        stored.opened.cache_clear(), stored.empty.cache_clear()
+        with pytest.raises(ValueError, match=said) as told:
+            data.open_source(tmp_path)
+        assert re.search(r"/(shard-0000\d|empty)\.safetensors: ", str(told.value)), told.value
+        assert str(told.value).endswith(
+            "Delete this file, then run the command that wrote the folder: it makes what is missing."
+        )
+        path.write_bytes(kept)
+    for name in (file, tmp_path / stored.EMPTY):
+        kept = name.read_bytes()
+        name.unlink()
+        with pytest.raises(ValueError, match=f"lacks {name.name}; run the command that writes it again"):
+            data.open_source(tmp_path)
+        name.write_bytes(kept)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"16x16/text": np.int64([0, 2])}, "16x16/text is of texts that it does not hold"),
+        ({"16x16/index": np.int64([2, 2])}, "not those from 2 to 3"),
+        ({"16x16/latents": np.ones((3, 1, 2, 2, 4))}, "16x16/… are not 2 rows of what the files beside it hold"),
+        ({"16x16/latents": np.ones((2, 1, 2, 2, 8))}, "16x16/… are not 2 rows of what the files beside it hold"),
+        ({"text/prompt_embeds": np.ones((2, 9, 4), np.float32)}, "text/… are not 2 rows"),
+        ({"8x8/index": np.int64([]), "8x8/text": np.int64([])}, "other columns"),
+        ({"wide/index": np.int64([]), "wide/text": np.int64([])}, "not what precompute writes"),
+        ({"captions": np.uint8([255, 254])}, "no JSON"),
+        ({"faults": as_json(["a"])}, "not what precompute writes"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_shards_that_contradict_themselves(options, said, tmp_path):
+    file = precomputed(tmp_path, **options)
+    with pytest.raises(ValueError, match=said) as told:
+        data.open_source(tmp_path)
+    assert str(told.value).startswith(f"{file}: ") and "Delete this file" in str(told.value)
+
+
+def test_numbers_that_are_not_finite_are_replaced(tmp_path):
+    broken = np.ones((2, 3, 4), np.float32)
+    broken[1, 2, 3] = np.nan
+    precomputed(
+        tmp_path, **{"16x16/latents": np.float64([1, np.inf])[:, None, None, None, None] * np.ones((1, 2, 2, 4))}
+    )
+    source = data.open_source(tmp_path)
+    loader = data.DataLoader(data.Batches.of(source, data.Stored(), 4, shuffle=False))
+    assert next(loader)["caption"] == ["0 0", "0 1", "1 0", "2 0"]
+    assert loader.report.names == {"with latents that are not finite": ["shard-00001.safetensors:16x16[1]"]}
+    loader.close()
+    precomputed(tmp_path, **{"text/prompt_embeds": broken})
+    loader = data.DataLoader(data.Batches.of(data.open_source(tmp_path), data.Stored(), 4, shuffle=False))
+    assert next(loader)["caption"] == ["0 0", "0 1", "1 0", "2 0"]
+    assert list(loader.report.counts) == ["with prompt_embeds that are not finite"]
+    loader.close()
 
 
 def test_patterns_of_files():

@@ -156,6 +156,20 @@ def write_json(path: Path, value: Any) -> None:
         os.fsync(f.fileno())
 
 
+def local(folder: str | os.PathLike[str]) -> Path:
+    """A folder to write to, which has to be one of this machine.
+
+    Raises:
+      ValueError: it is a URL.
+    """
+    if scheme := re.match(r"(\w\w+):/", os.fspath(folder)):  # of what is a Path already one slash is gone
+        raise ValueError(
+            f"{folder} is no folder of this machine, and nothing is written to {scheme[1]}:// directly. Give a folder, "
+            "e.g. where the bucket is mounted (gcsfuse, s3fs), or copy the result there afterwards."
+        )
+    return Path(folder)
+
+
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """A new folder on the same disk as `folder`, whose files move into it at the end, or vanish when anything fails.
@@ -165,8 +179,9 @@ def staged(folder: Path) -> Iterator[Path]:
 
     Raises:
       FileExistsError: `folder` is a file.
+      ValueError: it is a URL.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.abspath(local(folder)))
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; give the folder to save in.")
     folder.parent.mkdir(parents=True, exist_ok=True)

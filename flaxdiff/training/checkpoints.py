@@ -5,6 +5,7 @@ devices reads them to where its own state lies.
 """
 
 import contextlib
+import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from flaxdiff.checkpoint import files
 from flaxdiff.training.state import TrainState
 
 
@@ -35,8 +39,9 @@ class Keeper(NamedTuple):
 
         Raises:
           OSError: the folder cannot be written, or the disk has no room for the checkpoints.
+          ValueError: it is a URL.
         """
-        folder = Path(folder).absolute()
+        folder = files.local(folder).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             (folder / ".writable").touch()
@@ -63,7 +68,7 @@ class Keeper(NamedTuple):
         self, state: TrainState, position: Any, key: jax.Array, metrics: Mapping[str, float] | None = None
     ) -> None:
         """Begin to write a checkpoint; training goes on."""
-        beside = {"data": position, "key": jax.random.key_data(key).tolist()}
+        beside = {"data": of_all(position), "key": jax.random.key_data(key).tolist()}
         items = ocp.args.Composite(state=ocp.args.StandardSave(kept(state)), beside=ocp.args.JsonSave(beside))
         self.manager.save(int(state.step), args=items, metrics=dict(metrics) if metrics else None, force=True)
 
@@ -89,12 +94,35 @@ class Keeper(NamedTuple):
                 f"{self.manager.directory} holds a run with other parameters or another optimiser; use its settings or "
                 f"another folder. {str(error).splitlines()[0]}"
             ) from error
-        return state._replace(**items["state"]), found["data"]
+        return state._replace(**items["state"]), of_one(found["data"], jax.process_index())
 
     def close(self) -> None:
         """Wait until everything is written."""
         self.manager.wait_until_finished()
         self.manager.close()
+
+
+def of_all(position: Any) -> list[Any]:
+    """The positions of all processes, in their order: each may have passed over other rows of a stream.
+
+    >>> of_all({"batch": 3})
+    [{'batch': 3}]
+    """
+    text = np.frombuffer(json.dumps(position).encode(), np.uint8)
+    gather = lambda a: multihost_utils.process_allgather(a).reshape(jax.process_count(), -1)
+    longest = int(gather(np.int32(text.size)).max())
+    return [json.loads(row.tobytes()) for row in gather(np.pad(text, (0, longest - text.size), constant_values=32))]
+
+
+def of_one(positions: Any, process_index: int) -> Any:
+    """The position that is a process's. Where there were fewer processes, that of the last: batches by number have one
+    position for all, and a stream sees that it is not its own.
+
+    >>> of_one([{"read": 3}, {"read": 4}], 1)
+    {'read': 4}
+    """
+    positions = positions if isinstance(positions, list) else [positions]  # of one process, in older checkpoints
+    return positions[min(process_index, len(positions) - 1)]
 
 
 def kept(state: TrainState) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from PIL import Image
 
 from flaxdiff import parallel
-from flaxdiff.checkpoint import hub
+from flaxdiff.checkpoint import files, hub
 from flaxdiff.images import make_image_grid
 from flaxdiff.training import emoji, loop, report, state
 from flaxdiff.training.config import Config, named
@@ -50,10 +50,11 @@ def train(config: Config) -> Components:
       The parameters that the pipeline draws with.
 
     Raises:
-      ValueError: an unknown recipe or name, a data set of no use, a batch that does not divide.
+      ValueError: an unknown recipe or name, a data set of no use, a batch that does not divide, a URL as output.
+      ImportError: a library that is asked for is not installed.
       OSError: the folder cannot be written.
     """
-    given, folder = config.run, Path(config.run.output)
+    given, folder = config.run, files.local(config.run.output)
     recipe = named("recipe", config.recipe, RECIPES)(config)
     recipe = recipe._replace(trainable=config.model.trainable or recipe.trainable)
     dtype = named("mixed_precision", given.mixed_precision, DTYPES)
@@ -61,9 +62,10 @@ def train(config: Config) -> Components:
     data = batches(config, recipe)
     key = jax.random.key(given.seed)
     tx = optimiser(config)
+    told = writers(config)
 
     if recipe.judged:
-        params = reinforce(config, recipe, data, tx, writers(config))
+        params = reinforce(config, recipe, data, tx, told)
         written(config, recipe, params)
         return params
     with jax.set_mesh(mesh):
@@ -85,7 +87,7 @@ def train(config: Config) -> Components:
             keep=given.checkpoints_total_limit,
             best=given.best,
             log_every=given.logging_steps,
-            writers=writers(config),
+            writers=told,
             validate=validation(config, recipe, data, place, dtype),
             validate_every=given.validation_steps,
             place=place,

@@ -68,8 +68,10 @@ def precompute(
       What was left out of the shards that this call wrote.
 
     Raises:
-      ValueError: a pipeline without an autoencoder, sizes that do not divide, a folder written with other arguments.
+      ValueError: a pipeline without an autoencoder, sizes that do not divide, a folder that is a URL or was
+        written with other arguments.
     """
+    out = files.local(out)
     check_columns(source, examples.columns)
     if pipe.family.encode_image is None:
         raise ValueError(f"{type(pipe).__name__} has no way from pictures to latents; use a text-to-image pipeline.")
@@ -81,7 +83,6 @@ def precompute(
             f"One text of an example is encoded, not {', '.join(examples.texts)}; give texts= of one name."
         )
     sizes, unusable = sized(pipe, source, examples)
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     manifest = {
         "examples": len(source),

@@ -7,12 +7,15 @@ text, and `shard-….safetensors`, each with the examples of a range of the data
     64x96/text [n]                         which of the shard's texts is theirs
     text/prompt_embeds [m, N, D]           the texts, each once
     captions, faults                       JSON in UTF-8: the texts themselves, and [name, reason] of what was left out
+
+A folder is opened only when every file in it is whole and fits the others; numbers are read when they are asked for.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,32 +58,27 @@ class Precomputed:
         """Open a folder.
 
         Raises:
-          ValueError: shards are missing, damaged, or hold no example.
+          ValueError: files are missing, damaged, do not fit the others, or hold no example.
         """
         manifest = files.read_json(folder / MANIFEST)
         paths = [folder / name for name in shards(manifest)]
-        if missing := [path.name for path in paths if not path.is_file()]:
+        if missing := [path.name for path in (*paths, folder / EMPTY) if not path.is_file()]:
             raise ValueError(
                 f"{folder} lacks {files.listed(missing)}; run the command that writes it again: it goes on from there."
             )
+        forms: Forms = {"text": {name: (a.shape, a.dtype) for name, a in empty(folder / EMPTY).items()}}
         places: list[tuple[int, Place]] = []
-        columns, faults = {"caption": None}, []
-        for path in paths:
-            tensors = opened(path)
-            faults += [Fault(*pair) for pair in read_lists(path, tensors["faults"])]
-            for name in tensors:
-                group, _, column = name.rpartition("/")
-                if column == "index":
-                    height, width = map(int, group.split("x"))
-                    places += [
-                        (int(i), Place(path, (height, width), row)) for row, i in enumerate(whole(tensors[name]))
-                    ]
-                elif group and column != "text":
-                    columns[column] = None
+        faults, size = [], manifest["shard_size"]
+        for first, path in zip(range(0, manifest["examples"], size), paths):
+            with readable(path):
+                groups, wrong = contents(path, range(first, min(first + size, manifest["examples"])), forms)
+            faults += wrong
+            places += [(i, Place(path, of, row)) for of, index in groups.items() for row, i in enumerate(index)]
         if not places:
             raise ValueError(f"{folder} holds no example; the data it was made of had none of use.")
         ordered = tuple(place for _, place in sorted(places, key=lambda pair: pair[0]))
-        return cls(folder, ordered, tuple(columns), tuple(faults))
+        columns = {**forms[f"{ordered[0].size[0]}x{ordered[0].size[1]}"], **forms["text"]}
+        return cls(folder, ordered, ("caption", *(c for c in columns if c not in ("index", "text"))), tuple(faults))
 
     def __len__(self) -> int:
         return len(self.places)
@@ -128,8 +126,9 @@ class Stored:
         for name in [name for name in made if name.endswith("latents")]:
             samples = made[name]
             made[name] = samples[int(chances.across * len(samples))]
-            if not np.isfinite(made[name].astype(np.float32)).all():
-                raise BadExample("with latents that are not finite")
+        for name, value in made.items():
+            if name != "caption" and not np.isfinite(value.astype(np.float32)).all():
+                raise BadExample(f"with {name} that are not finite")
         if chances.empty < self.proportion_empty_prompts:
             made |= {**row["empty"], "caption": ""}
         return made
@@ -147,6 +146,57 @@ def shards(manifest: Mapping[str, Any]) -> list[str]:
     return [f"shard-{s:05}.safetensors" for s in range(-(-examples // size))]
 
 
+Forms = dict[str, dict[str, tuple[tuple[int, ...], np.dtype]]]  # a size, or "text" -> array -> shape, dtype of a row
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file of the folder names it, and says how to have it written again."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+        said = error if str(path) in str(error) else damaged(path, f"it is not what precompute writes ({error!r})")
+        raise ValueError(
+            f"{said} Delete this file, then run the command that wrote the folder: it makes what is missing."
+        ) from error
+
+
+def contents(path: Path, numbers: range, forms: Forms) -> tuple[dict[Size, list[int]], list[Fault]]:
+    """What a shard holds, once its parts are seen to agree: the numbers of its examples by size; what was left out.
+
+    Args:
+      path: the file.
+      numbers: which examples of the data set are the shard's.
+      forms: of the arrays of earlier shards; what is new is added.
+
+    Raises:
+      ValueError: the parts contradict each other; or whatever Python raises for what was never a shard.
+    """
+    tensors, groups, own = opened(path), {}, {}
+    captions, pairs = (read_lists(path, tensors[name]) for name in ("captions", "faults"))
+    faults = [Fault(str(name), str(reason)) for name, reason in pairs]
+    for name, tensor in tensors.items():
+        if "/" in name:
+            group, column = name.split("/")
+            own.setdefault(group, {})[column] = tensor
+    for group, arrays in own.items():
+        form = {column: (tensor.shape[1:], tensor.dtype) for column, tensor in arrays.items()}
+        length = len(captions) if group == "text" else arrays["index"].shape[0]
+        if form != forms.setdefault(group, form) or any(tensor.shape[0] != length for tensor in arrays.values()):
+            raise damaged(path, f"its arrays {group}/… are not {length} rows of what the files beside it hold")
+        if group != "text":
+            height, width = map(int, group.split("x"))
+            groups[height, width] = whole(arrays["index"]).tolist()
+            if not set(whole(arrays["text"]).tolist()) <= set(range(len(captions))):
+                raise damaged(path, f"{group}/text is of texts that it does not hold")
+    if len({tuple(sorted(form)) for group, form in forms.items() if group != "text"}) > 1:
+        raise damaged(path, "its examples have other columns than those before")
+    seen = [i for index in groups.values() for i in index]
+    if len(seen) + len(faults) != len(numbers) or len(set(seen)) < len(seen) or not set(seen) <= set(numbers):
+        raise damaged(path, f"its examples are not those from {numbers.start} to {numbers.stop - 1} of the data")
+    return groups, faults
+
+
 @functools.lru_cache(1024)
 def opened(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, none of them read yet."""
@@ -155,8 +205,6 @@ def opened(path: Path) -> dict[str, Tensor]:
 
 def one(tensor: Tensor, row: int) -> np.ndarray:
     """A row of a tensor; what else it holds is not read."""
-    if not tensor.shape or row >= tensor.shape[0]:
-        raise BadExample("with arrays of another length than they should have")
     with tensor.view(checked=False) as numbers:
         return np.array(numbers[row])
 
@@ -184,5 +232,6 @@ def _json(text: bytes) -> list[Any]:
 
 @functools.lru_cache(4)
 def empty(path: Path) -> dict[str, np.ndarray]:
-    """The encoding of an empty text."""
-    return {name.removeprefix("text/"): whole(tensor)[0] for name, tensor in opened(path).items()}
+    """The encoding of an empty text. Raises ValueError: the file is damaged, or something else."""
+    with readable(path):
+        return {name.removeprefix("text/"): whole(tensor)[0] for name, tensor in opened(path).items()}
