@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flaxdiff.core import Params
@@ -353,6 +354,16 @@ def _divisible(a: Any, n: int) -> Any:
     if len(a) % n:
         raise ValueError(f"A batch of {len(a)} does not divide among {n} devices; use a multiple of {n}.")
     return a
+
+
+def collected(tree: Any) -> Any:
+    """The same arrays; those that lie on several hosts as NumPy's, whole on each. All of the hosts have to ask.
+
+    >>> collected({"bias": jnp.zeros(3)})["bias"].shape
+    (3,)
+    """
+    own = lambda a: getattr(a, "is_fully_addressable", True)
+    return jax.tree.map(lambda a: a if own(a) else process_allgather(a, tiled=True), tree)
 
 
 # --- many hosts ------------------------------------------------------------------------------------------------------

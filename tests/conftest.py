@@ -25,7 +25,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "flaxdiff-test-cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
-collect_ignore = ["processes.py"]  # a script that test_parallel.py runs
+collect_ignore = ["processes.py", "training_processes.py"]  # scripts that test_parallel.py runs
 
 
 @pytest.fixture(autouse=True)

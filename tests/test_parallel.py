@@ -1,5 +1,6 @@
 """Many devices: what is split, what travels between devices, and that the numbers are those of one device."""
 
+import json
 import logging
 import os
 import socket
@@ -11,17 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
+import pyarrow
+import pyarrow.parquet
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
 
 import flaxdiff
 from flaxdiff import parallel
-from flaxdiff.checkpoint import convert, safetensors, tensors
+from flaxdiff.checkpoint import convert, files, safetensors, tensors
 from flaxdiff.core import Leaf
 from flaxdiff.nn import context
 from flaxdiff.nn.attention import attention
 from flaxdiff.planning import chips, hlo
 from flaxdiff.planning.plan import laid, unkept
+from flaxdiff.training import run
+from flaxdiff.training.config import override, read
 
 KEY = jax.random.key(0)
 
@@ -369,6 +375,25 @@ def test_only_the_pages_of_a_part_are_read(tmp_path, monkeypatch, kind, shape):
 SCRIPT = Path(__file__).parent / "processes.py"
 
 
+def started(*commands):
+    """Run Python with so many lists of arguments at once, each told its place among them; all have to end well."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    common = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    place = lambda i: dict(zip(parallel.PLACE, (address, str(len(commands)), str(i)))) if len(commands) > 1 else {}
+    running = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)], env=common | cache | place(i), stderr=subprocess.PIPE, text=True
+        )
+        for i, command in enumerate(commands)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=1800)
+        assert process.returncode == 0, errors[-3000:]
+
+
 def test_start_says_what_is_missing(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     with pytest.raises(ValueError, match="has {'JAX_NUM_PROCESSES': '2'}; set JAX_COORDINATOR_ADDRESS, JAX_NUM"):
@@ -382,20 +407,8 @@ def test_start_says_what_is_missing(monkeypatch):
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
     """Each loads its shards, samples and trains with the other: the same pictures, losses and weights, to 1e-5."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    common = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    places = [
-        {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)} for i in range(2)
-    ]
-    launch = lambda out, devices, place: subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(tmp_path / out), devices], env=common | place, stderr=subprocess.PIPE
-    )
-    for group in ([launch("one.npz", "8", {})], [launch(f"two{i}.npz", "4", place) for i, place in enumerate(places)]):
-        for process in group:
-            _, errors = process.communicate(timeout=1800)
-            assert process.returncode == 0, errors.decode()[-3000:]
+    started([SCRIPT, tmp_path / "one.npz", "8"])
+    started(*([SCRIPT, tmp_path / f"two{i}.npz", "4"] for i in range(2)))
     one, two = dict(np.load(tmp_path / "one.npz")), dict(np.load(tmp_path / "two0.npz"))
     assert not (tmp_path / "two1.npz").exists()  # only the first writes
     facts = lambda results: [
@@ -408,3 +421,75 @@ def test_two_processes_agree_with_one(tmp_path):
     assert set(one) == set(two)
     for name in one:
         np.testing.assert_allclose(two[name], one[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_command_in_two_processes_ends_as_one(tmp_path):
+    """`flaxdiff train` to its end, with weights and their moments split over both, stopped and started again between:
+    the losses, what is validated and what is exported agree to 1e-5; each goes on at its own place in a stream."""
+    random = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    pictures = [Image.fromarray(random.integers(0, 256, (16, 16, 3), np.uint8)) for _ in range(8)]
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / "pictures" / f"{i}.png")
+    ends = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    sizes = {"sample_size": 16, "block_out_channels": [8], "layers_per_block": 1, "norm_num_groups": 4}
+    (tmp_path / "unet.json").write_text(json.dumps(ends | sizes))
+    (tmp_path / "config.py").write_text(CONFIG.format(pictures=tmp_path / "pictures", unet=tmp_path / "unet.json"))
+    png = (tmp_path / "pictures" / "0.png").read_bytes()
+    rows = {"image": [b"broken" if i in (1, 5) else png for i in range(12)]}
+    pyarrow.parquet.write_table(pyarrow.table(rows | {"text": list(map(str, range(12)))}), tmp_path / "stream.parquet")
+
+    with jax.numpy_dtype_promotion("standard"):
+        run.train(override(read(tmp_path / "config.py"), {"output": str(tmp_path / "one"), "max_train_steps": 3}))
+    started(*[[SCRIPT.with_name("training_processes.py"), tmp_path, "1"]] * 2)
+
+    def told(name):
+        """What the log says of each step; of a run that was started again, the last word."""
+        found = {}
+        for line in map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines()):
+            found.setdefault(line["step"], {}).update(line)
+        return found
+
+    one, two = told("one"), told("two")
+    assert two[2].pop("resumed") == 2 and one.keys() == two.keys() == {0, 1, 2, 3}
+    for name in ("loss", "grad_norm", "validation_loss"):
+        got, expected = ([step[name] for step in log.values() if name in step] for log in (two, one))
+        assert len(expected) >= 2, "at the beginning or at each step, and at the end"
+        np.testing.assert_allclose(got, expected, rtol=1e-5, err_msg=name)
+    weights = [
+        files.open_alone(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("two", "one")
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    for name in weights[1]:
+        with weights[0][name].view() as got, weights[1][name].view() as expected:
+            np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=name)
+
+    pipe, params = flaxdiff.load(tmp_path / "one")
+    expected = pipe(params, jax.random.key(0), batch_size=4, num_inference_steps=2, output_type="np").images
+    for i in range(2):
+        np.testing.assert_allclose(np.load(tmp_path / f"images{i}.npy"), expected, atol=1e-4)
+    streams = [json.loads((tmp_path / f"stream{i}.json").read_text()) for i in range(2)]
+    assert streams[0]["read"] != streams[1]["read"]
+    assert all(len(stream["seen"]) == 4 and stream["seen"] == stream["expected"] for stream in streams)
+
+
+CONFIG = """
+from flaxdiff.training.config import Config, Data, Model, Optimizer, Run
+
+config = Config(
+    "unconditional",
+    Data("{pictures}", resolution=16),
+    Model(component="{unet}"),
+    optimizer=Optimizer(learning_rate=1e-3),
+    run=Run(
+        train_batch_size=8,
+        mesh="fsdp",
+        use_ema=True,
+        validation_batches=1,
+        validation_steps=2,
+        logging_steps=1,
+        checkpointing_steps=2,
+    ),
+)
+"""

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from flaxdiff import images as pictures
-from flaxdiff import memory
+from flaxdiff import memory, parallel
 from flaxdiff.core import Params
 from flaxdiff.pipelines import afterwards, ahead
 from flaxdiff.pipelines.generate import Program, for_decoder
@@ -104,7 +104,7 @@ def call(
     images = run(program, params, key, inputs, callback_on_step_end, output_type != "latent")
     if output_type == "latent":
         return PipelineOutput(images)
-    images = jax.device_get(images)
+    images = jax.device_get(parallel.collected(images))
     images, flags = afterwards.checked(pipe, params, images)
     images = images if pipe.watermark is None else pipe.watermark(images)
     return pipe.present(images, flags, output_type, options)

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from PIL import Image
 
 from flaxdiff import parallel
@@ -101,7 +100,7 @@ def train(config: Config) -> Components:
 
 def written(config: Config, recipe: Recipe, params: Components) -> None:
     """Write the result, by the first process; to the Hub as well, without checkpoints, where the run says so."""
-    params = jax.tree.map(_gathered, params)
+    params = parallel.collected(params)
     if jax.process_index():
         return
     recipe.export(Path(config.run.output), params)
@@ -109,11 +108,6 @@ def written(config: Config, recipe: Recipe, params: Components) -> None:
         with tempfile.TemporaryDirectory() as folder:
             recipe.export(Path(folder), params)
             hub.upload(config.run.push_to_hub, Path(folder), None, None, False, "Trained with flaxdiff")
-
-
-def _gathered(a: jax.Array) -> Any:
-    """An array that lies on several hosts, on each of them."""
-    return a if getattr(a, "is_fully_addressable", True) else multihost_utils.process_allgather(a, tiled=True)
 
 
 def batches(config: Config, recipe: Recipe) -> DataLoader:
