@@ -1,16 +1,20 @@
 """Training: what a step changes, what it leaves alone, and that a run stopped and resumed ends with the same bits."""
 
 import functools
+import io
 import itertools
 import json
 import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import types
 from collections import namedtuple
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +23,19 @@ import optax
 import pytest
 import torch
 from PIL import Image
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
 
 import flaxdiff
 from flaxdiff import parallel, weights
+from flaxdiff.checkpoint.writing import save_model
 from flaxdiff.core import apply, init
 from flaxdiff.models.autoencoder_kl import AutoencoderKL
 from flaxdiff.models.unet_2d_condition import UNet2DConditionModel
 from flaxdiff.schedulers import DDIMScheduler
-from flaxdiff.training import loop, losses, noising, optimizers, report, state
+from flaxdiff.training import data, loop, losses, noising, optimizers, report, state
+from flaxdiff.training import run as running
+from flaxdiff.training.config import Config, Run
 
 UNET = UNet2DConditionModel.from_config(
     {
@@ -440,6 +449,84 @@ def test_lines_files_and_speed(tmp_path, capsys):
     assert capsys.readouterr().out == "step 7/10  loss 0.5\n"
     assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 7, "loss": 0.5}
     assert Image.open(tmp_path / "validation_0000007.png").size == (4, 4)
+
+
+def events(folder) -> list:
+    """What TensorBoard is to read: records of a length, its checksum, an event and its checksum."""
+    found = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        raw = path.read_bytes()
+        while raw:
+            size, sum_of_size = struct.unpack("<QI", raw[:12])
+            body, (sum_of_body,) = raw[12 : 12 + size], struct.unpack("<I", raw[12 + size : 16 + size])
+            assert (sum_of_size, sum_of_body) == (masked_crc32c(raw[:8]), masked_crc32c(body))
+            found.append(event_pb2.Event.FromString(body))
+            raw = raw[16 + size :]
+    return found
+
+
+def test_what_tensorboard_reads(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 5, 3), np.uint8))
+    config = Config("lora", run=Run(output=str(tmp_path), report_to=("tensorboard",)))
+    _, write = running.writers(config)
+    write(report.Moment(7, 10, {"loss": 0.5, "steps/s": 2.0, "validation": picture}))
+    write(report.Moment(8, 10, {"loss": 0.25}))
+    told = [(event.step, value) for event in events(tmp_path / "tensorboard") for value in event.summary.value]
+    figures = [(n, value.tag, value.simple_value) for n, value in told if value.HasField("simple_value")]
+    assert figures == [(7, "loss", 0.5), (7, "steps/s", 2.0), (8, "loss", 0.25)]
+    ((n, value),) = [(n, value) for n, value in told if value.HasField("image")]
+    shown = Image.open(io.BytesIO(value.image.encoded_image_string))
+    assert (n, value.tag) == (7, "validation") and np.array_equal(np.asarray(shown), np.asarray(picture))
+
+
+@pytest.mark.parametrize(
+    "name, module, said",
+    [("tensorboard", "tensorboardX", r"flaxdiff-jax\[train\]"), ("wandb", "wandb", "install wandb")],
+)
+def test_a_report_without_its_library(name, module, said, tmp_path, monkeypatch):
+    """The command says so before it begins, and what to install."""
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not there
+    with pytest.raises(ImportError, match=said):
+        running.writers(Config("lora", run=Run(output=str(tmp_path), report_to=(name,))))
+
+
+def test_what_weights_and_biases_is_told(tmp_path, monkeypatch):
+    """The calls, by a stand-in for its package."""
+    told, picture = [], Image.new("RGB", (5, 3), (9, 8, 7))
+    stand_in = types.SimpleNamespace(
+        init=lambda **options: told.append(options) or types.SimpleNamespace(log=lambda *a, **k: told.append((*a, k))),
+        Image=lambda shown: ("a picture", shown.size),
+    )
+    config = Config("lora", run=Run(output=str(tmp_path), report_to=("wandb",)))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    _, write = running.writers(config)
+    write(report.Moment(7, 10, {"loss": 0.5, "validation": picture}))
+    figures = {"loss": 0.5, "validation": ("a picture", (5, 3))}
+    assert told == [{"project": "flaxdiff", "dir": str(tmp_path)}, (figures, {"step": 7})]
+
+
+def test_weights_and_biases_without_a_network(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    picture, config = Image.new("RGB", (5, 3)), Config("lora", run=Run(output=str(tmp_path), report_to=("wandb",)))
+    running.writers(config)[1](report.Moment(7, 10, {"loss": 0.5, "validation": picture}))
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize("output", ["gs://bucket/run", "s3://bucket/run", Path("gs://bucket/run")])
+def test_an_output_that_is_no_folder(output, tmp_path, monkeypatch):
+    """A URL is refused before work begins, and makes no folder of its name."""
+    monkeypatch.chdir(tmp_path)
+    state_ = state.create({"w": jnp.zeros(2)}, optax.sgd(0.1))
+    for write in (
+        lambda: running.train(Config("no recipe", run=Run(output=str(output)))),
+        lambda: loop.fit(lambda *a: a, state_, batch_at, jax.random.key(0), 1, directory=output),
+        lambda: data.precompute(None, {}, None, data.Examples(), output),
+        lambda: save_model(output, UNET, {}),
+    ):
+        with pytest.raises(ValueError, match=r"gs|s3.* is no folder of this machine.*mounted.*copy"):
+            write()
+    assert not list(tmp_path.iterdir())
 
 
 def test_flops_are_those_of_the_compiled_program():
