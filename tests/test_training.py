@@ -494,15 +494,18 @@ def test_what_weights_and_biases_is_told(tmp_path, monkeypatch):
     """The calls, by a stand-in for its package."""
     told, picture = [], Image.new("RGB", (5, 3), (9, 8, 7))
     stand_in = types.SimpleNamespace(
-        init=lambda **options: told.append(options) or types.SimpleNamespace(log=lambda *a, **k: told.append((*a, k))),
+        init=lambda dir, **options: (
+            told.append((Path(dir).is_dir(), dir, options))
+            or types.SimpleNamespace(log=lambda *a, **k: told.append((*a, k)))
+        ),
         Image=lambda shown: ("a picture", shown.size),
     )
-    config = Config("lora", run=Run(output=str(tmp_path), report_to=("wandb",)))
+    config = Config("lora", run=Run(output=str(tmp_path / "new"), report_to=("wandb",)))
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     _, write = running.writers(config)
     write(report.Moment(7, 10, {"loss": 0.5, "validation": picture}))
     figures = {"loss": 0.5, "validation": ("a picture", (5, 3))}
-    assert told == [{"project": "flaxdiff", "dir": str(tmp_path)}, (figures, {"step": 7})]
+    assert told == [(True, str(tmp_path / "new"), {"project": "flaxdiff"}), (figures, {"step": 7})]
 
 
 def test_weights_and_biases_without_a_network(tmp_path, monkeypatch):

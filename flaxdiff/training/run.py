@@ -208,6 +208,7 @@ def writers(config: Config) -> list[report.Writer]:
     folder = Path(config.run.output)
     if jax.process_index():
         return []
+    folder.mkdir(parents=True, exist_ok=True)
     known = {
         "jsonl": lambda: report.jsonl(folder / "log.jsonl"),
         "tensorboard": lambda: report.tensorboard(folder / "tensorboard"),
