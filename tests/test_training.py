@@ -471,7 +471,10 @@ def test_what_tensorboard_reads(tmp_path):
     _, write = running.writers(config)
     write(report.Moment(7, 10, {"loss": 0.5, "steps/s": 2.0, "validation": picture}))
     write(report.Moment(8, 10, {"loss": 0.25}))
-    told = [(event.step, value) for event in events(tmp_path / "tensorboard") for value in event.summary.value]
+    told, until = [], time.monotonic() + 20
+    while len(told) < 4 and time.monotonic() < until:  # its thread may write a little later
+        time.sleep(0.2)
+        told = [(event.step, value) for event in events(tmp_path / "tensorboard") for value in event.summary.value]
     figures = [(n, value.tag, value.simple_value) for n, value in told if value.HasField("simple_value")]
     assert figures == [(7, "loss", 0.5), (7, "steps/s", 2.0), (8, "loss", 0.25)]
     ((n, value),) = [(n, value) for n, value in told if value.HasField("image")]
