@@ -30,16 +30,29 @@ def latents(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
-def updated(recipe, data, folder):
-    """The loss of a step of ours, whose result is written to a folder; and the rows and the noise that it drew."""
-    tx = optimizers.optimizer("adamw", RATE, eps=EPS)
+def trained(recipe, data, steps=1, decay=0.999):
+    """The state after some steps of ours, all on the same batch, and their losses."""
+    tx, losses = optimizers.optimizer("adamw", RATE, eps=EPS), []
     with jax.numpy_dtype_promotion("standard"):
         now = state.create(recipe.params, tx, recipe.trainable)
-        after, metrics = state.jitted(recipe.loss, tx)(now, recipe.batch(data), KEY)
+        step = state.jitted(recipe.loss, tx, decay, target=recipe.target)
+        for _ in range(steps):
+            now, metrics = step(now, recipe.batch(data), KEY)
+            losses.append(float(metrics["loss"]))
+    return now, losses
+
+
+def drawn(n=0, parts=2):
+    """The keys of what the loss draws at a step: times, noise, …"""
+    key, _ = jax.random.split(jax.random.fold_in(KEY, n))
+    return jax.random.split(key, parts)
+
+
+def updated(recipe, data, folder):
+    """The loss of a step of ours, whose result is written to a folder; and the keys of what it drew."""
+    after, [loss] = trained(recipe, data)
     recipe.export(folder, after.params)
-    key, _ = jax.random.split(jax.random.fold_in(KEY, 0))
-    k_time, k_noise = jax.random.split(key)
-    return float(metrics["loss"]), k_time, k_noise
+    return (loss, *drawn())
 
 
 def noised(scheduler, data, k_time, k_noise):
@@ -50,10 +63,15 @@ def noised(scheduler, data, k_time, k_noise):
     return peers.nchw(x), torch.tensor(path.time[np.asarray(row)]), peers.nchw(target)
 
 
-def step(parameters, loss: torch.Tensor) -> float:
+def adamw(parameters) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=RATE, eps=EPS, weight_decay=1e-2)
+
+
+def step(parameters, loss: torch.Tensor, optimizer: torch.optim.Optimizer | None = None) -> float:
     """PyTorch's update."""
     parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, eps=EPS, weight_decay=1e-2)
+    optimizer = optimizer or adamw(parameters)
+    optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
@@ -133,32 +151,37 @@ def test_sizes_that_xl_is_told(tmp_path):
     same(diffusers.UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet"), pipe.unet)
 
 
+def lively(recipe, scale=0.25):
+    """The recipe of a LoRA whose second factors, which begin at zero, are drawn."""
+    draw = iter(jax.random.split(jax.random.key(9), 999))
+    ups = state.select(recipe.params, r".*\.up")
+    some = {path: scale * jax.random.normal(next(draw), a.shape) for path, a in ups.items()}
+    return recipe._replace(params=state.replace(recipe.params, some))
+
+
+def wearing(build, folder):
+    """PyTorch's pipeline with the LoRA of a folder on, which alone learns."""
+    pipe = build()
+    pipe.load_lora_weights(folder)
+    for name, parameter in pipe.unet.named_parameters():
+        parameter.requires_grad_("lora" in name)
+    return pipe, [p for p in pipe.unet.parameters() if p.requires_grad]
+
+
 def test_lora(tmp_path):
     """An adapter that peft has, with numbers in both factors."""
-    build, draw = peers.stable_diffusion_1, iter(jax.random.split(jax.random.key(9), 99))
-    recipe = recipes.RECIPES["lora"](config("lora", peers.saved(build)))
-    lively = {
-        path: jax.random.normal(next(draw), a.shape) / 4 for path, a in state.select(recipe.params, r".*\.up").items()
-    }
-    recipe = recipe._replace(params=state.replace(recipe.params, lively))
+    build = peers.stable_diffusion_1
+    recipe = lively(recipes.RECIPES["lora"](config("lora", peers.saved(build))))
     recipe.export(tmp_path / "before", recipe.params)
     data = {"latents": latents(2, 8, 8, 4), "caption": CAPTIONS}
     ours, *keys = updated(recipe, data, tmp_path / "after")
 
-    def wearing(folder):
-        pipe = build()
-        pipe.load_lora_weights(folder)
-        return pipe
-
-    pipe = wearing(tmp_path / "before")
-    for name, parameter in pipe.unet.named_parameters():
-        parameter.requires_grad_("lora" in name)
+    pipe, learned = wearing(build, tmp_path / "before")
     x, t, target = noised(recipe.pipe.scheduler, data, *keys)
     loss = torch.nn.functional.mse_loss(pipe.unet(x, t, text(pipe).detach()).sample, target)
-    learned = [p for p in pipe.unet.parameters() if p.requires_grad]
     assert ours == pytest.approx(step(learned, loss), rel=1e-5)
-    after = wearing(tmp_path / "after").unet
-    same(after, pipe.unet), moved(wearing(tmp_path / "before").unet, after)
+    after = wearing(build, tmp_path / "after")[0].unet
+    same(after, pipe.unet), moved(wearing(build, tmp_path / "before")[0].unet, after)
 
 
 def test_controlnet(tmp_path):
@@ -315,6 +338,108 @@ def test_flow_of_flux(tmp_path):
     loss = torch.nn.functional.mse_loss(pred, pack(target))
     assert ours == pytest.approx(step(pipe.transformer.parameters(), loss), rel=1e-5)
     same(diffusers.FluxTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer"), pipe.transformer)
+
+
+# --- students of few steps -------------------------------------------------------------------------------------------
+
+
+def consistency_loss(scheduler, student, teacher, target, x0, keys, huber_c=None):
+    """That of the scripts for latent consistency.
+
+    `student` and `target` are asked about (x, t, w), `teacher` about (x, t) with and without the text.
+    """
+    scheduler = diffusers.DDPMScheduler.from_config(scheduler.config)
+    power, column = scheduler.alphas_cumprod, lambda a: a[:, None, None, None]
+    k_time, k_noise, k_w = keys
+    ddim = torch.arange(1, 51) * (1000 // 50) - 1
+    before = torch.cat([power[:1], power[ddim[:-1]]])
+    index = torch.tensor(np.asarray(timesteps.sampler()(k_time, len(x0), 50)))
+    w = torch.tensor(np.asarray(jax.random.uniform(k_w, (len(x0),), minval=5.0, maxval=15.0)))
+    start = ddim[index]
+    end = (start - 1000 // 50).clamp(min=0)
+    noisy = scheduler.add_noise(peers.nchw(x0), peers.nchw(jax.random.normal(k_noise, x0.shape)), start)
+
+    def denoised(output, t, x):
+        return (x - column((1 - power[t]).sqrt()) * output) / column(power[t].sqrt())
+
+    def consistent(net, x, t):
+        scaled = 10.0 * t
+        skip, out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
+        return column(skip) * x + column(out) * denoised(net(x, t, w), t, x)
+
+    with torch.no_grad():
+        told, untold = teacher(noisy, start)
+        clean, empty = denoised(told, start, noisy), denoised(untold, start, noisy)
+        pred_x0, pred_noise = clean + column(w) * (clean - empty), told + column(w) * (told - untold)
+        last = column(before[index])
+        goal = consistent(target, last.sqrt() * pred_x0 + (1 - last).sqrt() * pred_noise, end)
+    error = consistent(student, noisy, start) - goal
+    return (error**2).mean() if huber_c is None else (torch.sqrt(error**2 + huber_c**2) - huber_c).mean()
+
+
+def test_latent_consistency(tmp_path):
+    """Two steps of a student that is told the guidance; the network that it follows is its average at one pace."""
+    build = peers.stable_diffusion_1
+    given = config("lcm", peers.saved(build), objective=Objective(loss_type="huber", huber_c=0.01))
+    recipe = recipes.RECIPES["lcm"](given)
+    recipe.export(tmp_path / "before", recipe.params)
+    data = {"latents": latents(2, 8, 8, 4), "caption": CAPTIONS}
+    after, ours = trained(recipe, data, steps=2, decay=0.95)
+
+    pipe = build()
+    read = lambda folder: diffusers.UNet2DConditionModel.from_pretrained(tmp_path / folder, subfolder="unet")
+    student, target, words = read("before"), read("before"), text(pipe).detach()
+    ids = pipe.tokenizer([""] * 2, padding="max_length", return_tensors="pt").input_ids
+    empty, optimizer = pipe.text_encoder(ids)[0].detach(), adamw(student.parameters())
+
+    def told(net):
+        embed = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding
+        return lambda x, t, w: net(x, t, words, timestep_cond=embed(None, w, 256)).sample
+
+    teacher = lambda x, t: (pipe.unet(x, t, words).sample, pipe.unet(x, t, empty).sample)
+    for n in range(2):
+        nets = told(student), teacher, told(target)
+        loss = consistency_loss(pipe.scheduler, *nets, data["latents"], drawn(n, 3), huber_c=0.01)
+        assert ours[n] == pytest.approx(step(student.parameters(), loss, optimizer), rel=1e-5)
+        with torch.no_grad():
+            for slow, fast in zip(target.parameters(), student.parameters(), strict=True):
+                slow.mul_(0.95).add_(fast, alpha=0.05)
+    recipe.export(tmp_path / "after", after.params), recipe.export(tmp_path / "average", state.averaged(after))
+    same(read("after"), student), same(read("average"), target), moved(read("before"), student)
+
+
+def test_latent_consistency_of_a_lora(tmp_path):
+    """Stable Diffusion XL, whose teacher reads zeros in place of an empty text; convolutions learn as well."""
+    build = peers.stable_diffusion_xl
+    recipe = lively(recipes.RECIPES["lcm_lora"](config("lcm_lora", peers.saved(build))), scale=0.05)
+    recipe.export(tmp_path / "before", recipe.params)
+    sizes = {"original_size": np.int32([[40, 60], [16, 16]]), "crop_top_left": np.int32([[0, 8], [3, 0]])}
+    data = {"latents": latents(2, 8, 8, 4), "caption": CAPTIONS, **sizes}
+    after, [ours] = trained(recipe, data)
+    recipe.export(tmp_path / "after", after.params)
+
+    pipe, learned = wearing(build, tmp_path / "before")
+    words, _, pooled, _ = (a if a is None else a.detach() for a in pipe.encode_prompt(CAPTIONS, None, None, 1, False))
+    ids = torch.tensor([[40, 60, 0, 8, 16, 16], [16, 16, 3, 0, 16, 16]])
+
+    def asked(x, t, words, pooled):
+        return pipe.unet(x, t, words, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample
+
+    def teacher(x, t):
+        pipe.unet.disable_adapters()
+        both = asked(x, t, words, pooled), asked(x, t, 0 * words, 0 * pooled)
+        pipe.unet.enable_adapters()
+        return both
+
+    student = lambda x, t, w: asked(x, t, words, pooled)
+    loss = consistency_loss(pipe.scheduler, student, teacher, student, data["latents"], drawn(0, 3))
+    assert ours == pytest.approx(step(learned, loss), rel=1e-5)
+    read = wearing(build, tmp_path / "after")[0].unet
+    same(read, pipe.unet), moved(wearing(build, tmp_path / "before")[0].unet, read)
+    modules = {name.split(".lora")[0] for name in read.state_dict() if "lora" in name}
+    layers = "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut time_emb_proj"
+    ends = (*layers.split(), "downsamplers.0.conv", "upsamplers.0.conv")
+    assert modules == {name for name, _ in build().unet.named_modules() if name.endswith(ends)}
 
 
 def test_the_scheduler_follows_what_is_predicted():

@@ -47,6 +47,7 @@ class Recipe(NamedTuple):
       captioned: whether pictures have texts.
       drops: whether texts and conditioning pictures are left out of some examples.
       judged: whether what is learned from is what the pipeline draws, see reinforce.py.
+      target: whether the loss asks the moving average as well, see `train_step`, which is then kept.
       shows: the option of the pipeline's call that is a picture to follow or to change.
       draws: parameters -> those that the pipeline draws with; by default the same.
     """
@@ -61,6 +62,7 @@ class Recipe(NamedTuple):
     captioned: bool = True
     drops: bool = False
     judged: bool = False
+    target: bool = False
     shows: str = "image"
     draws: Callable[[Components], Components] = lambda params: params
 
@@ -202,13 +204,15 @@ def text_to_image(config: Config) -> Recipe:
     return plain(pipe, params, moving, config)
 
 
-def with_lora(config: Config) -> Recipe:
+ATTENTIONS = r"(?:attn|attention).*\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkv]_proj|out_proj)"
+
+
+def with_lora(config: Config, layers: str = ATTENTIONS) -> Recipe:
     """Low-rank updates of the denoiser's attentions, of text encoders as well, or of what `target_modules` says."""
     pipe, params = load(config)
     given, own = config.adapter, encoders(pipe, config)
-    usual = rf"(?:{own})\..*(?:attn|attention).*\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkv]_proj|out_proj)"
     key = jax.random.fold_in(jax.random.key(config.run.seed), 1)
-    adapter = lora.init_lora(pipe, key, given.rank, given.target_modules or usual)
+    adapter = lora.init_lora(pipe, key, given.rank, given.target_modules or rf"(?:{own})\..*{layers}")
     share = (given.lora_alpha or given.rank) / given.rank
     adapted = lora.set_adapters(params, [adapter], [share])
     export = lambda folder, params: lora.save_lora(folder, pipe, lora.adapter_of(params))
@@ -359,10 +363,13 @@ def custom_diffusion_of(config: Config) -> Recipe:
 def latent_consistency(config: Config) -> Recipe:
     """A student of few steps: the U-Net itself, which is told the strength of guidance; its teacher is as it began.
 
+    What it is to say is what its moving average says, with `ema_decay`.
+
     Reference: Luo et al., Latent Consistency Models, 2023.
     """
     base, params = load(config)
-    width, key = 256, jax.random.fold_in(jax.random.key(config.run.seed), 1)
+    width = base.unet.config.time_cond_proj_dim or 256
+    key = jax.random.fold_in(jax.random.key(config.run.seed), 1)
     pipe = base.replace(unet=base.unet.replace(time_cond_proj_dim=width), scheduler=_lcm(base))
     drawn = init(pipe.unet, key)
     student = {name: params["unet"].get(name, weight) for name, weight in drawn.items()}
@@ -371,7 +378,16 @@ def latent_consistency(config: Config) -> Recipe:
     made = made._replace(
         batch=lambda batch: told(base, batch, config)
     )  # the loss says what strength of guidance is told
-    return made._replace(loss=_consistent(base, predict(pipe), teacher, config, time_cond_proj_dim=width))
+    ask = predict(pipe)
+    options = {"target": distillation.average(ask), "time_cond_proj_dim": width}
+    return made._replace(loss=_consistent(base, ask, teacher, config, **options), target=True)
+
+
+# what a student of few steps changes in a U-Net: convolutions and feed-forwards as well
+STUDENT = (
+    r"\.(?:to_[qkv]|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv[12]|conv_shortcut|time_emb_proj"
+    r"|(?:down|up)samplers\.0\.conv)"
+)
 
 
 def latent_consistency_lora(config: Config) -> Recipe:
@@ -379,7 +395,7 @@ def latent_consistency_lora(config: Config) -> Recipe:
 
     Reference: Luo et al., LCM-LoRA: A Universal Stable-Diffusion Acceleration Module, 2023.
     """
-    made = with_lora(config)
+    made = with_lora(config, STUDENT)
     student = predict(made.pipe)
     loss = _consistent(made.pipe, student, distillation.adapterless(student), config)
     return made._replace(pipe=made.pipe.replace(scheduler=_lcm(made.pipe)), loss=loss)
