@@ -379,7 +379,7 @@ def consistency_loss(scheduler, student, teacher, target, x0, keys, huber_c=None
 
 def test_latent_consistency(tmp_path):
     """Two steps of a student that is told the guidance; the network that it follows is its average at one pace."""
-    build = peers.stable_diffusion_1
+    build = peers.shallow_stable_diffusion_1
     given = config("lcm", peers.saved(build), objective=Objective(loss_type="huber", huber_c=0.01))
     recipe = recipes.RECIPES["lcm"](given)
     recipe.export(tmp_path / "before", recipe.params)
@@ -410,7 +410,7 @@ def test_latent_consistency(tmp_path):
 
 def test_latent_consistency_of_a_lora(tmp_path):
     """Stable Diffusion XL, whose teacher reads zeros in place of an empty text; convolutions learn as well."""
-    build = peers.stable_diffusion_xl
+    build = peers.shallow_stable_diffusion_xl
     recipe = lively(recipes.RECIPES["lcm_lora"](config("lcm_lora", peers.saved(build))), scale=0.05)
     recipe.export(tmp_path / "before", recipe.params)
     sizes = {"original_size": np.int32([[40, 60], [16, 16]]), "crop_top_left": np.int32([[0, 8], [3, 0]])}
@@ -436,10 +436,18 @@ def test_latent_consistency_of_a_lora(tmp_path):
     assert ours == pytest.approx(step(learned, loss), rel=1e-5)
     read = wearing(build, tmp_path / "after")[0].unet
     same(read, pipe.unet), moved(wearing(build, tmp_path / "before")[0].unet, read)
-    modules = {name.split(".lora")[0] for name in read.state_dict() if "lora" in name}
+
+
+def test_layers_that_learn_few_steps(tmp_path):
+    """Those of the script, where its LoRA is not told which."""
+    recipe = recipes.RECIPES["lcm_lora"](config("lcm_lora", peers.saved(peers.stable_diffusion_xl)))
+    recipe.export(tmp_path, recipe.params)
+    pipe, _ = wearing(peers.stable_diffusion_xl, tmp_path)
+    modules = {name.split(".lora")[0] for name in pipe.unet.state_dict() if "lora" in name}
     layers = "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut time_emb_proj"
     ends = (*layers.split(), "downsamplers.0.conv", "upsamplers.0.conv")
-    assert modules == {name for name, _ in build().unet.named_modules() if name.endswith(ends)}
+    plain = peers.stable_diffusion_xl().unet
+    assert modules == {name for name, _ in plain.named_modules() if name.endswith(ends)}
 
 
 def test_the_scheduler_follows_what_is_predicted():
