@@ -4,6 +4,8 @@ The loss agrees to 1e-5, and what the recipe writes is read by PyTorch's diffuse
 weights to 1e-4. Both update by AdamW after clipping.
 """
 
+import json
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -209,6 +211,47 @@ def test_controlnet(tmp_path):
     same(read, net), moved(diffusers.ControlNetModel.from_pretrained(tmp_path / "start"), read)
 
 
+def told_xl(pipe):
+    """What Stable Diffusion XL is told of the captions, and of pictures of 16 pixels that were not cut."""
+    embeds, _, pooled, _ = pipe.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)
+    ids = torch.tensor([[16, 16, 0, 0, 16, 16]] * 2)
+    return embeds.detach(), {"text_embeds": pooled.detach(), "time_ids": ids}
+
+
+def test_t2i_adapter(tmp_path):
+    """The script's sigmas, and its error of what is denoised; the last of four features is for the middle block."""
+    build = peers.stable_diffusion_xl
+    given = config("t2i_adapter", peers.saved(build), objective=Objective(weighting_scheme="cubic"))
+    recipe = recipes.RECIPES["t2i_adapter"](given)
+    recipe.export(tmp_path / "before", recipe.params)
+    picture = latents(2, 16, 16, 3).clip(-1, 1)
+    data = {"latents": latents(2, 8, 8, 4), "caption": CAPTIONS, "conditioning_image": picture}
+    ours, k_time, k_noise = updated(recipe, data, tmp_path / "after")
+
+    pipe, net = build(), diffusers.T2IAdapter.from_pretrained(tmp_path / "before").train()
+    assert net.config.channels == [16, 32, 32] and net.config.downscale_factor == 4
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    u = torch.tensor(np.asarray(jax.random.uniform(k_time, (2,))))
+    t = ((1 - u**3) * 1000).long().to(scheduler.timesteps.dtype).clamp(0, 999)
+    x0, noise = (peers.nchw(a) for a in (data["latents"], jax.random.normal(k_noise, data["latents"].shape)))
+    noisy = scheduler.add_noise(x0, noise, t)
+    sigma = scheduler.sigmas[[(scheduler.timesteps == one).nonzero().item() for one in t]][:, None, None, None]
+    embeds, more = told_xl(pipe)
+    added = net(peers.nchw((picture + 1) / 2))
+    assert len(added) == 3
+    pred = pipe.unet(
+        noisy / (sigma**2 + 1) ** 0.5,
+        t,
+        embeds,
+        added_cond_kwargs=more,
+        down_intrablock_additional_residuals=list(added),
+    ).sample
+    loss = (sigma**-2.0 * (pred * -sigma + noisy - x0) ** 2).mean()
+    assert ours == pytest.approx(step(net.parameters(), loss), rel=1e-5)
+    read = diffusers.T2IAdapter.from_pretrained(tmp_path / "after")
+    same(read, net), moved(diffusers.T2IAdapter.from_pretrained(tmp_path / "before"), read)
+
+
 def test_unconditional(tmp_path):
     recipe = recipes.RECIPES["unconditional"](config("unconditional", peers.saved(peers.ddpm)))
     data = {"image": latents(2, 8, 8, 3)}
@@ -277,9 +320,10 @@ def test_keys_and_values(tmp_path):
         torch.testing.assert_close(weight, parameter.detach(), rtol=0, atol=1e-4, msg=name)
 
 
-def test_pictures_to_change(tmp_path):
+@pytest.mark.parametrize("large", [False, True], ids=["1", "xl"])
+def test_pictures_to_change(large, tmp_path):
     """InstructPix2Pix: the first layer sees the picture's latent as well; of the second example it is left out."""
-    build = peers.stable_diffusion_1
+    build = peers.shallow_stable_diffusion_xl if large else peers.shallow_stable_diffusion_1
     recipe = recipes.RECIPES["instruct_pix2pix"](config("instruct_pix2pix", peers.saved(build)))
     picture = latents(2, 16, 16, 3).clip(-1, 1)
     data = {
@@ -300,9 +344,11 @@ def test_pictures_to_change(tmp_path):
         pipe.vae.encode(peers.nchw(picture)).latent_dist.mode().detach() * torch.tensor([1.0, 0])[:, None, None, None]
     )
     x, t, target = noised(recipe.pipe.scheduler, data, *keys)
-    loss = torch.nn.functional.mse_loss(net(torch.cat([x, beside], 1), t, text(pipe).detach()).sample, target)
+    embeds, more = told_xl(pipe) if large else (text(pipe).detach(), None)
+    pred = net(torch.cat([x, beside], 1), t, embeds, added_cond_kwargs=more).sample
+    loss = torch.nn.functional.mse_loss(pred, target)
     assert ours == pytest.approx(step(net.parameters(), loss), rel=1e-5)
-    read = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path).unet
+    read = getattr(diffusers, f"StableDiffusion{'XL' * large}InstructPix2PixPipeline").from_pretrained(tmp_path).unet
     same(read, net)
     assert read.conv_in.weight[:, 4:].abs().max() > 1e-4
 
@@ -338,6 +384,103 @@ def test_flow_of_flux(tmp_path):
     loss = torch.nn.functional.mse_loss(pred, pack(target))
     assert ours == pytest.approx(step(pipe.transformer.parameters(), loss), rel=1e-5)
     same(diffusers.FluxTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer"), pipe.transformer)
+
+
+def led(folder, net, tmp_path, **settings):
+    """The recipe of a ControlNet of a flow, which begins as `net`; ours begins as PyTorch's does."""
+    (tmp_path / "sizes.json").write_text(json.dumps(settings))
+    build = recipes.RECIPES["controlnet"]
+    made = build(Config("controlnet", Data(resolution=16), Model(folder, component=str(tmp_path / "sizes.json"))))
+    made.export(tmp_path / "made", made.params)
+    same(type(net).from_pretrained(tmp_path / "made"), net)
+    peers.lively(net).save_pretrained(tmp_path / "before")
+    return build(
+        Config("controlnet", Data(resolution=16), Model(folder, controlnet_model_name_or_path=str(tmp_path / "before")))
+    )
+
+
+def test_controlnet_of_flux(tmp_path):
+    """Tokens of the picture's latent, and as many of the transformer's blocks as are asked for."""
+    pipe = diffusers.FluxPipeline.from_pretrained(test_flux.folder())
+    sizes = {"num_layers": 1, "num_single_layers": 2}
+    heads = {"attention_head_dim": 12, "num_attention_heads": 2}
+    net = diffusers.FluxControlNetModel.from_transformer(pipe.transformer, **sizes, **heads)
+    recipe = led(test_flux.folder(), net, tmp_path, **sizes)
+    picture = latents(2, 16, 16, 3).clip(-1, 1)
+    data = {"latents": latents(2, 8, 8, 4), "caption": CAPTIONS, "conditioning_image": picture}
+    ours, *keys = updated(recipe, data, tmp_path / "after")
+
+    x, t, target = noised(recipe.pipe.scheduler, data, *keys)
+    pack = lambda a: pipe._pack_latents(a, 2, a.shape[1], *a.shape[2:])
+    embeds, pooled, text_ids = pipe.encode_prompt(CAPTIONS, None)
+    where = pipe._prepare_latent_image_ids(2, 4, 4, None, torch.float32)
+    told = {"encoder_hidden_states": embeds.detach(), "pooled_projections": pooled.detach(), "txt_ids": text_ids}
+    told |= {"timestep": t / 1000, "guidance": torch.full((2,), 3.5), "img_ids": where}
+    seen = (pipe.vae.encode(peers.nchw(picture)).latent_dist.sample().detach() - 0.1) * 0.4
+    blocks, singles = net(hidden_states=pack(x), controlnet_cond=pack(seen), return_dict=False, **told)
+    more = {"controlnet_block_samples": blocks, "controlnet_single_block_samples": singles}
+    loss = torch.nn.functional.mse_loss(pipe.transformer(pack(x), **more, **told).sample, pack(target))
+    assert ours == pytest.approx(step(net.parameters(), loss), rel=1e-5)
+    read = diffusers.FluxControlNetModel.from_pretrained(tmp_path / "after")
+    same(read, net), moved(diffusers.FluxControlNetModel.from_pretrained(tmp_path / "before"), read)
+
+
+def test_controlnet_of_stable_diffusion_3(tmp_path):
+    """A shifted latent and a pooled state, which the pipeline gives a net that says so."""
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(test_sd3.folder())
+    net = diffusers.SD3ControlNetModel.from_transformer(pipe.transformer, 2, 0)
+    net.register_to_config(force_zeros_for_pooled_projection=False)
+    recipe = led(test_sd3.folder(), net, tmp_path, num_layers=2)
+    assert not dict(recipe.pipe.specs)["controlnet"].config.force_zeros_for_pooled_projection
+    picture = latents(2, 16, 16, 3).clip(-1, 1)
+    data = {"latents": latents(2, 8, 8, 16), "caption": CAPTIONS, "conditioning_image": picture}
+    ours, *keys = updated(recipe, data, tmp_path / "after")
+
+    x, t, target = noised(recipe.pipe.scheduler, data, *keys)
+    embeds, _, pooled, _ = pipe.encode_prompt(CAPTIONS, None, None, do_classifier_free_guidance=False)
+    told = {"encoder_hidden_states": embeds.detach(), "pooled_projections": pooled.detach(), "timestep": t}
+    seen = (pipe.vae.encode(peers.nchw(picture)).latent_dist.sample().detach() - 0.1) * 0.4
+    added = net(hidden_states=x, controlnet_cond=seen, return_dict=False, **told)[0]
+    pred = pipe.transformer(x, block_controlnet_hidden_states=added, **told).sample
+    loss = torch.nn.functional.mse_loss(pred, target)
+    assert ours == pytest.approx(step(net.parameters(), loss), rel=1e-5)
+    read = diffusers.SD3ControlNetModel.from_pretrained(tmp_path / "after")
+    same(read, net), moved(diffusers.SD3ControlNetModel.from_pretrained(tmp_path / "before"), read)
+
+
+# --- preferences -----------------------------------------------------------------------------------------------------
+
+
+def test_preferences(tmp_path):
+    """Diffusion-DPO: the first picture of each pair is preferred, and both have the same noise, time and caption."""
+    build = peers.shallow_stable_diffusion_1
+    given = config("dpo_lora", peers.saved(build), objective=Objective(beta_dpo=20.0))
+    recipe = lively(recipes.RECIPES["dpo_lora"](given))
+    recipe.export(tmp_path / "before", recipe.params)
+    picture = latents(2, 16, 16, 3).clip(-1, 1)
+    batch = recipe.batch({"image": picture, "rejected": picture, "caption": CAPTIONS})
+    both = latents(4, 8, 8, 4)
+    batch = {"latents": both, "conditions": batch["conditions"]}
+    ours, *keys = updated(recipe._replace(batch=lambda data: batch), batch, tmp_path / "after")
+
+    pipe, learned = wearing(build, tmp_path / "before")
+    pairs = [noised(recipe.pipe.scheduler, {"latents": half}, *keys) for half in np.split(both, 2)]
+    x, t, target = (torch.cat(halves) for halves in zip(*pairs))
+    words = text(pipe).detach().repeat(2, 1, 1)
+
+    def ahead():
+        each = torch.nn.functional.mse_loss(pipe.unet(x, t, words).sample, target, reduction="none")
+        return torch.sub(*each.mean((1, 2, 3)).chunk(2))
+
+    own = ahead()
+    pipe.unet.disable_adapters()
+    with torch.no_grad():
+        reference = ahead()
+    pipe.unet.enable_adapters()
+    loss = -torch.nn.functional.logsigmoid(20.0 * (reference - own)).mean()
+    assert ours == pytest.approx(step(learned, loss), rel=1e-5)
+    after = wearing(build, tmp_path / "after")[0].unet
+    same(after, pipe.unet), moved(wearing(build, tmp_path / "before")[0].unet, after)
 
 
 # --- students of few steps -------------------------------------------------------------------------------------------

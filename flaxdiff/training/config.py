@@ -133,8 +133,8 @@ class Objective:
       noise_offset: noise that is the same at all places of a channel.
       input_perturbation: further noise that the target does not know.
       dream_detail_preservation: p of DREAM, by which a network learns from its own error; none if left out.
-      weighting_scheme: how times are drawn, and weighed: "stratified", "none", "logit_normal", "mode", "sigma_sqrt" or
-        "cosmap".
+      weighting_scheme: how times are drawn, and weighed: "stratified", "none", "logit_normal", "mode", "cubic",
+        "sigma_sqrt" or "cosmap".
       logit_mean, logit_std: of "logit_normal".
       mode_scale: of "mode".
       timestep_bias_strategy: "none", "earlier", "later" or "range".

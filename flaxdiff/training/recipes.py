@@ -100,7 +100,8 @@ def checkpointed(pipe: DiffusionPipeline, config: Config) -> DiffusionPipeline:
     return pipe.replace(**{name: spec.replace(remat="full") for name, spec in pipe.specs})
 
 
-CURVES = ("logit_normal", "mode")  # schemes that say how times are drawn
+SINUSOIDS = r"(?!pos_embed\.pos_embed)"  # regex of what does not move: the table of where patches are
+CURVES = ("logit_normal", "mode", "cubic")  # schemes that say how times are drawn
 
 
 def described(config: Config, usual: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -126,6 +127,7 @@ def denoising(pipe: DiffusionPipeline, given: Objective) -> Loss:
         "none": (alone(uniform), None),
         "logit_normal": (alone(timesteps.logit_normal(given.logit_mean, given.logit_std)), None),
         "mode": (alone(timesteps.mode(given.mode_scale)), None),
+        "cubic": (alone(timesteps.cubic), None),
         "sigma_sqrt": (alone(uniform), noising.sd3("sigma_sqrt")),
         "cosmap": (alone(uniform), noising.sd3("cosmap")),
     }
@@ -200,7 +202,7 @@ def encoders(pipe: DiffusionPipeline, config: Config) -> str:
 def text_to_image(config: Config) -> Recipe:
     """All of the denoiser: Stable Diffusion 1, 2 and XL, PixArt, SD3, Flux; DreamBooth with `instance_prompt`."""
     pipe, params = load(config)
-    moving = rf"(?:{encoders(pipe, config)})\.(?!pos_embed\.pos_embed).*"  # which is a table of sinusoids
+    moving = rf"(?:{encoders(pipe, config)})\.{SINUSOIDS}.*"
     return plain(pipe, params, moving, config)
 
 
@@ -247,7 +249,7 @@ _UNCONDITIONAL = {
 
 
 def controlnet(config: Config) -> Recipe:
-    """A ControlNet that begins as the denoiser and adds nothing: Stable Diffusion, XL, Flux."""
+    """A ControlNet that begins as the denoiser and adds nothing: Stable Diffusion, XL, 3, Flux."""
     base, params = load(config)
     own, key = denoiser(dict(base.specs)), jax.random.fold_in(jax.random.key(config.run.seed), 1)
     led = registry.find(registry.counterpart(type(base).__name__, "text2image", True), "pipeline")
@@ -268,7 +270,8 @@ def controlnet(config: Config) -> Recipe:
     batch = lambda batch: told(pipe, batch, config, **{option: (np.asarray(batch["conditioning_image"]) + 1) / 2})
     export = lambda folder, params: save_model(folder, spec, params["controlnet"])
     images = {"conditioning_image": config.data.conditioning_image_column}
-    return plain(pipe, params, r"controlnet\..*", config, batch=batch, export=export, images=images, shows=option)
+    moving = rf"controlnet\.{SINUSOIDS}.*"
+    return plain(pipe, params, moving, config, batch=batch, export=export, images=images, shows=option)
 
 
 def _options(pipe: DiffusionPipeline) -> set[str]:
@@ -282,7 +285,8 @@ def t2i_adapter(config: Config) -> Recipe:
     large = hasattr(base, "text_encoder_2")
     cls = registry.find("StableDiffusionXLAdapterPipeline" if large else "StableDiffusionAdapterPipeline")
     channels = list(base.unet.config.block_out_channels)
-    usual = {"channels": channels, "adapter_type": "full_adapter_xl"} if large else {"channels": channels}
+    middle = {"channels": [*channels, channels[-1]], "adapter_type": "full_adapter_xl"}  # steers that block as well
+    usual = middle if large else {"channels": channels}
     factor = {"downscale_factor": 2 ** (len(base.vae.config.block_out_channels) - 1) * (2 if large else 1)}
     given = described(config, {**usual, **factor})
     spec = registry.find("T2IAdapter").from_config(given)

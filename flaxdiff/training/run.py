@@ -67,7 +67,9 @@ def train(config: Config) -> Components:
         written(config, recipe, params)
         return params
     with jax.set_mesh(mesh):
-        create = functools.partial(state.create, tx=tx, trainable=recipe.trainable, average=given.use_ema or recipe.target)
+        create = functools.partial(
+            state.create, tx=tx, trainable=recipe.trainable, average=given.use_ema or recipe.target
+        )
         params = jax.device_put(recipe.params, parallel.shardings(recipe.params, mesh))
         places = parallel.shardings(jax.eval_shape(create, params), mesh)
         parts = given.gradient_accumulation_steps
