@@ -18,7 +18,7 @@ import test_sd3
 import torch
 
 from flaxdiff.training import noising, optimizers, recipes, run, state, timesteps, words
-from flaxdiff.training.config import Adapter, Config, Data, Model, Objective, Run
+from flaxdiff.training.config import Adapter, Config, Data, Model, Objective, Optimizer, Run
 
 KEY, RATE, EPS = jax.random.key(3), 1e-3, 1e-3
 CAPTIONS = ["red", "a bed"]
@@ -484,6 +484,27 @@ def test_preferences(tmp_path):
 
 
 # --- students of few steps -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_a_run_keeps_what_its_loss_follows(use_ema, tmp_path, monkeypatch):
+    """The average is there whether or not it is what is written."""
+    seen = {}
+
+    def recipe(config):
+        pipe, params = recipes.load(config)
+        w = lambda params: params["w"]["w"]
+        follow = lambda params, batch, key: (jnp.square(w(params) - w(params["averaged"]) - 1).sum(), {})
+        export = lambda folder, params: seen.update(params["w"])
+        return recipes.Recipe(pipe, {"w": {"w": jnp.zeros(1)}}, ".*", follow, lambda batch: {}, export, target=True)
+
+    monkeypatch.setitem(recipes.RECIPES, "follow", recipe)
+    plain = Optimizer("sgd", 0.1, adam_beta1=0.0, adam_weight_decay=0.0, max_grad_norm=9.0)
+    given = Run(str(tmp_path), max_train_steps=2, train_batch_size=8, use_ema=use_ema, ema_decay=0.5)
+    with jax.numpy_dtype_promotion("standard"):
+        run.train(Config("follow", Data("emoji", resolution=32), optimizer=plain, run=given))
+    w = [0.0, 0.2, 0.2 + 0.2 * 0.9]  # gradients of (w - average - 1)², the average being 0, then 0.1
+    np.testing.assert_allclose(seen["w"], [(0.1 + w[2]) / 2 if use_ema else w[2]], rtol=1e-5)
 
 
 def consistency_loss(scheduler, student, teacher, target, x0, keys, huber_c=None):
