@@ -431,7 +431,8 @@ def test_controlnet_of_stable_diffusion_3(tmp_path):
     net = diffusers.SD3ControlNetModel.from_transformer(pipe.transformer, 2, 0)
     net.register_to_config(force_zeros_for_pooled_projection=False)
     recipe = led(test_sd3.folder(), net, tmp_path, num_layers=2)
-    assert not dict(recipe.pipe.specs)["controlnet"].config.force_zeros_for_pooled_projection
+    made = diffusers.SD3ControlNetModel.from_pretrained(tmp_path / "made")
+    assert not made.config.force_zeros_for_pooled_projection
     picture = latents(2, 16, 16, 3).clip(-1, 1)
     data = {"latents": latents(2, 8, 8, 16), "caption": CAPTIONS, "conditioning_image": picture}
     ours, *keys = updated(recipe, data, tmp_path / "after")
