@@ -170,17 +170,20 @@ def wearing(build, folder):
     return pipe, [p for p in pipe.unet.parameters() if p.requires_grad]
 
 
-def test_lora(tmp_path):
-    """An adapter that peft has, with numbers in both factors."""
-    build = peers.stable_diffusion_1
-    recipe = lively(recipes.RECIPES["lora"](config("lora", peers.saved(build))))
+@pytest.mark.parametrize("prior", [False, True])
+def test_lora(prior, tmp_path):
+    """An adapter that peft has, with numbers in both factors; alone, and beside pictures of a class."""
+    build = peers.shallow_stable_diffusion_1
+    objective = Objective(with_prior_preservation=prior, prior_loss_weight=0.3)
+    recipe = lively(recipes.RECIPES["lora"](config("lora", peers.saved(build), objective=objective)))
     recipe.export(tmp_path / "before", recipe.params)
     data = {"latents": latents(2, 8, 8, 4), "caption": CAPTIONS}
     ours, *keys = updated(recipe, data, tmp_path / "after")
 
     pipe, learned = wearing(build, tmp_path / "before")
     x, t, target = noised(recipe.pipe.scheduler, data, *keys)
-    loss = torch.nn.functional.mse_loss(pipe.unet(x, t, text(pipe).detach()).sample, target)
+    pred, mse = pipe.unet(x, t, text(pipe).detach()).sample, torch.nn.functional.mse_loss
+    loss = mse(pred[:1], target[:1]) + 0.3 * mse(pred[1:], target[1:]) if prior else mse(pred, target)
     assert ours == pytest.approx(step(learned, loss), rel=1e-5)
     after = wearing(build, tmp_path / "after")[0].unet
     same(after, pipe.unet), moved(wearing(build, tmp_path / "before")[0].unet, after)

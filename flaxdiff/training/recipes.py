@@ -206,6 +206,7 @@ def text_to_image(config: Config) -> Recipe:
     return plain(pipe, params, moving, config)
 
 
+# of a module's name, what a LoRA changes where it is not told
 ATTENTIONS = r"(?:attn|attention).*\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkv]_proj|out_proj)"
 
 
@@ -387,7 +388,7 @@ def latent_consistency(config: Config) -> Recipe:
     return made._replace(loss=_consistent(base, ask, teacher, config, **options), target=True)
 
 
-# what a student of few steps changes in a U-Net: convolutions and feed-forwards as well
+# the same for a student of few steps: convolutions and feed-forwards as well
 STUDENT = (
     r"\.(?:to_[qkv]|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv[12]|conv_shortcut|time_emb_proj"
     r"|(?:down|up)samplers\.0\.conv)"
