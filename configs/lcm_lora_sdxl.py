@@ -15,6 +15,7 @@ config = based_on(
     pretrained_vae_model_name_or_path="madebyollin/sdxl-vae-fp16-fix",
     resolution=1024,
     rank=64,
+    w_min=3.0,
     learning_rate=1e-4,
     use_ema=False,
     output="runs/lcm_lora_sdxl",

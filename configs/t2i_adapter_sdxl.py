@@ -11,5 +11,6 @@ config = based_on(
     __file__,
     "controlnet_sdxl",
     recipe="t2i_adapter",
+    weighting_scheme="cubic",
     output="runs/t2i_adapter_sdxl",
 )

@@ -12,6 +12,7 @@ import contextvars
 import dataclasses
 import difflib
 import functools
+import re
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -249,6 +250,54 @@ def _structure(spec: Spec) -> _Structure:
 def layout(spec: Spec) -> dict[str, Leaf]:
     """What is known of each parameter, by name, in the order of the module."""
     return _structure(spec).leaves
+
+
+def names_in_file(name: str, leaf: Leaf) -> tuple[str, ...]:
+    """What a file calls a parameter: one name, or one for each layer of a stack, which may be some layers of a row.
+
+    >>> names_in_file("blocks.fc.weight", Leaf((2, 4, 3), "linear", None, "blocks"))
+    ('blocks.0.fc.weight', 'blocks.1.fc.weight')
+    >>> names_in_file("blocks.7-8.fc.weight", Leaf((2, 4, 3), "linear", None, "blocks.7-8"))
+    ('blocks.7.fc.weight', 'blocks.8.fc.weight')
+    """
+    if leaf.stack is None:
+        return (name,)
+    run = re.fullmatch(r"(.+)\.(\d+)-\d+", leaf.stack)
+    row, first = (run[1], int(run[2])) if run else (leaf.stack, 0)
+    return tuple(f"{row}.{i}{name[len(leaf.stack) :]}" for i in range(first, first + leaf.shape[0]))
+
+
+def continued(spec: Spec, params: Params, ours: Spec, drawn: Params) -> Params:
+    """The parameters of a network that begins as another, which may have more blocks or fewer, stacked or not.
+
+    Args:
+      spec, params: of the other.
+      ours, drawn: of the network; what the other has by the same name in a file, and of the same shape, is exchanged.
+
+    >>> import flaxdiff, jax
+    >>> tiny = lambda depth: flaxdiff.CLIPTextModel.from_config(dict(
+    ...     hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=depth, vocab_size=9))
+    >>> params, drawn = (init(tiny(n), jax.random.key(n)) for n in (2, 1))
+    >>> mine = continued(tiny(2), params, tiny(1), drawn)
+    >>> one, two = (next(a for name, a in p.items() if "q_proj.weight" in name) for p in (mine, params))
+    >>> one.shape, two.shape, bool((one == two[0]).all())
+    ((8, 8), (2, 8, 8), True)
+    """
+    of = lambda spec: ((name, leaf, names_in_file(name, leaf)) for name, leaf in layout(spec).items())
+    places = {file: (name, i if leaf.stack else ...) for name, leaf, files in of(spec) for i, file in enumerate(files)}
+
+    def own(file: str, new: jax.Array) -> jax.Array:
+        name, i = places.get(file, ("", ...))
+        old = params[name][i] if name else new
+        return old if old.shape == new.shape else new
+
+    made = {}
+    for name, leaf, files in of(ours):
+        if leaf.stack:
+            made[name] = jnp.stack([own(*pair) for pair in zip(files, drawn[name], strict=True)])
+        else:
+            made[name] = own(name, drawn[name])
+    return made
 
 
 def abstract(spec: Spec, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:

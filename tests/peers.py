@@ -213,18 +213,42 @@ def stable_diffusion_2():
     )
 
 
-def _xl_unet(time_ids: int):
-    return unet(
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4),
-        transformer_layers_per_block=(1, 2),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=24 + 8 * time_ids,
-        cross_attention_dim=32 if time_ids == 6 else 16,
-    )
+def _xl_unet(time_ids: int, **options):
+    told = {
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24 + 8 * time_ids,
+        "cross_attention_dim": 32 if time_ids == 6 else 16,
+    }
+    stages = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (2, 4),
+        "transformer_layers_per_block": (1, 2),
+    }
+    return unet(**(options or stages), **told)
+
+
+# a U-Net of one stage, for programs that hold several
+SHALLOW = {
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "mid_block_type": None,
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+
+
+def shallow_stable_diffusion_1():
+    pipe = stable_diffusion_1()
+    pipe.register_modules(unet=unet(**SHALLOW))
+    return pipe
+
+
+def shallow_stable_diffusion_xl():
+    pipe = stable_diffusion_xl()
+    pipe.register_modules(unet=_xl_unet(6, **SHALLOW))
+    return pipe
 
 
 def stable_diffusion_xl():

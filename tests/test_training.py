@@ -130,6 +130,26 @@ def test_average_follows_the_parameters():
     np.testing.assert_allclose(float(state.averaged(now)["w"]), seen[-1], rtol=1e-6)
 
 
+def test_a_loss_that_asks_the_average():
+    """It is asked as it was before the update, no gradient reaches it, and it follows at one pace from the first."""
+    tx, batch = optax.sgd(0.1), jnp.float32([1.0, 3.0])
+
+    def loss(params, batch, key):
+        error = params["w"] - 2 * params["averaged"]["w"] * params["averaged"]["fixed"] - batch
+        return jnp.square(error).mean(), {}
+
+    for parts in (1, 2):
+        now = state.create({"w": jnp.float32(1), "fixed": jnp.float32(3)}, tx, "w")
+        step = state.jitted(loss, tx, 0.9, target=True, parts=parts)
+        w, slow = 1.0, 1.0
+        for _ in range(3):
+            now, _ = step(now, batch, jax.random.key(0))
+            w, old = w - 0.2 * (w - 6 * slow - 2), slow
+            slow = 0.9 * old + 0.1 * w
+            np.testing.assert_allclose([now.params["w"], now.ema["w"]], [w, slow], rtol=1e-6)
+        assert "averaged" not in now.params
+
+
 def test_empty_selection_is_named():
     with pytest.raises(ValueError, match="'vae' matches no parameter"):
         state.select({"unet": {"w": 1}}, "vae")

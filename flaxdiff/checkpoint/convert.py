@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flaxdiff.checkpoint.tensors import Tensor, Tensors, buffer, copy, damaged, finite, is_float
-from flaxdiff.core import Leaf, Spec, layout
+from flaxdiff.core import Leaf, Spec, layout, names_in_file
 
 SHOWN = 12  # lines of each sort in a report
 
@@ -41,21 +41,6 @@ def axes(kind: str, rank: int) -> tuple[int, ...]:
             return (*range(2, rank), 1, 0)
         case _:
             return tuple(range(rank))
-
-
-def names_in_file(name: str, leaf: Leaf) -> tuple[str, ...]:
-    """What a file calls a parameter: one name, or one for each layer of a stack, which may be some layers of a row.
-
-    >>> names_in_file("blocks.fc.weight", Leaf((2, 4, 3), "linear", None, "blocks"))
-    ('blocks.0.fc.weight', 'blocks.1.fc.weight')
-    >>> names_in_file("blocks.7-8.fc.weight", Leaf((2, 4, 3), "linear", None, "blocks.7-8"))
-    ('blocks.7.fc.weight', 'blocks.8.fc.weight')
-    """
-    if leaf.stack is None:
-        return (name,)
-    run = re.fullmatch(r"(.+)\.(\d+)-\d+", leaf.stack)
-    row, first = (run[1], int(run[2])) if run else (leaf.stack, 0)
-    return tuple(f"{row}.{i}{name[len(leaf.stack) :]}" for i in range(first, first + leaf.shape[0]))
 
 
 def shape_in_file(leaf: Leaf) -> tuple[int, ...]:

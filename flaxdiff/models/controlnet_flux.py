@@ -99,8 +99,7 @@ class FluxControlNetModel(FluxBlocks):
         sizes = {"num_layers": 4, "num_single_layers": 10, "out_channels": None}
         ours = FluxControlNetModel.from_config(shared | sizes | changes)
         drawn = core.init(ours, key, params["x_embedder.bias"].dtype)
-        first = lambda name, new: params[name][: len(new)] if name in params else new
-        return ours, {name: first(name, new) for name, new in drawn.items()}
+        return ours, core.continued(spec, params, ours, drawn)
 
     def condition(self, controlnet_cond: jax.Array) -> jax.Array:
         """What is added to the tokens: of those of the picture's latent [B, N, C]; or of a picture [B, H, W, 3]."""

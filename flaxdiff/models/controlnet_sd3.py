@@ -5,11 +5,13 @@ The latent of the picture, and what lies beside it, are read in patches and adde
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from flaxdiff.core import only
+from flaxdiff import core
+from flaxdiff.core import Params, Spec, only
 from flaxdiff.models.controlnet_flux import ZeroLinear
 from flaxdiff.models.transformer_sd3 import SD3Blocks, SD3Config, Told
 from flaxdiff.nn.patches import PatchEmbed
@@ -56,6 +58,33 @@ class SD3ControlNetModel(SD3Blocks):
             self.pos_embed = PatchEmbed(c.in_channels, c.width, c.patch_size, None)
         self.controlnet_blocks = stack(lambda: ZeroLinear(c.width, c.width), c.num_layers, c.scan_layers)
         self.pos_embed_input = PatchEmbed(seen, c.width, c.patch_size, None)
+
+    @staticmethod
+    def from_transformer(spec: Spec, params: Params, key: jax.Array, **changes: Any) -> tuple[Spec, Params]:
+        """A ControlNet to train, that begins as the first blocks of a transformer and adds nothing.
+
+        It reads the pooled state of the text, and latents that are shifted.
+
+        Args:
+          spec, params: of the transformer.
+          key: a PRNG key, for what the transformer has not.
+          **changes: settings of the ControlNet; by default 12 blocks.
+
+        >>> import flaxdiff
+        >>> tiny = dict(num_layers=3, num_attention_heads=2, attention_head_dim=12, caption_projection_dim=24,
+        ...             joint_attention_dim=8, pooled_projection_dim=8, sample_size=8, pos_embed_max_size=6)
+        >>> spec = flaxdiff.SD3Transformer2DModel.from_config(tiny)
+        >>> params = flaxdiff.init(spec, jax.random.key(0))
+        >>> ours, mine = SD3ControlNetModel.from_transformer(spec, params, jax.random.key(1), num_layers=2)
+        >>> bool((mine["context_embedder.weight"] == params["context_embedder.weight"]).all())
+        True
+        """
+        shared = {f.name: getattr(spec.config, f.name) for f in dataclasses.fields(SD3Config)}
+        usual = {"num_layers": 12, "force_zeros_for_pooled_projection": False}
+        ours = SD3ControlNetModel.from_config(shared | usual | changes)
+        drawn = core.init(ours, key, params["context_embedder.bias"].dtype)
+        zero = {name: jnp.zeros_like(new) for name, new in drawn.items() if name.startswith("pos_embed_input")}
+        return ours, core.continued(spec, params, ours, drawn) | zero
 
     def condition(self, controlnet_cond: jax.Array) -> jax.Array:
         """What is added to the sample's tokens: of the picture's latent and what is beside it [B, h, w, C]."""

@@ -135,8 +135,8 @@ class Objective:
       noise_offset: noise that is the same at all places of a channel.
       input_perturbation: further noise that the target does not know.
       dream_detail_preservation: p of DREAM, by which a network learns from its own error; none if left out.
-      weighting_scheme: how times are drawn, and weighed: "stratified", "none", "logit_normal", "mode", "sigma_sqrt" or
-        "cosmap".
+      weighting_scheme: how times are drawn, and weighed: "stratified", "none", "logit_normal", "mode", "cubic",
+        "sigma_sqrt" or "cosmap".
       logit_mean, logit_std: of "logit_normal".
       mode_scale: of "mode".
       timestep_bias_strategy: "none", "earlier", "later" or "range".
@@ -234,7 +234,7 @@ class Run:
       gradient_checkpointing: compute blocks again on the way back to save memory.
       mesh: how the devices share the work: dp, fsdp, tp, cp or a product such as fsdp+tp=4.
       use_ema: keep a moving average, and save that.
-      ema_decay: its decay.
+      ema_decay: its decay; `lcm`, whose student follows its own average, takes 0.95.
       checkpointing_steps: updates between checkpoints.
       checkpoints_total_limit: how many of the last are kept.
       best: a validation figure by which the best is kept as well, "-name" where less is better.

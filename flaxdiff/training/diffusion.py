@@ -48,9 +48,13 @@ def conditions(pipe: DiffusionPipeline, **options: Any) -> dict[str, Any]:
 
 
 def wordless(pipe: DiffusionPipeline, side: int) -> dict[str, Any]:
-    """The conditions of one example without a text, as far as they are of the text: for `distillation.emptied`."""
+    """The conditions of one example without a text, as far as they are of the text: for `distillation.emptied`.
+
+    Where the negative branch of a run is zeros in place of an empty text, so is this.
+    """
     empty = conditions(pipe, prompt=[""], height=side, width=side)
-    return {"conditions": {name: value[0] for name, value in empty.items() if "prompt_" in name}}
+    told = {name: value[0] for name, value in empty.items() if "prompt_" in name}
+    return {"conditions": told | ({"keep": empty["negative_keep"]} if "negative_keep" in empty else {})}
 
 
 def told(pipe: DiffusionPipeline, networks: Networks, keys: jax.Array, inputs: Inputs) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 All are losses in the sense of `state.Loss`. A network, student or teacher, is what the denoising loss calls `predict`,
 (params, x_t, t, batch) -> output. Where the student is a LoRA its teacher is the same network without, `adapterless`;
-where it is a whole network the teacher's weights are another component of the parameters, `instead`.
+where it is a whole network the teacher's weights are another component of the parameters, `instead`. What follows a
+student slowly is its `average`.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,15 +39,20 @@ def instead(predict: Predict, **components: str) -> Predict:
     return lambda params, *args: predict({**params, **{k: params[other] for k, other in components.items()}}, *args)
 
 
+def average(predict: Predict) -> Predict:
+    """The network by the moving average of what moves, where a step gives that, see `train_step`; or as it is."""
+    return lambda params, *args: predict(params.get("averaged", params), *args)
+
+
 def emptied(batch: Batch, empty: Mapping[str, Any]) -> dict[str, Any]:
     """A batch whose conditions are left out; `empty` holds what stands for none, by key, of one example.
 
-    Of a dictionary in the batch those entries are left out that the one in `empty` has.
+    Of a dictionary in the batch those entries are left out that the one in `empty` has; what it alone has is added.
     """
 
     def fill(given: Any, empty: Any) -> Any:
         if isinstance(empty, Mapping):
-            return {**given, **{name: fill(given[name], value) for name, value in empty.items()}}
+            return {**given, **{name: fill(given.get(name, value), value) for name, value in empty.items()}}
         return jax.tree.map(lambda a, none: jnp.broadcast_to(none, a.shape).astype(a.dtype), given, empty)
 
     return fill(batch, empty)
@@ -97,7 +103,7 @@ def latent_consistency(
       teacher: the teacher, e.g. `adapterless(predict)`.
       path: of the teacher's scheduler.
       empty: what stands for no condition, by key of the batch.
-      target: the network that speaks at x̂_t, e.g. an average of the student; by default the student itself.
+      target: the network that speaks at x̂_t, e.g. `average(predict)`; by default the student itself.
       num_ddim_timesteps: how many times the student is to know; a step skips all between.
       loss_type: "l2", or "huber" with `huber_c`.
       timestep_scaling_factor: τ / t.

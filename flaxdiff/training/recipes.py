@@ -47,6 +47,7 @@ class Recipe(NamedTuple):
       captioned: whether pictures have texts.
       drops: whether texts and conditioning pictures are left out of some examples.
       judged: whether what is learned from is what the pipeline draws, see reinforce.py.
+      target: whether the loss asks the moving average as well, see `train_step`, which is then kept.
       shows: the option of the pipeline's call that is a picture to follow or to change.
       draws: parameters -> those that the pipeline draws with; by default the same.
     """
@@ -61,6 +62,7 @@ class Recipe(NamedTuple):
     captioned: bool = True
     drops: bool = False
     judged: bool = False
+    target: bool = False
     shows: str = "image"
     draws: Callable[[Components], Components] = lambda params: params
 
@@ -98,7 +100,8 @@ def checkpointed(pipe: DiffusionPipeline, config: Config) -> DiffusionPipeline:
     return pipe.replace(**{name: spec.replace(remat="full") for name, spec in pipe.specs})
 
 
-CURVES = ("logit_normal", "mode")  # schemes that say how times are drawn
+SINUSOIDS = r"(?!pos_embed\.pos_embed)"  # regex of what does not move: the table of where patches are
+CURVES = ("logit_normal", "mode", "cubic")  # schemes that say how times are drawn
 
 
 def described(config: Config, usual: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -124,6 +127,7 @@ def denoising(pipe: DiffusionPipeline, given: Objective) -> Loss:
         "none": (alone(uniform), None),
         "logit_normal": (alone(timesteps.logit_normal(given.logit_mean, given.logit_std)), None),
         "mode": (alone(timesteps.mode(given.mode_scale)), None),
+        "cubic": (alone(timesteps.cubic), None),
         "sigma_sqrt": (alone(uniform), noising.sd3("sigma_sqrt")),
         "cosmap": (alone(uniform), noising.sd3("cosmap")),
     }
@@ -198,17 +202,21 @@ def encoders(pipe: DiffusionPipeline, config: Config) -> str:
 def text_to_image(config: Config) -> Recipe:
     """All of the denoiser: Stable Diffusion 1, 2 and XL, PixArt, SD3, Flux; DreamBooth with `instance_prompt`."""
     pipe, params = load(config)
-    moving = rf"(?:{encoders(pipe, config)})\.(?!pos_embed\.pos_embed).*"  # which is a table of sinusoids
+    moving = rf"(?:{encoders(pipe, config)})\.{SINUSOIDS}.*"
     return plain(pipe, params, moving, config)
 
 
-def with_lora(config: Config) -> Recipe:
+# of a module's name, what a LoRA changes where it is not told
+ATTENTIONS = r"(?:attn|attention).*\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkv]_proj|out_proj)"
+
+
+def with_lora(config: Config, layers: str = ATTENTIONS) -> Recipe:
     """Low-rank updates of the denoiser's attentions, of text encoders as well, or of what `target_modules` says."""
     pipe, params = load(config)
     given, own = config.adapter, encoders(pipe, config)
-    usual = rf"(?:{own})\..*(?:attn|attention).*\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkv]_proj|out_proj)"
     key = jax.random.fold_in(jax.random.key(config.run.seed), 1)
-    adapter = lora.init_lora(pipe, key, given.rank, given.target_modules or usual, use_dora=given.use_dora)
+    targets = given.target_modules or rf"(?:{own})\..*{layers}"
+    adapter = lora.init_lora(pipe, key, given.rank, targets, use_dora=given.use_dora)
     share = (given.lora_alpha or given.rank) / given.rank
     adapted = lora.set_adapters(params, [adapter], [share])
     export = lambda folder, params: lora.save_lora(folder, pipe, lora.adapter_of(params))
@@ -243,7 +251,7 @@ _UNCONDITIONAL = {
 
 
 def controlnet(config: Config) -> Recipe:
-    """A ControlNet that begins as the denoiser and adds nothing: Stable Diffusion, XL, Flux."""
+    """A ControlNet that begins as the denoiser and adds nothing: Stable Diffusion, XL, 3, Flux."""
     base, params = load(config)
     own, key = denoiser(dict(base.specs)), jax.random.fold_in(jax.random.key(config.run.seed), 1)
     led = registry.find(registry.counterpart(type(base).__name__, "text2image", True), "pipeline")
@@ -264,7 +272,8 @@ def controlnet(config: Config) -> Recipe:
     batch = lambda batch: told(pipe, batch, config, **{option: (np.asarray(batch["conditioning_image"]) + 1) / 2})
     export = lambda folder, params: save_model(folder, spec, params["controlnet"])
     images = {"conditioning_image": config.data.conditioning_image_column}
-    return plain(pipe, params, r"controlnet\..*", config, batch=batch, export=export, images=images, shows=option)
+    moving = rf"controlnet\.{SINUSOIDS}.*"
+    return plain(pipe, params, moving, config, batch=batch, export=export, images=images, shows=option)
 
 
 def _options(pipe: DiffusionPipeline) -> set[str]:
@@ -278,7 +287,8 @@ def t2i_adapter(config: Config) -> Recipe:
     large = hasattr(base, "text_encoder_2")
     cls = registry.find("StableDiffusionXLAdapterPipeline" if large else "StableDiffusionAdapterPipeline")
     channels = list(base.unet.config.block_out_channels)
-    usual = {"channels": channels, "adapter_type": "full_adapter_xl"} if large else {"channels": channels}
+    middle = {"channels": [*channels, channels[-1]], "adapter_type": "full_adapter_xl"}  # steers that block as well
+    usual = middle if large else {"channels": channels}
     factor = {"downscale_factor": 2 ** (len(base.vae.config.block_out_channels) - 1) * (2 if large else 1)}
     given = described(config, {**usual, **factor})
     spec = registry.find("T2IAdapter").from_config(given)
@@ -359,10 +369,13 @@ def custom_diffusion_of(config: Config) -> Recipe:
 def latent_consistency(config: Config) -> Recipe:
     """A student of few steps: the U-Net itself, which is told the strength of guidance; its teacher is as it began.
 
+    What it is to say is what its moving average says, with `ema_decay`.
+
     Reference: Luo et al., Latent Consistency Models, 2023.
     """
     base, params = load(config)
-    width, key = 256, jax.random.fold_in(jax.random.key(config.run.seed), 1)
+    width = base.unet.config.time_cond_proj_dim or 256
+    key = jax.random.fold_in(jax.random.key(config.run.seed), 1)
     pipe = base.replace(unet=base.unet.replace(time_cond_proj_dim=width), scheduler=_lcm(base))
     drawn = init(pipe.unet, key)
     student = {name: params["unet"].get(name, weight) for name, weight in drawn.items()}
@@ -371,7 +384,16 @@ def latent_consistency(config: Config) -> Recipe:
     made = made._replace(
         batch=lambda batch: told(base, batch, config)
     )  # the loss says what strength of guidance is told
-    return made._replace(loss=_consistent(base, predict(pipe), teacher, config, time_cond_proj_dim=width))
+    ask = predict(pipe)
+    options = {"target": distillation.average(ask), "time_cond_proj_dim": width}
+    return made._replace(loss=_consistent(base, ask, teacher, config, **options), target=True)
+
+
+# the same for a student of few steps: convolutions and feed-forwards as well
+STUDENT = (
+    r"\.(?:to_[qkv]|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv[12]|conv_shortcut|time_emb_proj"
+    r"|(?:down|up)samplers\.0\.conv)"
+)
 
 
 def latent_consistency_lora(config: Config) -> Recipe:
@@ -379,7 +401,7 @@ def latent_consistency_lora(config: Config) -> Recipe:
 
     Reference: Luo et al., LCM-LoRA: A Universal Stable-Diffusion Acceleration Module, 2023.
     """
-    made = with_lora(config)
+    made = with_lora(config, STUDENT)
     student = predict(made.pipe)
     loss = _consistent(made.pipe, student, distillation.adapterless(student), config)
     return made._replace(pipe=made.pipe.replace(scheduler=_lcm(made.pipe)), loss=loss)

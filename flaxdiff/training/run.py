@@ -68,11 +68,14 @@ def train(config: Config) -> Components:
         written(config, recipe, params)
         return params
     with jax.set_mesh(mesh):
-        create = functools.partial(state.create, tx=tx, trainable=recipe.trainable, average=given.use_ema)
+        create = functools.partial(
+            state.create, tx=tx, trainable=recipe.trainable, average=given.use_ema or recipe.target
+        )
         params = jax.device_put(recipe.params, parallel.shardings(recipe.params, mesh))
         places = parallel.shardings(jax.eval_shape(create, params), mesh)
         parts = given.gradient_accumulation_steps
-        step = state.jitted(recipe.loss, tx, given.ema_decay, dtype=dtype, parts=parts, places=places)
+        options = {"dtype": dtype, "parts": parts, "target": recipe.target}
+        step = state.jitted(recipe.loss, tx, given.ema_decay, places=places, **options)
         first, params, recipe = [jax.jit(create, out_shardings=places)(params)], None, recipe._replace(params={})
         place = lambda batch: parallel.shard(recipe.batch(batch), mesh, part=jax.process_count() > 1)
         final = loop.fit(
@@ -93,9 +96,14 @@ def train(config: Config) -> Components:
             profile=given.profile,
             examples=given.train_batch_size,
         )
-        params = state.averaged(final)
+        params = learned(config, final)
         written(config, recipe, params)
     return recipe.draws(params)
+
+
+def learned(config: Config, now: state.TrainState) -> Components:
+    """The parameters that are looked at and written: those that move, or with `use_ema` their averages."""
+    return state.averaged(now) if config.run.use_ema else now.params
 
 
 def written(config: Config, recipe: Recipe, params: Components) -> None:
@@ -232,7 +240,7 @@ def validation(config: Config, recipe: Recipe, data: DataLoader, place: Callable
     side = {"height": config.data.resolution, "width": config.data.resolution} if recipe.captioned else {}
 
     def look(now: state.TrainState) -> dict[str, Any]:
-        params, found = state.averaged(now), {}
+        params, found = learned(config, now), {}
         if given.validation_batches:
             seen = [place(data.batches[FAR + n]) for n in range(given.validation_batches)]
             each = [loss(params, batch, jax.random.fold_in(key, n)) for n, batch in enumerate(seen)]

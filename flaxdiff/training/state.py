@@ -100,18 +100,23 @@ def computed(params: Any, dtype: Any = None) -> Any:
 
 
 def gradients(
-    loss: Loss, state: TrainState, batch: Any, key: jax.Array, dtype: Any = None
+    loss: Loss, state: TrainState, batch: Any, key: jax.Array, dtype: Any = None, target: bool = False
 ) -> tuple[tuple[jax.Array, Mapping[str, jax.Array]], dict[str, jax.Array]]:
-    """((value, metrics), gradients of what `state` trains), computed in `dtype`, in the masters' own by default."""
+    """((value, metrics), gradients of what `state` trains), computed in `dtype`, in the masters' own by default.
+
+    With `target` the loss finds `averaged(state)` among the parameters, as "averaged".
+    """
+    more = {"averaged": averaged(state)} if target else {}
 
     def objective(hot: dict[str, jax.Array]) -> tuple[jax.Array, Mapping[str, jax.Array]]:
-        return loss(computed(replace(state.frozen, hot), dtype), batch, key)
+        params = replace(state.frozen, hot)
+        return loss(computed({**params, **more} if more else params, dtype), batch, key)
 
     return jax.value_and_grad(objective, has_aux=True)(state.trainable)
 
 
 def accumulated(
-    loss: Loss, state: TrainState, batch: Any, key: jax.Array, dtype: Any, parts: int
+    loss: Loss, state: TrainState, batch: Any, key: jax.Array, dtype: Any, target: bool, parts: int
 ) -> tuple[tuple[jax.Array, Mapping[str, jax.Array]], dict[str, jax.Array]]:
     """As `gradients`, the mean over so many parts of the batch, computed one after the other to take less memory.
 
@@ -125,7 +130,7 @@ def accumulated(
 
     def of(part: tuple[jax.Array, Any]) -> Any:
         n, batch = part
-        return gradients(loss, state, batch, jax.random.fold_in(key, n), dtype)
+        return gradients(loss, state, batch, jax.random.fold_in(key, n), dtype, target)
 
     every = jnp.arange(parts), by_kind(lambda a: jnp.broadcast_to(a, (parts, *jnp.shape(a))), rows, batch)
     shapes = jax.eval_shape(of, jax.tree.map(lambda a: a[0], every))
@@ -144,6 +149,7 @@ def train_step(
     decay: float = 0.999,
     dtype: Any = None,
     parts: int = 1,
+    target: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the parameters that `state` trains, and of their moving average.
 
@@ -158,6 +164,7 @@ def train_step(
       decay: of the moving average.
       dtype: that the loss is computed in, of all parameters; by default each in its own.
       parts: into which the batch is split to take less memory: gradients are accumulated.
+      target: whether the average is a network that the loss asks as well, see `gradients`; then d = decay always.
 
     Returns:
       The next state and the metrics: `loss`, `grad_norm` and those of the loss.
@@ -170,11 +177,11 @@ def train_step(
     """
     key = jax.random.fold_in(key, state.step)
     compute = gradients if parts == 1 else functools.partial(accumulated, parts=parts)
-    (value, metrics), grads = compute(loss, state, batch, key, dtype)
+    (value, metrics), grads = compute(loss, state, batch, key, dtype, target)
 
     updates, opt = tx.update(grads, state.opt, state.trainable)
     hot = optax.apply_updates(state.trainable, updates)
-    d = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+    d = jnp.float32(decay) if target else jnp.minimum(decay, (1 + state.step) / (10 + state.step))
     follow = lambda path, e: e + (1 - d).astype(e.dtype) * (hot[path] - e)
     ema = {path: follow(path, e) for path, e in state.ema.items()}
 

@@ -1,0 +1,19 @@
+"""A ControlNet of Stable Diffusion 3 that fills circles with colours, as the text says; all devices share the weights.
+
+    flaxdiff train configs/controlnet_sd3.py
+
+Downloads a model that asks for consent (`hf auth login` first) and data from the Hub.
+"""
+
+from flaxdiff.training.config import based_on
+
+config = based_on(
+    __file__,
+    "controlnet_sd15",
+    pretrained_model_name_or_path="stabilityai/stable-diffusion-3-medium-diffusers",
+    resolution=1024,
+    weighting_scheme="logit_normal",
+    max_train_steps=15_000,
+    mesh="fsdp",
+    output="runs/controlnet_sd3",
+)
