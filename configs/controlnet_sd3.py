@@ -14,6 +14,8 @@ config = based_on(
     resolution=1024,
     weighting_scheme="logit_normal",
     max_train_steps=15_000,
+    train_batch_size=16,
+    gradient_accumulation_steps=1,
     mesh="fsdp",
     output="runs/controlnet_sd3",
 )

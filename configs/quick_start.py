@@ -2,7 +2,7 @@
 
     flaxdiff train configs/quick_start.py
 
-Needs no download and no accelerator.
+Needs no accelerator and no download but a font, see docs/training.md.
 """
 
 from flaxdiff.training.config import Adapter, Config, Data, Optimizer, Run

@@ -323,7 +323,7 @@ def test_without_libtpu(monkeypatch, capsys):
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     assert cli.main(["plan", "--topology", "v5e:2x4"]) == 1
     error = capsys.readouterr().err
-    assert "libtpu is not installed: pip install 'flaxdiff-jax[tpu]'" in error and error.count("\n") == 1
+    assert "libtpu is not installed: pip install '.[tpu]'" in error and error.count("\n") == 1
 
 
 def test_what_does_not_fit():

@@ -42,6 +42,14 @@ SMALL = {
     "validation_steps": STEPS,
     "validation_prompt": None,
 }
+UNET = {
+    "sample_size": 64,
+    "block_out_channels": [16, 32, 64],
+    "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 8,
+    "layers_per_block": 1,
+}
 DRAWN_FROM_LINES = {"image_column": "image", "conditioning_image_column": "conditioning_image"}
 # recipe -> what else it needs of the emoji
 OWN: dict[str, dict[str, Any]] = {
@@ -51,7 +59,7 @@ OWN: dict[str, dict[str, Any]] = {
     "instruct_pix2pix": {"conditioning_image_column": "image"},
     "textual_inversion": {"initializer_token": "picture", "learning_rate": 3e-2},
     "custom_diffusion": {"initializer_token": "picture", "num_class_images": 8, "class_prompt": "owl"},
-    "unconditional": {"image_column": "image"},
+    "unconditional": {"image_column": "image", "pretrained_model_name_or_path": None, "learning_rate": 1e-3},
     "lcm": {"image_column": "image"},
     "lcm_lora": {"image_column": "image", "learning_rate": 1e-3},
     "ddpo_lora": {"num_inference_steps": 8, "sample_batch_size": 16, "train_batch_size": 32, "validation_batches": 0},
@@ -61,6 +69,9 @@ OWN: dict[str, dict[str, Any]] = {
 def small(config: Config, folder: str) -> Config:
     """A configuration that runs in a minute or two."""
     given = SMALL | OWN.get(config.recipe, {}) | {"output": folder}
+    if config.recipe == "unconditional":
+        given["component"] = f"{folder}/unet.json"
+        Path(given["component"]).write_text(json.dumps(UNET))
     if config.objective.with_prior_preservation:
         given["class_data"] = f"{folder}/class"
     return override(config, given)

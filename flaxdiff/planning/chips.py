@@ -124,7 +124,7 @@ def describe(topology: str) -> Slice:
     options = {"chips_per_host_bounds": bounds} | ({"chip_config_name": chip.config} if chip.config else {})
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise ImportError(
-            "Planning compiles with the TPU compiler, and libtpu is not installed: pip install 'flaxdiff-jax[tpu]' "
+            "Planning compiles with the TPU compiler, and libtpu is not installed: pip install '.[tpu]' "
             "(on Linux; no TPU is needed)."
         )
     import jax

@@ -94,7 +94,7 @@ def tensorboard(folder: str | Path) -> Writer:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ImportError(
-            'TensorBoard needs tensorboardX; install it with pip install "flaxdiff-jax[train]".'
+            'TensorBoard needs tensorboardX; install it with pip install ".[train]" in the checkout.'
         ) from error
     events = SummaryWriter(str(folder))
 

@@ -5,6 +5,7 @@ Everything is checked before work begins: the recipe, the data's columns, the fo
 
 import dataclasses
 import functools
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,12 @@ def train(config: Config) -> Components:
     recipe = recipe._replace(trainable=config.model.trainable or recipe.trainable)
     dtype = named("mixed_precision", given.mixed_precision, DTYPES)
     mesh = parallel.make_mesh(given.mesh)
+    shards, size = math.prod(mesh.shape[axis] for axis in parallel.batch_axes(mesh)), given.train_batch_size
+    if not recipe.judged and size % shards:
+        raise ValueError(
+            f"train_batch_size={size} does not divide among the {shards} devices that share a batch; give a multiple, "
+            f"e.g. {-(-size // shards) * shards}, or another mesh than {given.mesh!r}."
+        )
     data = batches(config, recipe)
     key = jax.random.key(given.seed)
     tx = optimiser(config)

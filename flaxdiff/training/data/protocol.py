@@ -38,7 +38,7 @@ def needed(module: str) -> Any:
     except ImportError as error:
         raise ImportError(
             f"This data needs {module.partition('.')[0]}, which cannot be imported ({error}); install it with "
-            '`pip install "flaxdiff-jax[train]"`.'
+            '`pip install ".[train]"` in the checkout.'
         ) from error
 
 
