@@ -2,8 +2,8 @@
 
 A rule is a pair (regex, choice), and the first that matches a parameter's name wins; the same helper, `first_match`,
 serves sharding, freezing, learning rates and every other choice by name. With parameters and inputs in place, the same
-`jax.jit(pipe.generate)` runs on one device or on all: XLA inserts the communication. For `jax.pmap`, `replicate` and
-`shard` add the leading axis of devices.
+`jax.jit(pipe.generate)` runs on one device or, with the mesh in context, on all: XLA inserts the communication. For
+`jax.pmap`, `replicate` and `shard` add the leading axis of devices.
 
 A mesh has up to four axes. The batch is split over "data" and "fsdp", weights over "fsdp" (gathered where they are
 used) and "tensor" (each device computes a part of a layer's channels), tokens and the rows of pictures over "context".
@@ -11,13 +11,14 @@ used) and "tensor" (each device computes a part of a layer's channels), tokens a
 sizes of the axes. `start` joins the processes of many hosts, whose devices then make one mesh.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -112,7 +113,10 @@ RULES: Rules = (
     (rf"norm\w*\.(weight|bias)$|{_VAE}.*bias$", whole),
     (_VAE, Split({"fsdp": None})),
     (rf"{_FIRST}bias$", Split({"tensor": -1})),
-    (rf"bias$|{_SECOND}\.(scale|magnitude)$", whole),  # scales of 8 bits and DoRA's magnitudes have no side of inputs
+    (
+        rf"bias$|{_SECOND}(\.base)*\.(scale|magnitude)$",
+        whole,
+    ),  # scales of 8 bits and DoRA's magnitudes have no side of inputs
     (_FIRST, Split({"tensor": -1, "fsdp": None})),
     (_SECOND, Split({"tensor": -2, "fsdp": None})),
     (r"", Split({"fsdp": None})),
@@ -354,6 +358,15 @@ def _divisible(a: Any, n: int) -> Any:
     if len(a) % n:
         raise ValueError(f"A batch of {len(a)} does not divide among {n} devices; use a multiple of {n}.")
     return a
+
+
+@contextlib.contextmanager
+def among(params: Any) -> Iterator[None]:
+    """With the mesh in context that parameters lie on, where they lie on several devices and none is in context."""
+    of = (getattr(a, "sharding", None) for a in jax.tree.leaves(params))
+    mesh = next((s.mesh for s in of if isinstance(s, NamedSharding) and s.mesh.size > 1), None)
+    with jax.set_mesh(mesh) if mesh and jax.sharding.get_abstract_mesh().empty else contextlib.nullcontext():
+        yield
 
 
 def collected(tree: Any) -> Any:

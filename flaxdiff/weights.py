@@ -128,7 +128,8 @@ def _magnified(y: jax.Array, weight: LoRA, inner: tuple[int, ...] = ()) -> jax.A
     """y [..., out], which is of a weight without its magnitudes, with them; `inner` are axes that these have not."""
     if weight.magnitude is None:
         return y
-    gain = weight.magnitude.astype(jnp.float32) / jax.lax.stop_gradient(norm(weight))
+    length = jax.lax.stop_gradient(norm(weight))
+    gain = weight.magnitude.astype(jnp.float32) / jnp.where(length > 0, length, 1)
     return y * jnp.expand_dims(gain, inner).astype(y.dtype)
 
 

@@ -644,7 +644,9 @@ def test_what_a_run_refuses(tmp_path):
     with pytest.raises(ValueError, match="no other weighting"):
         train("lora", objective=Objective(weighting_scheme="cosmap", snr_gamma=5.0))
     with pytest.raises(ValueError, match="half of it pictures"):
-        train("lora", objective=Objective(with_prior_preservation=True), train_batch_size=3)
+        train("lora", objective=Objective(with_prior_preservation=True), train_batch_size=3, mesh="tp")
+    with pytest.raises(ValueError, match="train_batch_size=12 does not divide among the 8 devices .* e.g. 16, or"):
+        train("lora", train_batch_size=12)
     short = Objective(num_inference_steps=4, sample_batch_size=4)
     with pytest.raises(ValueError, match="max_train_steps=1: a round has"):
         train("ddpo_lora", objective=short, train_batch_size=4, max_train_steps=1, output=str(tmp_path))

@@ -19,6 +19,8 @@ STEPS = 100
 SMALL = {
     "pretrained_model_name_or_path": "emoji",
     "pretrained_vae_model_name_or_path": None,
+    "revision": None,
+    "variant": None,
     "train_data": "emoji",
     "dataset_config_name": None,
     "streaming": False,
@@ -41,6 +43,10 @@ SMALL = {
     "validation_batches": 16,
     "validation_steps": STEPS,
     "validation_prompt": None,
+    "validation_image": None,
+    "report_to": ("jsonl",),
+    "best": None,
+    "push_to_hub": None,
 }
 UNET = {
     "sample_size": 64,

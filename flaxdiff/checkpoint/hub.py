@@ -15,6 +15,12 @@ ASSETS = Path(__file__).parent.parent / "assets"
 SHIPPED = {"emoji": ASSETS / "emoji", "emoji-flow": ASSETS / "emoji_flow"}
 
 
+def local(repo: str | os.PathLike[str]) -> Path:
+    """What lies on this machine under a name: a folder, or one of `SHIPPED` where there is no folder of that name."""
+    path = Path(repo).expanduser()
+    return SHIPPED[repo] if repo in SHIPPED and not path.exists() else path
+
+
 def fetch(
     repo: str | os.PathLike[str],
     patterns: Sequence[str],
@@ -28,7 +34,7 @@ def fetch(
 
     Args:
       repo: a local folder, which is returned as it is, the id of a Hub repository such as "owner/name", or a name of
-        `SHIPPED`; a folder of that name is "./emoji".
+        `SHIPPED`.
       patterns: shell patterns of paths in the repository.
       revision: branch, tag or commit; the main branch by default.
       cache_dir: where downloads are kept; huggingface_hub's own place by default.
@@ -38,7 +44,7 @@ def fetch(
     Raises:
       FileNotFoundError: neither a folder nor a repository that can be reached or was downloaded before.
     """
-    path = SHIPPED.get(str(repo)) or Path(repo).expanduser()
+    path = local(repo)
     if path.is_dir():
         return path
     if path.exists():

@@ -74,12 +74,18 @@ def _backward(causal: bool, q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Arr
     return jax.vjp(functools.partial(_forward, causal), q, k, v)[1](g)
 
 
+@functools.cache
+def _apart(function: Callable, causal: bool) -> Callable:
+    """Compiled apart, once for all layers, which keeps tables of the kernel to itself."""
+    return jax.jit(functools.partial(function, causal))
+
+
 def _anywhere(function: Callable, causal: bool, *arrays: jax.Array) -> Any:
     """Either of these, with pictures and heads on several devices; Q and its gradient have "n" places, the rest "m"."""
-    # compiled apart, which keeps tables of the kernel to itself
-    run = jax.jit(functools.partial(function, causal))
     q, kv = "b n h d", "b m h d"
-    return divisible(run, [q, kv, kv, q][: len(arrays)], q if function is _forward else (q, kv, kv))(*arrays)
+    return divisible(
+        _apart(function, causal), [q, kv, kv, q][: len(arrays)], q if function is _forward else (q, kv, kv)
+    )(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

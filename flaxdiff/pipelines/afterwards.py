@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from flaxdiff import core
+from flaxdiff import core, parallel
 from flaxdiff import images as pictures
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def checked(
     if spec is None:
         return images, None
     pixels = pictures.clip_pixels(images[..., :3], spec.config.image_size)
-    flags = np.asarray(_flagged(spec, params[CHECKER], pixels))
+    flags = np.asarray(parallel.collected(_flagged(spec, params[CHECKER], pixels)))
     if flags.any():
         warnings.warn(
             f"{flags.sum()} of {len(flags)} pictures were flagged by the safety checker and are black; try another "

@@ -100,8 +100,9 @@ def call(
         del looped  # what came from the host makes room for the decoder
         return parts.decode(params, state.sampler.sample, for_decoder(inputs)) if decoded else state.sampler.sample
 
-    inputs = program.prepared(run, params, program.keys(key, inputs["index"]), inputs)
-    images = run(program, params, key, inputs, callback_on_step_end, output_type != "latent")
+    with parallel.among(params):
+        inputs = program.prepared(run, params, program.keys(key, inputs["index"]), inputs)
+        images = run(program, params, key, inputs, callback_on_step_end, output_type != "latent")
     if output_type == "latent":
         return PipelineOutput(images)
     images = jax.device_get(parallel.collected(images))

@@ -188,7 +188,7 @@ class DiffusionPipeline(
     def by_default(self, **options: Any) -> Self:
         """The same pipeline, whose calls have these options unless they say otherwise.
 
-        They are strengths of the guidance, the number of steps, and `freeu`.
+        They are strengths of the guidance, the number of steps, and what the task and the family take.
 
         >>> import flaxdiff
         >>> pipe, params = flaxdiff.load()

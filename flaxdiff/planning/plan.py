@@ -14,7 +14,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -131,7 +130,7 @@ def pipeline(model: str | os.PathLike[str]) -> DiffusionPipeline:
         class_name, components, settings = MODELS[str(model)]
         configs = {name: COMPONENTS[title] for name, title in components.items()}
     else:
-        folder = hub.SHIPPED.get(str(model)) or Path(model).expanduser()
+        folder = hub.local(model)
         if not folder.is_dir():
             known = [*hub.SHIPPED, *MODELS]
             near = difflib.get_close_matches(str(model), known, 1)

@@ -234,7 +234,7 @@ class Run:
       gradient_checkpointing: compute blocks again on the way back to save memory.
       mesh: how the devices share the work: dp, fsdp, tp, cp or a product such as fsdp+tp=4.
       use_ema: keep a moving average, and save that.
-      ema_decay: its decay; `lcm`, whose student follows its own average, takes 0.95.
+      ema_decay: its decay; `lcm`, whose student follows its own average, wants 0.95.
       checkpointing_steps: updates between checkpoints.
       checkpoints_total_limit: how many of the last are kept.
       best: a validation figure by which the best is kept as well, "-name" where less is better.

@@ -125,7 +125,8 @@ def main() -> None:
     args = parser.parse_args()
 
     pipe, params = flaxdiff.load(args.model, dtype="float32")
-    steps = args.steps or dict(dict(pipe.settings)["defaults"])["num_inference_steps"]
+    own = {**pipe.defaults, **dict(dict(pipe.settings).get("defaults", ()))}
+    steps = args.steps or own["num_inference_steps"]
     names = emoji.load().names
     chosen, pairs = range(0, len(names), args.every), held_out_pairs(names)[:: args.every]
     draw = painter(pipe, params, steps, args.guidance, args.seed)

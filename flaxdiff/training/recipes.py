@@ -401,6 +401,8 @@ def latent_consistency_lora(config: Config) -> Recipe:
 
     Reference: Luo et al., LCM-LoRA: A Universal Stable-Diffusion Acceleration Module, 2023.
     """
+    if config.adapter.train_text_encoder:
+        raise ValueError(f"{config.recipe} leaves text encoders as they are; leave out train_text_encoder.")
     made = with_lora(config, STUDENT)
     student = predict(made.pipe)
     loss = _consistent(made.pipe, student, distillation.adapterless(student), config)

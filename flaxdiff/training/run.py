@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
 from PIL import Image
 
 from flaxdiff import parallel
@@ -71,7 +72,8 @@ def train(config: Config) -> Components:
     told = writers(config)
 
     if recipe.judged:
-        params = reinforce(config, recipe, data, tx, told)
+        with parallel.among(recipe.params):
+            params = reinforce(config, recipe, data, tx, told)
         written(config, recipe, params)
         return params
     with jax.set_mesh(mesh):
@@ -116,13 +118,13 @@ def learned(config: Config, now: state.TrainState) -> Components:
 def written(config: Config, recipe: Recipe, params: Components) -> None:
     """Write the result, by the first process; to the Hub as well, without checkpoints, where the run says so."""
     params = parallel.collected(params)
-    if jax.process_index():
-        return
-    recipe.export(Path(config.run.output), params)
-    if config.run.push_to_hub:
-        with tempfile.TemporaryDirectory() as folder:
-            recipe.export(Path(folder), params)
-            hub.upload(config.run.push_to_hub, Path(folder), None, None, False, "Trained with flaxdiff")
+    if jax.process_index() == 0:
+        recipe.export(Path(config.run.output), params)
+        if config.run.push_to_hub:
+            with tempfile.TemporaryDirectory() as folder:
+                recipe.export(Path(folder), params)
+                hub.upload(config.run.push_to_hub, Path(folder), None, None, False, "Trained with flaxdiff")
+    sync_global_devices("written")  # nobody leaves before
 
 
 def batches(config: Config, recipe: Recipe) -> DataLoader:

@@ -60,6 +60,7 @@ class Precomputed:
         Raises:
           ValueError: files are missing, damaged, do not fit the others, or hold no example.
         """
+        opened.cache_clear(), empty.cache_clear()  # files may have been written again
         manifest = files.read_json(folder / MANIFEST)
         paths = [folder / name for name in shards(manifest)]
         if missing := [path.name for path in (*paths, folder / EMPTY) if not path.is_file()]:
