@@ -383,12 +383,13 @@ def saved_steps(folder) -> list[int]:
 def test_killed_anywhere_a_run_ends_with_the_same_bits(tmp_path):
     """SIGKILL at random moments of a run of 200 steps; the last start goes through."""
     kills = int(os.environ.get("FLAXDIFF_KILLS", "4"))
+    pause = max(0.02, kills / 500)  # of a step, for the run to be long enough
     rng, straight, killed = random.Random(0), tmp_path / "straight", tmp_path / "killed"
     straight.mkdir(), killed.mkdir()
     assert start_run(straight, 200, 0).wait() == 0
     done = 0
     while done < kills:
-        run, before = start_run(killed, 200, 0.02), saved_steps(killed)
+        run, before = start_run(killed, 200, pause), saved_steps(killed)
         while run.poll() is None and saved_steps(killed) == before and 200 not in before:
             time.sleep(0.01)  # until it has got anywhere
         time.sleep(rng.uniform(0, 0.4))

@@ -7,6 +7,7 @@ What is learned is to draw emoji as white lines on black, or from those. It prin
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -48,19 +49,26 @@ SMALL = {
     "best": None,
     "push_to_hub": None,
 }
-UNET = {
-    "sample_size": 64,
-    "block_out_channels": [16, 32, 64],
-    "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
-    "norm_num_groups": 8,
-    "layers_per_block": 1,
+COMPONENTS = {  # recipe -> the network that begins from nothing
+    "unconditional": {
+        "sample_size": 64,
+        "block_out_channels": [16, 32, 64],
+        "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
+        "norm_num_groups": 8,
+        "layers_per_block": 1,
+    },
+    "t2i_adapter": {"channels": [64, 96, 128, 128], "adapter_type": "full_adapter_xl", "downscale_factor": 8},
 }
-DRAWN_FROM_LINES = {"image_column": "image", "conditioning_image_column": "conditioning_image"}
+DRAWN_FROM_LINES = {  # and without words, which tell all
+    "image_column": "image",
+    "conditioning_image_column": "conditioning_image",
+    "proportion_empty_prompts": 1.0,
+}
 # recipe -> what else it needs of the emoji
 OWN: dict[str, dict[str, Any]] = {
     "lora": {"learning_rate": 2e-3},
-    "controlnet": DRAWN_FROM_LINES,
+    "controlnet": {**DRAWN_FROM_LINES, "learning_rate": 2e-3, "max_train_steps": 300, "validation_steps": 300},
     "t2i_adapter": {**DRAWN_FROM_LINES, "learning_rate": 1e-3},
     "instruct_pix2pix": {"conditioning_image_column": "image"},
     "textual_inversion": {"initializer_token": "picture", "learning_rate": 3e-2},
@@ -75,9 +83,11 @@ OWN: dict[str, dict[str, Any]] = {
 def small(config: Config, folder: str) -> Config:
     """A configuration that runs in a minute or two."""
     given = SMALL | OWN.get(config.recipe, {}) | {"output": folder}
-    if config.recipe == "unconditional":
-        given["component"] = f"{folder}/unet.json"
-        Path(given["component"]).write_text(json.dumps(UNET))
+    if config.recipe in ("text_to_image", "lora") and re.search("stable-diffusion-3|FLUX", str(config.model)):
+        given["pretrained_model_name_or_path"] = "emoji-flow"
+    if component := COMPONENTS.get(config.recipe):
+        given["component"] = f"{folder}/component.json"
+        Path(given["component"]).write_text(json.dumps(component))
     if config.objective.with_prior_preservation:
         given["class_data"] = f"{folder}/class"
     return override(config, given)
@@ -93,7 +103,11 @@ def main() -> None:
             lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
         name = "reward" if config.recipe == "ddpo_lora" else "validation_loss"
         first, *_, last = [line[name] for line in lines if name in line]
-        print(f"{path}: {name} {first:.3g} -> {last:.3g} in {STEPS} updates", file=sys.stdout, flush=True)
+        print(
+            f"{path}: {name} {first:.3g} -> {last:.3g} in {config.run.max_train_steps} updates",
+            file=sys.stdout,
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

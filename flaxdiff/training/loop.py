@@ -76,7 +76,7 @@ def ahead(data: Data, count: int, place: Callable[[Any], Any]) -> Iterator[tuple
         return place(next(data)), data.get_state()
 
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        pending = thread.submit(one)
+        pending = thread.submit(one) if count else None
         for n in range(count):
             batch = pending.result()
             if n + 1 < count:
