@@ -76,7 +76,7 @@ OWN: dict[str, dict[str, Any]] = {
     "unconditional": {"image_column": "image", "pretrained_model_name_or_path": None, "learning_rate": 1e-3},
     "lcm": {"image_column": "image"},
     "lcm_lora": {"image_column": "image", "learning_rate": 1e-3},
-    "ddpo_lora": {"num_inference_steps": 8, "sample_batch_size": 16, "train_batch_size": 32, "validation_batches": 0},
+    "ddpo_lora": {"num_inference_steps": 8, "sample_batch_size": 16, "train_batch_size": 16, "validation_batches": 0},
 }
 
 
