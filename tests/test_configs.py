@@ -28,23 +28,23 @@ allow_tf32 cache_dir cache_latents caption_column cast_teacher_unet center_crop 
 checkpoints_total_limit class_data_dir class_labels_conditioning class_prompt concepts_list conditioning_dropout_prob
 conditioning_image_column controlnet_model_name_or_path crops_coords_top_left_h crops_coords_top_left_w
 dataloader_num_workers dataset_config_name dataset_name dataset_preprocess_batch_size ddpm_beta_schedule
-ddpm_num_inference_steps ddpm_num_steps detection_resolution dream_detail_preservation dream_training
-edit_prompt_column edited_image_column ema_decay ema_inv_gamma ema_max_decay ema_power enable_model_cpu_offload
-enable_npu_flash_attention enable_xformers_memory_efficient_attention encode_batch_size eval_batch_size foreach_ema
-freeze_model gpu_ids gradient_accumulation_steps gradient_checkpointing guidance_scale hflip hub_model_id
-hub_private_repo hub_token huber_c image_column image_interpolation_mode initializer_token input_perturbation
-instance_data_dir instance_prompt interpolation_type jsonl_for_train learnable_property learning_rate local_rank logger
-logging_dir logit_mean logit_std lora_alpha lora_blocks lora_dropout lora_layers lora_rank lora_target_modules
-loss_type lr_num_cycles lr_power lr_scheduler lr_warmup_steps max_grad_norm max_sequence_length max_train_samples
-max_train_steps mixed_precision mode_scale model_config_name_or_path modifier_token multi_gpu no_safe_serialization
-noaug noise_offset non_ema_revision num_class_images num_ddim_timesteps num_double_layers num_epochs
-num_extra_conditioning_channels num_single_layers num_train_epochs num_validation_images num_vectors offload_ema
-offset_noise optimizer original_image_column output_dir overwrite_output_dir placeholder_token
+ddpm_num_inference_steps ddpm_num_steps detection_resolution disc_loss disc_scale disc_start dream_detail_preservation
+dream_training edit_prompt_column edited_image_column ema_decay ema_inv_gamma ema_max_decay ema_power
+enable_model_cpu_offload enable_npu_flash_attention enable_xformers_memory_efficient_attention encode_batch_size
+eval_batch_size foreach_ema freeze_model gpu_ids gradient_accumulation_steps gradient_checkpointing guidance_scale
+hflip hub_model_id hub_private_repo hub_token huber_c image_column image_interpolation_mode initializer_token
+input_perturbation instance_data_dir instance_prompt interpolation_type jsonl_for_train kl_scale learnable_property
+learning_rate local_rank logger logging_dir logit_mean logit_std lora_alpha lora_blocks lora_dropout lora_layers
+lora_rank lora_target_modules loss_type lr_num_cycles lr_power lr_scheduler lr_warmup_steps max_grad_norm
+max_sequence_length max_train_samples max_train_steps mixed_precision mode_scale model_config_name_or_path
+modifier_token multi_gpu no_safe_serialization noaug noise_offset non_ema_revision num_class_images num_ddim_timesteps
+num_double_layers num_epochs num_extra_conditioning_channels num_single_layers num_train_epochs num_validation_images
+num_vectors offload_ema offset_noise optimizer original_image_column output_dir overwrite_output_dir placeholder_token
 pre_compute_text_embeddings precondition_outputs prediction_type preserve_input_precision pretrained_model_name_or_path
 pretrained_teacher_model pretrained_vae_model_name_or_path prior_generation_precision prior_loss_weight prodigy_beta3
 prodigy_decouple prodigy_safeguard_warmup prodigy_use_bias_correction proportion_empty_prompts push_to_hub random_flip
-rank real_prior repeats report_to resolution resume_from_checkpoint revision sample_batch_size save_as_full_pipeline
-save_images_epochs save_model_epochs save_steps save_weight_dtype scale_lr seed set_grads_to_none
+rank real_prior rec_loss repeats report_to resolution resume_from_checkpoint revision sample_batch_size
+save_as_full_pipeline save_images_epochs save_model_epochs save_steps save_weight_dtype scale_lr seed set_grads_to_none
 skip_save_text_encoder snr_gamma streaming teacher_revision text_encoder_lr text_encoder_use_attention_mask
 timestep_bias_begin timestep_bias_end timestep_bias_multiplier timestep_bias_portion timestep_bias_strategy
 timestep_scaling_factor tokenizer_max_length tokenizer_name tracker_project_name train_batch_size train_data_dir
@@ -167,7 +167,7 @@ def test_the_page_knows_recipes_files_and_fields():
     assert [name for name in RECIPES if f"`{name}`" not in PAGE] == []
     assert [path.stem for path in FILES if f"`{path.stem}`" not in PAGE] == []
     names, used = {field.name for _, field, _ in fields()}, re.findall(r"--([a-z][a-z0-9_-]+)", PAGE)
-    known = FLAGS.split() + ["help", "model", "topology", "preset", "batch", "train", "remat"]
+    known = FLAGS.split() + ["help", "model", "topology", "preset", "batch", "train", "remat", "worker", "command"]
     assert [name for name in used if name.replace("-", "_") not in names and name not in known] == []
 
 
