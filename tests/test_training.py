@@ -505,7 +505,7 @@ def test_what_tensorboard_reads(tmp_path):
 
 @pytest.mark.parametrize(
     "name, module, said",
-    [("tensorboard", "tensorboardX", r"\.\[train\] in the checkout"), ("wandb", "wandb", "install wandb")],
+    [("tensorboard", "tensorboardX", r"\.\[train\]"), ("wandb", "wandb", "install wandb")],
 )
 def test_a_report_without_its_library(name, module, said, tmp_path, monkeypatch):
     """The command says so before it begins, and what to install."""
