@@ -566,6 +566,16 @@ def test_flops_are_those_of_the_compiled_program():
     assert 0.6 * theirs < ours <= theirs  # which also counts what is done to each number
 
 
+def test_prodigy_warms_up():
+    """From a rate of 0, by whose sums it divides."""
+    tx, x = optimizers.optimizer("prodigy", optimizers.schedule("constant", 1.0, 100, warmup=5)), {"w": jnp.ones(3)}
+    now = tx.init(x)
+    for _ in range(60):
+        updates, now = tx.update({"w": x["w"] - 3}, now, x)
+        x = optax.apply_updates(x, updates)
+    assert np.isfinite(x["w"]).all() and float(jnp.abs(x["w"] - 1).min()) > 1e-4
+
+
 @pytest.mark.parametrize("name", sorted(set(optimizers.OPTIMIZERS) - {"prodigy"}))
 def test_weights_decay_by_the_rate(name):
     """Without a gradient an update takes off rate · decay, no more."""

@@ -1,4 +1,4 @@
-"""Any file of configs/ in miniature: the same recipe and fields on a shipped model and the emoji, in a minute or two.
+"""Any file of configs/ in miniature: the same recipe and fields on a shipped model and the emoji.
 
 python train/in_miniature.py configs/lora_sd15.py ...
 
@@ -31,6 +31,7 @@ SMALL = {
     "image_column": "conditioning_image",
     "caption_column": "text",
     "dataloader_num_workers": 0,
+    "optimizer": "adamw",
     "learning_rate": 3e-4,
     "scale_lr": False,
     "lr_warmup_steps": 10,
@@ -81,7 +82,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def small(config: Config, folder: str) -> Config:
-    """A configuration that runs in a minute or two."""
+    """A configuration that runs in some minutes."""
     given = SMALL | OWN.get(config.recipe, {}) | {"output": folder}
     if config.recipe in ("text_to_image", "lora") and re.search("stable-diffusion-3|FLUX", str(config.model)):
         given["pretrained_model_name_or_path"] = "emoji-flow"

@@ -43,7 +43,9 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
         weight_decay_rate=lambda n: decay * (rate(n) if callable(rate) else rate),  # which it takes as it is
     ),
     "lion": lambda rate, b1, b2, eps, decay: optax.lion(rate, b1, b2, weight_decay=decay),
-    "prodigy": lambda rate, b1, b2, eps, decay: contrib.prodigy(rate, (b1, b2), eps=eps, weight_decay=decay),
+    "prodigy": lambda rate, b1, b2, eps, decay: contrib.prodigy(  # which divides by sums of rates: none is to be 0
+        (lambda n: jnp.maximum(rate(n), 1e-6)) if callable(rate) else rate, (b1, b2), eps=eps, weight_decay=decay
+    ),
     "muon": lambda rate, b1, b2, eps, decay: contrib.muon(
         rate, weight_decay=decay, adam_b1=b1, adam_b2=b2, muon_weight_dimension_numbers=_matrices
     ),

@@ -71,10 +71,17 @@ class Recipe(NamedTuple):
 
 
 def load(config: Config, **options: Any) -> tuple[DiffusionPipeline, Components]:
-    """The pipeline that a run starts from, with another autoencoder where one is named; remat as the run says."""
+    """The pipeline that a run starts from, with another autoencoder where one is named; remat as the run says.
+
+    Parameters are in float32 where networks compute in it, on accelerators too, where `load` has bfloat16.
+    """
     model = config.model
+    if config.run.mixed_precision == "no":
+        options["dtype"] = jnp.float32
     if model.pretrained_vae_model_name_or_path:
-        options["vae"] = registry.find("AutoencoderKL").from_pretrained(model.pretrained_vae_model_name_or_path)
+        options["vae"] = registry.find("AutoencoderKL").from_pretrained(
+            model.pretrained_vae_model_name_or_path, dtype=options.get("dtype")
+        )
     if config.run.mesh != "dp" or jax.process_count() > 1:  # what every device holds whole is spread later
         options["mesh"] = parallel.make_mesh(config.run.mesh)
     pipe, params = pipelines.load(
