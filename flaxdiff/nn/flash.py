@@ -1,7 +1,7 @@
 """Attention by the Pallas kernel of TPUs, made fit for what the rest of the library does with it.
 
-The kernel is jax's splash attention. Here its arguments get the shapes that it wants, and it learns to live with
-transformations: see kernels.py; and the gradient runs the kernel's own backward pass, from Q, K and V alone.
+The kernel is jax's splash attention. Here its arguments get the shapes that it wants, and it learns to live on
+many devices: see kernels.py; and the gradient runs the kernel's own backward pass, from Q, K and V alone.
 """
 
 import functools
