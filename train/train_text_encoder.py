@@ -7,6 +7,7 @@ pixels). A denoiser that attends to these positions finds the layout already the
 learns to read text a hundred times more slowly.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,10 +113,11 @@ def main() -> None:
     positions = config["grid"] ** 2
 
     spec = reader.model.from_config({**settings, "scan_layers": False})
-    width = config["width"]
     key = jax.random.key(config["seed"])
+    text = init(spec, key)
+    width = jax.eval_shape(functools.partial(reader.read, spec), text, encode([""])).shape[-1]
     params = {
-        "text_encoder": init(spec, key),
+        "text_encoder": text,
         "head": jax.random.normal(key, (width, config["components"])) / width**0.5,
     }
 
