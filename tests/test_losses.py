@@ -417,6 +417,13 @@ class TamingDiscriminator(torch.nn.Module):
         return self.main(x)
 
 
+softplus = torch.nn.functional.softplus
+CRITICS = {  # taming's losses of the logits of real pictures and of made ones
+    "hinge": lambda real, made: 0.5 * (torch.relu(1 - real).mean() + torch.relu(1 + made).mean()),
+    "vanilla": lambda real, made: 0.5 * (softplus(-real).mean() + softplus(made).mean()),
+}
+
+
 @functools.cache
 def discriminators():
     torch.manual_seed(0)
@@ -450,11 +457,7 @@ def test_critic(kind):
     loss = adversarial.critic(judge, lambda params, batch, key: made, disc_loss=kind, r1=0.1)
     value, _ = loss({"discriminator": params}, {"image": pixels()}, KEY)
     of_real, of_fake = peer(real), peer(peers.nchw(made.copy()))
-    if kind == "hinge":
-        theirs = 0.5 * (torch.relu(1 - of_real).mean() + torch.relu(1 + of_fake).mean())
-    else:
-        softplus = torch.nn.functional.softplus
-        theirs = 0.5 * (softplus(-of_real).mean() + softplus(of_fake).mean())
+    theirs = CRITICS[kind](of_real, of_fake)
     (slope,) = torch.autograd.grad(of_real.sum(), real, retain_graph=True)
     close(value, (theirs + 0.1 * slope.square().sum((1, 2, 3)).mean()).item())
     with pytest.raises(ValueError, match="disc_loss='wgan' is not known"):

@@ -14,6 +14,7 @@ import peers
 import pytest
 import safetensors.torch
 import test_flux
+import test_losses as taming
 import test_sd3
 import torch
 
@@ -269,6 +270,52 @@ def test_unconditional(tmp_path):
         step(net.parameters(), torch.nn.functional.mse_loss(net(x, t).sample, target)), rel=1e-5
     )
     same(diffusers.DDPMPipeline.from_pretrained(tmp_path).unet, net)
+
+
+@pytest.mark.parametrize("disc_loss", [None, "hinge"])
+def test_autoencoder(disc_loss, tmp_path):
+    """Alone, and with a critic that learns at the same update, from the same pictures."""
+    vae = peers.sure(peers.vae()).train()
+    source = peers.stable_diffusion_1()
+    source.vae = vae
+    source.save_pretrained(tmp_path / "before")
+    objective = Objective(rec_loss="l1", kl_scale=0.01, disc_scale=0.5 if disc_loss else 0.0, disc_loss=disc_loss or "")
+    recipe = recipes.RECIPES["autoencoder"](config("autoencoder", str(tmp_path / "before"), objective=objective))
+    data = {"image": latents(2, 32, 32, 3).clip(-1, 1)}
+    after, [ours] = trained(recipe, data)
+    recipe.export(tmp_path / "after", after.params)
+
+    x = peers.nchw(data["image"])
+    posterior = vae.encode(x).latent_dist
+    made = vae.decode(posterior.mean).sample
+    loss = far = (made - x).abs().mean()
+    loss = loss + 0.01 * posterior.kl().sum() / x.numel()
+    players, cost = list(vae.parameters()), 0.0
+    if disc_loss:
+        critic = taming.TamingDiscriminator(64)
+        start = recipe.params["discriminator"]
+        theirs = {name: torch.tensor(np.asarray(w)) for name, w in start.items()}
+        theirs = {name: w.permute(3, 2, 0, 1) if w.ndim == 4 else w for name, w in theirs.items()}
+        critic.load_state_dict(theirs, strict=False)
+        norm = lambda of: torch.autograd.grad(of, vae.decoder.conv_out.weight, retain_graph=True)[0].norm()
+        fools = -critic(made).mean()
+        loss = loss + 0.5 * (norm(far) / (norm(fools) + 1e-4)).detach() * fools
+        grads = torch.autograd.grad(loss, players, retain_graph=True)
+        cost = taming.CRITICS[disc_loss](critic(x), critic(made.detach()))
+        cost.backward()
+        for player, grad in zip(players, grads):
+            player.grad = grad
+        players += list(critic.parameters())
+    else:
+        loss.backward()
+    torch.nn.utils.clip_grad_norm_(players, 1.0)
+    adamw(players).step()
+    assert ours == pytest.approx((loss + cost).item(), rel=1e-5)
+    same(diffusers.AutoencoderKL.from_pretrained(tmp_path / "after"), vae)
+    if disc_loss:
+        moved = after.params["discriminator"]["main.8.weight"]
+        assert peers.relative(moved, critic.main[8].weight.detach().permute(2, 3, 1, 0)) < 1e-3
+        assert peers.relative(moved, start["main.8.weight"]) > 1e-3
 
 
 def test_a_word(tmp_path, monkeypatch):

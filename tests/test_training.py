@@ -33,7 +33,7 @@ from flaxdiff.core import apply, init
 from flaxdiff.models.autoencoder_kl import AutoencoderKL
 from flaxdiff.models.unet_2d_condition import UNet2DConditionModel
 from flaxdiff.schedulers import DDIMScheduler
-from flaxdiff.training import data, loop, losses, noising, optimizers, report, state
+from flaxdiff.training import adversarial, data, loop, losses, noising, optimizers, report, state
 from flaxdiff.training import run as running
 from flaxdiff.training.config import Config, Run
 
@@ -160,8 +160,8 @@ def test_autoencoder_learns():
         {"block_out_channels": [8], "norm_num_groups": 4, "mid_block_add_attention": False}
     )
     tx = optax.adam(1e-2)
-    step = state.jitted(losses.reconstruction(spec), tx)
-    now = state.create(init(spec, jax.random.key(0)), tx)
+    step = state.jitted(adversarial.autoencoding(spec, adversarial.gaussian(), rec_loss="edges"), tx)
+    now = state.create({"vae": init(spec, jax.random.key(0))}, tx)
     batch = {"image": np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)}
     seen = []
     for _ in range(12):

@@ -8,7 +8,7 @@ learns to read text a hundred times more slowly.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,25 +29,29 @@ class Reader(NamedTuple):
 
     model: type[Model]
     tokenizer: str
-    learn: Callable[[list[str], Mapping[str, Any], Path], None]  # captions, configuration, folder
+    learn: Callable[[list[str], Sequence[str], Mapping[str, Any], Path], None]  # captions, names, settings, folder
     read: Callable[[Spec, Params, jax.Array], jax.Array]  # ids [B, N] -> [B, N, D]
     marks: slice  # the places, of the N, that draw
+    table: str | None = None  # embeddings that begin as what the pictures of a token have in common
 
 
 READERS = {
     "clip": Reader(
         CLIPTextModel,
         "CLIPTokenizer",
-        lambda captions, c, folder: tokenizer.train(captions, c["vocab_size"], c["max_position_embeddings"], folder),
+        lambda captions, names, c, folder: tokenizer.train(
+            captions, c["vocab_size"], c["max_position_embeddings"], folder
+        ),
         lambda spec, params, ids: apply(spec, params, ids).last_hidden_state,
         slice(-16, None),
     ),
     "t5": Reader(
         T5EncoderModel,
         "PreTrainedTokenizerFast",
-        lambda captions, c, folder: tokenizer.train_words(captions, 36, 16, folder),
+        lambda captions, names, c, folder: tokenizer.train_words(captions, names, 36, 16, folder),
         lambda spec, params, ids: apply(spec, params, ids, ids != 0),
         slice(16),
+        "shared.weight",
     ),
 }
 
@@ -84,6 +88,21 @@ class Cells:
         return float(np.mean(10 * np.log10(4 / mse)))
 
 
+def in_common(rgba: np.ndarray, ids: np.ndarray, table: jax.Array) -> jax.Array:
+    """Embeddings [V, D] of which those in ids [N, L] are the mean picture of their rows: D principal components of N.
+
+    A token that every row has is left as it was.
+    """
+    small = emoji.over(rgba, emoji.BACKGROUNDS["white"]).reshape(len(rgba), 16, 4, 16, 4, 3).mean((2, 4))
+    u, s, _ = np.linalg.svd((small - small.mean(0)).reshape(len(rgba), -1), full_matrices=False)
+    codes, has = (u * s**0.5)[:, : table.shape[1]], np.zeros((len(rgba), table.shape[0]))
+    has[np.arange(len(ids))[:, None] % len(rgba), ids] = 1
+    mean = has.T @ codes / np.maximum(has.sum(0), 1)[:, None]
+    told = (has.sum(0) > 0) & (has.sum(0) < len(rgba))
+    size = np.sqrt(np.square(mean).mean(1) + 1e-3 * np.square(codes).mean())
+    return jnp.where(told[:, None], mean / size[:, None], table)
+
+
 def report(predict, cells: Cells, names: tuple[str, ...], encode) -> str:
     """How well captions retrieve pictures: all names on white, and held-out pairs among all names on that colour."""
     draw = lambda captions: np.concatenate(
@@ -107,14 +126,19 @@ def main() -> None:
 
     names, rgba = emoji.load()
     settings, reader = config["text_encoder"], READERS[config["reader"]]
-    reader.learn(emoji.corpus(names), settings, out / "tokenizer")
-    encode = Tokenizer(str(out / "tokenizer"), reader.tokenizer)
+    folders = [out / "tokenizer", out / "checkpoints/words"]  # of which the second reads every name word by word
+    for folder, phrases in zip(folders, (names, ())):
+        reader.learn(emoji.corpus(names), phrases, settings, folder)
+    encode, spell = (Tokenizer(str(folder), reader.tokenizer) for folder in folders)
     cells = Cells(rgba, config["grid"], config["components"])
     positions = config["grid"] ** 2
 
     spec = reader.model.from_config({**settings, "scan_layers": False})
     key = jax.random.key(config["seed"])
     text = init(spec, key)
+    if reader.table:
+        every = np.concatenate([encode(names), spell(names)])
+        text = {**text, reader.table: in_common(rgba, every, text[reader.table])}
     width = jax.eval_shape(functools.partial(reader.read, spec), text, encode([""])).shape[-1]
     params = {
         "text_encoder": text,
@@ -138,16 +162,20 @@ def main() -> None:
         return drawing + 0.1 * marks, {"drawing": drawing, "marks": marks}
 
     def data(n: int) -> dict[str, np.ndarray]:
-        chosen, background, captions = emoji.batch(names, config["batch_size"], config["seed"], n, composed=0.6)
-        return {"ids": encode(captions), "target": cells.of(chosen, background)}
+        size, seed = config["batch_size"], config["seed"]
+        chosen, background, captions = emoji.batch(names, size, seed, n, composed=0.6)
+        spelled = np.random.default_rng((seed, n, 1)).random((size, 1)) < config["spelled"]
+        return {"ids": np.where(spelled, spell(captions), encode(captions)), "target": cells.of(chosen, background)}
 
-    tx = optimizers.adam(config["learning_rate"], config["steps"], b2=0.98, decay=0.01)
+    rate = optimizers.schedule("cosine", config["learning_rate"], config["steps"], warmup=100)
+    tx = optimizers.optimizer(config["optimizer"], rate, b2=0.98, decay=0.01)
     step, start = state.jitted(loss, tx, config["decay"]), state.create(params, tx)
     folder = out / "checkpoints/text_encoder"
     final = loop.fit(step, start, data, key, config["steps"], directory=folder, save_every=500, log_every=50)
     save_model(out / "text_encoder", spec, state.averaged(final)["text_encoder"])
     drawn = jax.jit(lambda ids: predict(state.averaged(final), jnp.asarray(ids)))
-    print(report(drawn, cells, names, encode))
+    for told in (encode, spell):
+        print(report(drawn, cells, names, told))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def main() -> None:
         return value + config["routing"] * wrong, {"denoising": value, "astray": wrong, **metrics}
 
     rate = optimizers.schedule("cosine", config["learning_rate"], config["steps"], config["warmup"])
-    tx = optimizers.optimizer("adamw", rate, b2=0.99, factors=config["rates"])
+    tx = optimizers.optimizer(config["optimizer"], rate, b2=0.99, factors=config["rates"])
     trained = "|".join(path for path, _ in config["rates"])
     step, start = state.jitted(loss, tx, config["decay"]), state.create(params, tx, trainable=trained)
     folder = out / "checkpoints/denoiser"

@@ -13,7 +13,7 @@ import optax
 from flaxdiff.checkpoint import save_model
 from flaxdiff.core import Params, Spec, apply, init
 from flaxdiff.models.autoencoder_kl import AutoencoderKL
-from flaxdiff.training import emoji, loop, losses, state
+from flaxdiff.training import adversarial, emoji, loop, state
 
 
 def batch_at(rgba: np.ndarray, size: int, seed: int, step: int) -> dict[str, np.ndarray]:
@@ -58,8 +58,9 @@ def main() -> None:
     rate, total = optax.sgdr_schedule(cycles), sum(steps for steps, _ in config["cycles"])
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
     key = jax.random.key(config["seed"])
-    start = state.create(init(spec, key), tx)
-    step = state.jitted(losses.reconstruction(spec), tx, config["decay"])
+    start = state.create({"vae": init(spec, key)}, tx)
+    loss = adversarial.autoencoding(spec, adversarial.gaussian(6e-4), rec_loss="edges")
+    step = state.jitted(loss, tx, config["decay"])
 
     rgba = emoji.load().rgba
     data = lambda n: batch_at(rgba, config["batch_size"], config["seed"], n)
@@ -67,7 +68,7 @@ def main() -> None:
 
     everything = (emoji.over(rgba[:, None][i::33], list(emoji.BACKGROUNDS.values())) for i in range(33))
     images = (image.reshape(-1, *image.shape[2:]) for image in everything)
-    save_model(out / "vae", spec, standardised(spec, state.averaged(final), images))
+    save_model(out / "vae", spec, standardised(spec, state.averaged(final)["vae"], images))
 
 
 if __name__ == "__main__":

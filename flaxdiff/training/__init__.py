@@ -3,7 +3,6 @@
 from flaxdiff.training.loop import fit as fit
 from flaxdiff.training.losses import decoding as decoding
 from flaxdiff.training.losses import denoising as denoising
-from flaxdiff.training.losses import reconstruction as reconstruction
 from flaxdiff.training.noising import path_of as path_of
 from flaxdiff.training.state import TrainState as TrainState
 from flaxdiff.training.state import averaged as averaged

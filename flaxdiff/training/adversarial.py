@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxdiff.core import Params, Spec, apply
+from flaxdiff.training import losses
 from flaxdiff.training.losses import Batch
 from flaxdiff.training.state import Loss
 
@@ -104,6 +105,7 @@ def codebook(beta: float = 0.25, *, legacy: bool = True) -> Bottleneck:
 PIXELS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "l1": lambda error: jnp.abs(error).mean(),
     "l2": lambda error: jnp.square(error).mean(),
+    "edges": lambda error: losses.pictures(error)[0],
 }
 
 
@@ -136,7 +138,7 @@ def autoencoding(
       spec: an AutoencoderKL or a VQModel, whose parameters are `params[component]`.
       bottleneck: `gaussian(kl_scale)` or `codebook(beta)`.
       judge: the critic, of the made pictures [B, H, W, C].
-      rec_loss: "l1" or "l2", a mean over pictures and numbers.
+      rec_loss: "l1" or "l2", a mean over pictures and numbers, or "edges", see `losses.pictures`.
       disc_scale: of the adversary.
       component, last: where the decoder's last weight is.
 
@@ -153,7 +155,7 @@ def autoencoding(
         decode = lambda w: apply(spec, {**own, last: w}, z, method="decode")
         image, pull = jax.vjp(decode, own[last])
         far = lambda image: PIXELS[rec_loss](image - batch["image"])
-        metrics = {"reconstruction": far(image), "bottleneck": cost}
+        metrics = {"reconstruction": far(image), "bottleneck": cost, "psnr": losses.pictures(image - batch["image"])[1]}
         if judge is None:
             return metrics["reconstruction"] + cost, metrics
         fools = lambda image: -judge(params, image, batch).mean()
@@ -162,5 +164,23 @@ def autoencoding(
         balance = disc_scale * jax.lax.stop_gradient(balance)
         metrics |= {"generator": fools(image), "disc_weight": balance}
         return metrics["reconstruction"] + cost + balance * metrics["generator"], metrics
+
+    return loss
+
+
+def together(make: Loss, judge: Loss, maker: str, critic: str) -> Loss:
+    """Both sides' losses as one: each moves its own component of the parameters, and sees the other's as it is.
+
+    Args:
+      make: what the maker minimises.
+      judge: what the critic minimises, see `critic`.
+      maker, critic: the names of their components.
+    """
+
+    def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        still = lambda name: {**params, name: jax.lax.stop_gradient(params[name])}
+        value, metrics = make(still(critic), batch, key)
+        cost, more = judge(still(maker), batch, key)
+        return value + cost, {**metrics, **more, "critic": cost}
 
     return loss

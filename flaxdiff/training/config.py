@@ -154,6 +154,10 @@ class Objective:
       beta_dpo: how closely to stay to the model as it began.
       clip_range: of DDPO, how far a step's probability may move in an update.
       sample_batch_size: pictures that are drawn and judged at a time.
+      rec_loss: of an autoencoder's pictures, "l1", "l2" or "edges", which is L1, L2 and L1 of the gradients together.
+      kl_scale: of the KL divergence of an autoencoder's latents.
+      disc_scale: how hard a critic pulls at an autoencoder, beside the reconstruction; none by default.
+      disc_loss: the critic's own, "hinge" or "vanilla".
     """
 
     prediction_type: str | None = None
@@ -185,6 +189,10 @@ class Objective:
     beta_dpo: float = 2500.0
     clip_range: float = 1e-4
     sample_batch_size: int = 16
+    rec_loss: str = "l2"
+    kl_scale: float = 1e-6
+    disc_scale: float = 0.0
+    disc_loss: str = "hinge"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,10 @@
-"""What is minimised: the denoising loss of diffusion, and the reconstruction loss of an autoencoder.
+"""What is minimised: the denoising loss of diffusion, and what a difference between pictures costs.
 
 Each function here returns a loss in the sense of `state.Loss`. The denoising loss is told how to call the network, so
 one function serves every family, and adapters, which only change what `predict` does. What tells kinds of prediction,
 weights, noise and draws of the time apart are values that it is given: see `noising` and `timesteps`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -158,21 +157,6 @@ def pictures(error: jax.Array, *, edges: float = 0.25, squares: float = 2.0) -> 
     mse = jnp.square(error).mean((1, 2, 3))
     value = jnp.abs(error).mean() + squares * mse.mean() + edges * gradients
     return value, jnp.mean(10 * jnp.log10(4 / mse))
-
-
-def reconstruction(spec: Spec, *, kl: float = 1e-4) -> Loss:
-    """`pictures` of what an AutoencoderKL makes of its own sample, + `kl` times the KL divergence per latent component.
-
-    The batch holds "image" [B, H, W, C] in [-1, 1].
-    """
-
-    def loss(params: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        posterior = apply(spec, params, batch["image"], method="encode")
-        value, psnr = pictures(apply(spec, params, posterior.sample(key), method="decode") - batch["image"])
-        divergence = posterior.kl().mean() / math.prod(posterior.mean.shape[1:])
-        return value + kl * divergence, {"psnr": psnr, "kl": divergence}
-
-    return loss
 
 
 def decoding(spec: Spec, *, squares: float = 10.0, noise: float = 0.0) -> Loss:

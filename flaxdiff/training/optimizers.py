@@ -4,6 +4,7 @@ Everything is a number, a name or a list of (regex, factor) of a recipe's config
 and a state is rebuilt from them.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,16 +20,22 @@ Schedule = Callable[[jax.Array], jax.Array]
 SMALL = 4096  # a weight of fewer numbers has its moments in float32
 
 
-def _matrices(params: Any) -> Any:
-    """How Muon reads weights as matrices: outputs last, inputs before them, layers that are stacked apart."""
+TABLES = r"(shared|embed_tokens|\w+_embeddings?|relative_attention_bias)\.weight|_table\b"
 
-    def axes(a: jax.Array) -> contrib.MuonDimensionNumbers | None:
-        if a.ndim < 2:
+
+def _matrices(params: Any) -> Any:
+    """How Muon reads weights as matrices: outputs last, inputs before them, layers that are stacked apart.
+
+    Tables of embeddings are none: a batch has few of their rows. Adam updates them, as it does vectors.
+    """
+
+    def axes(path: Any, a: jax.Array) -> contrib.MuonDimensionNumbers | None:
+        if a.ndim < 2 or re.search(TABLES, jax.tree_util.keystr(path)):
             return None
         inputs = range(a.ndim - 4, a.ndim - 1) if a.ndim >= 4 else [a.ndim - 2]
         return contrib.MuonDimensionNumbers(tuple(inputs), a.ndim - 1)
 
-    return jax.tree.map(axes, params)
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 # name -> (rate, b1, b2, eps, decay of the weights) -> transformation

@@ -19,12 +19,13 @@ from flaxdiff import parallel, registry
 from flaxdiff.adapters import custom_diffusion, lora
 from flaxdiff.checkpoint import files, pipelines
 from flaxdiff.checkpoint.writing import save_model
-from flaxdiff.core import Params, init
+from flaxdiff.core import Params, apply, init
+from flaxdiff.models.patch_discriminator import NLayerDiscriminator
 from flaxdiff.pipelines import tasks
 from flaxdiff.pipelines.auto import AutoPipelineForText2Image
 from flaxdiff.pipelines.generate import autoencoder, denoiser
 from flaxdiff.pipelines.pipeline import DiffusionPipeline
-from flaxdiff.training import distillation, losses, noising, rewards, timesteps, words
+from flaxdiff.training import adversarial, distillation, losses, noising, rewards, timesteps, words
 from flaxdiff.training.config import Config, Objective, named
 from flaxdiff.training.diffusion import conditions, encoded, predict, wordless
 from flaxdiff.training.state import Loss
@@ -500,16 +501,34 @@ def reward(name: str) -> Callable[[jax.Array], jax.Array]:
 
 
 def autoencoder_of(config: Config) -> Recipe:
-    """An AutoencoderKL, its decoder alone with `trainable="vae\\.decoder.*"`."""
+    """An AutoencoderKL or a VQModel, its decoder alone with `trainable="vae\\.decoder.*"`.
+
+    With `disc_scale` it has to deceive a critic, which begins from nothing and learns at every update too.
+
+    Reference: Esser et al., Taming Transformers for High-Resolution Image Synthesis, 2021.
+    """
     pipe, params = load(config)
-    name = autoencoder(dict(pipe.specs))
+    given, name, critic = config.objective, autoencoder(dict(pipe.specs)), "discriminator"
     spec = dict(pipe.specs)[name]
-    loss = losses.reconstruction(spec)
+    kinds = {"AutoencoderKL": adversarial.gaussian(given.kl_scale), "VQModel": adversarial.codebook()}
+    if spec.module.__name__ not in kinds:
+        raise ValueError(f"recipe='autoencoder' trains {sorted(kinds)}; this pipeline has {spec.module.__name__}.")
+    bottleneck, judge = kinds[spec.module.__name__], None
+    if given.disc_scale:
+        net = NLayerDiscriminator.from_config({})
+        params = {**params, critic: init(net, jax.random.fold_in(jax.random.key(config.run.seed), 1))}
+        judge = lambda params, image, batch: apply(net, params[critic], image)
+    loss = adversarial.autoencoding(
+        spec, bottleneck, judge, rec_loss=given.rec_loss, disc_scale=given.disc_scale, component=name
+    )
+    if judge:
+        against = adversarial.critic(judge, adversarial.remade(spec, bottleneck, name), disc_loss=given.disc_loss)
+        loss = adversarial.together(loss, against, name, critic)
     return Recipe(
         pipe,
         params,
-        rf"{name}\..*",
-        lambda params, batch, key: loss(params[name], batch, key),
+        rf"({name}|{critic})\..*" if judge else rf"{name}\..*",
+        loss,
         lambda batch: {"image": batch["image"]},
         lambda folder, params: save_model(folder, spec, params[name]),
         captioned=False,

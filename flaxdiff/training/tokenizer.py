@@ -5,7 +5,8 @@ symbols in the order in which they were learned; the last symbol of a word carri
 the vocabulary, so a word never seen still has tokens. The text begins with <|startoftext|>, ends with <|endoftext|>
 and is padded with that.
 
-Whole words suit a small encoder that reads few of them: none has to be spelled. Other words are read as letters.
+Whole words, and names of several, suit a small encoder that reads few of them: none has to be spelled. Other words are
+read as letters.
 """
 
 import json
@@ -65,32 +66,40 @@ def train(captions: Iterable[str], vocab_size: int, max_length: int, folder: str
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def train_words(captions: Iterable[str], max_length: int, marks: int, folder: str | Path) -> None:
+def train_words(
+    captions: Iterable[str], phrases: Iterable[str], max_length: int, marks: int, folder: str | Path
+) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` of a tokenizer that knows every word of the captions.
 
     A text is `<mark_0> … words </s>`, padded with `<pad>`. The marks are the same in every text: places for an encoder
-    that reads both ways to say something at.
+    that reads both ways to say something at. Phrases are tokens too, after all the words: without them the rest of the
+    vocabulary is the same.
 
     Args:
       captions: the text whose words are known.
+      phrases: words that are read as one, up to a hyphen or the like.
       max_length: the length that texts are padded to.
       marks: how many marks come before the words.
       folder: where the files go; made if it does not exist.
 
     >>> import tempfile, transformers
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     train_words(["red dog"], 6, 1, folder)
-    ...     transformers.PreTrainedTokenizerFast.from_pretrained(folder).tokenize("Red god")
-    ['▁red', '▁', 'g', 'o', 'd']
+    ...     train_words(["red dog", "dog face"], ["dog face"], 6, 1, folder)
+    ...     transformers.PreTrainedTokenizerFast.from_pretrained(folder).tokenize("Red dog  face god")
+    ['▁red', '▁dog▁face', '▁', 'g', 'o', 'd']
     """
     words = sorted({word for caption in captions for word in re.findall(r"\w+|[^\w\s]", caption.lower())})
+    runs = {run.strip() for phrase in phrases for run in re.split(r"[^\w\s]", phrase.lower())}
+    pieces = ["▁" + run.replace(" ", "▁") for run in words + sorted(run for run in runs if " " in run)]
     letters = sorted(set("▁abcdefghijklmnopqrstuvwxyz0123456789").union(*words))
     special = ["<pad>", "</s>", "<unk>", *(f"<mark_{i}>" for i in range(marks))]
     scores = {token: 0.0 for token in special} | {letter: -10.0 for letter in letters}
-    learned = Tokenizer(models.Unigram([*scores.items(), *((f"▁{word}", -1.0) for word in words)], unk_id=2))
-    learned.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    learned = Tokenizer(models.Unigram([*scores.items(), *((piece, -1.0) for piece in pieces)], unk_id=2))
+    learned.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    )
     learned.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.Metaspace()]
+        [pre_tokenizers.Punctuation(), pre_tokenizers.Metaspace(split=False)]
     )
     learned.add_special_tokens(special)
     learned.post_processor = processors.TemplateProcessing(
