@@ -13,6 +13,7 @@ import numpy as np
 import peers
 import pytest
 import safetensors.torch
+import test_classic
 import test_flux
 import test_losses as taming
 import test_sd3
@@ -272,50 +273,49 @@ def test_unconditional(tmp_path):
     same(diffusers.DDPMPipeline.from_pretrained(tmp_path).unet, net)
 
 
-@pytest.mark.parametrize("disc_loss", [None, "hinge"])
-def test_autoencoder(disc_loss, tmp_path):
-    """Alone, and with a critic that learns at the same update, from the same pictures."""
-    vae = peers.sure(peers.vae()).train()
-    source = peers.stable_diffusion_1()
-    source.vae = vae
+@pytest.mark.parametrize("kind", ["kl", "codebook", "critic"])
+def test_autoencoder(kind, tmp_path):
+    """By a Gaussian or by a codebook, and with a critic that learns at the same update, from the same pictures."""
+    source = test_classic.super_resolution() if kind == "codebook" else peers.stable_diffusion_1()
+    vae = (source.vqvae if kind == "codebook" else peers.sure(source.vae)).train()
     source.save_pretrained(tmp_path / "before")
-    objective = Objective(rec_loss="l1", kl_scale=0.01, disc_scale=0.5 if disc_loss else 0.0, disc_loss=disc_loss or "")
+    objective = Objective(rec_loss="l1", kl_scale=0.01, disc_scale=0.5 if kind == "critic" else 0.0)
     recipe = recipes.RECIPES["autoencoder"](config("autoencoder", str(tmp_path / "before"), objective=objective))
     data = {"image": latents(2, 32, 32, 3).clip(-1, 1)}
     after, [ours] = trained(recipe, data)
     recipe.export(tmp_path / "after", after.params)
 
-    x = peers.nchw(data["image"])
-    posterior = vae.encode(x).latent_dist
-    made = vae.decode(posterior.mean).sample
-    loss = far = (made - x).abs().mean()
-    loss = loss + 0.01 * posterior.kl().sum() / x.numel()
-    players, cost = list(vae.parameters()), 0.0
-    if disc_loss:
-        critic = taming.TamingDiscriminator(64)
-        start = recipe.params["discriminator"]
+    x, players = peers.nchw(data["image"]), list(vae.parameters())
+    if kind == "codebook":
+        made, bottleneck = vae(x, return_dict=False)
+    else:
+        posterior = vae.encode(x).latent_dist
+        made, bottleneck = vae.decode(posterior.mean).sample, 0.01 * posterior.kl().sum() / x.numel()
+    far = (made - x).abs().mean()
+    loss = far + bottleneck
+    if kind == "critic":
+        critic, start = taming.TamingDiscriminator(64), recipe.params["discriminator"]
         theirs = {name: torch.tensor(np.asarray(w)) for name, w in start.items()}
         theirs = {name: w.permute(3, 2, 0, 1) if w.ndim == 4 else w for name, w in theirs.items()}
         critic.load_state_dict(theirs, strict=False)
         norm = lambda of: torch.autograd.grad(of, vae.decoder.conv_out.weight, retain_graph=True)[0].norm()
         fools = -critic(made).mean()
         loss = loss + 0.5 * (norm(far) / (norm(fools) + 1e-4)).detach() * fools
-        grads = torch.autograd.grad(loss, players, retain_graph=True)
-        cost = taming.CRITICS[disc_loss](critic(x), critic(made.detach()))
-        cost.backward()
-        for player, grad in zip(players, grads):
+        cost = taming.CRITICS["hinge"](critic(x), critic(made.detach()))
+        learned = list(critic.parameters())
+        grads = torch.autograd.grad(loss, players, retain_graph=True) + torch.autograd.grad(cost, learned)
+        players, loss = players + learned, loss + cost
+        for player, grad in zip(players, grads, strict=True):
             player.grad = grad
-        players += list(critic.parameters())
     else:
         loss.backward()
     torch.nn.utils.clip_grad_norm_(players, 1.0)
     adamw(players).step()
-    assert ours == pytest.approx((loss + cost).item(), rel=1e-5)
-    same(diffusers.AutoencoderKL.from_pretrained(tmp_path / "after"), vae)
-    if disc_loss:
-        moved = after.params["discriminator"]["main.8.weight"]
-        assert peers.relative(moved, critic.main[8].weight.detach().permute(2, 3, 1, 0)) < 1e-3
-        assert peers.relative(moved, start["main.8.weight"]) > 1e-3
+    assert ours == pytest.approx(loss.item(), rel=1e-5)
+    same(type(vae).from_pretrained(tmp_path / "after"), vae)
+    if kind == "critic":
+        now, here = after.params["discriminator"]["main.8.weight"], critic.main[8].weight.detach().permute(2, 3, 1, 0)
+        assert peers.relative(now, here) < 1e-3 < peers.relative(now, start["main.8.weight"])
 
 
 def test_a_word(tmp_path, monkeypatch):
