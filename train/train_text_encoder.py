@@ -174,8 +174,8 @@ def main() -> None:
     final = loop.fit(step, start, data, key, config["steps"], directory=folder, save_every=500, log_every=50)
     save_model(out / "text_encoder", spec, state.averaged(final)["text_encoder"])
     drawn = jax.jit(lambda ids: predict(state.averaged(final), jnp.asarray(ids)))
-    for told in (encode, spell):
-        print(report(drawn, cells, names, told))
+    for read in (encode, spell) if config["spelled"] else (encode,):
+        print(report(drawn, cells, names, read))
 
 
 if __name__ == "__main__":
