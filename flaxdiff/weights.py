@@ -8,7 +8,7 @@ Records are pytrees, so `jit`, `grad` and `scan` over stacked layers see through
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -242,8 +242,7 @@ ON_CHIP = 2**26  # bytes of float32 that a TPU keeps beside its matrix unit
 def _convolve(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding: Sequence) -> jax.Array:
     """XLA's convolution, or matrix products where a platform is slow at it.
 
-    A TPU first cuts so small a batch into pieces; a CPU reads the whole window again for every few pixels, and learns
-    slowly.
+    A TPU first cuts so small a batch into pieces; a CPU reads the whole window again for every few pixels.
     """
     dims = ("NHWC", "HWIO", "NHWC")
     groups = x.shape[-1] // weight.shape[2]
@@ -252,10 +251,8 @@ def _convolve(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding
     )
     if groups > 1:
         return plain(x, weight)
-    kh, kw, channels, features = weight.shape
-    if min(channels, features) >= 128:
-        plain = _learning_by_products(plain, strides, padding)
     products = lambda gather: lambda x, weight: _products(x, weight, strides, padding, gather)
+    kh, kw, channels, features = weight.shape
     pixels, better = math.prod(x.shape[:3]) // math.prod(strides), {}
     if strides == (1, 1) and x.shape[0] < 8 and min(channels, features) >= 128 and pixels * features * 4 <= ON_CHIP:
         better["tpu"] = products(0)
@@ -279,34 +276,6 @@ def _products(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding
     weight = weight.reshape(kh, kw, -1, features)
     tap = lambda i, j: jnp.matmul(x[:, i : i + h, j : j + w], weight[i, j], preferred_element_type=jnp.float32)
     return sum(tap(i, j) for i in range(kh) for j in range(kw)).astype(x.dtype)
-
-
-def _learning_by_products(plain: Callable, strides: tuple[int, int], padding: Sequence) -> Callable:
-    """The same convolution, whose weight has its gradient, on a CPU, by one product for each tap of the window.
-
-    XLA convolves for it with a window as large as the image, for which a CPU takes up to four times as long where there
-    are many channels.
-    """
-
-    def products(weight: jax.Array, x: jax.Array, g: jax.Array) -> jax.Array:
-        (kh, kw, *_), (_, h, w, _) = weight.shape, g.shape
-        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-        seen = lambda i, j: x[:, i :: strides[0], j :: strides[1]][:, :h, :w]
-        tap = lambda i, j: jnp.einsum("bhwi,bhwo->io", seen(i, j), g, preferred_element_type=jnp.float32)
-        taps = [tap(i, j) for i in range(kh) for j in range(kw)]
-        return jnp.stack(taps).reshape(weight.shape).astype(weight.dtype)
-
-    def transposed(weight: jax.Array, x: jax.Array, g: jax.Array) -> jax.Array:
-        return jax.linear_transpose(lambda weight: plain(x, weight), weight)(g)[0]
-
-    def backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x, weight = saved
-        (of_x,) = jax.linear_transpose(lambda x: plain(x, weight), x)(g)
-        return of_x, jax.lax.platform_dependent(weight, x, g, cpu=products, default=transposed)
-
-    convolve = jax.custom_vjp(plain)
-    convolve.defvjp(lambda x, weight: (plain(x, weight), (x, weight)), backward)
-    return convolve
 
 
 def _doubled(x: jax.Array, weight: jax.Array) -> jax.Array:
