@@ -447,6 +447,8 @@ def test_patch_discriminator():
     spec, params, peer = discriminators()
     theirs = peer(peers.nchw(pixels()))
     assert peers.relative(flaxdiff.apply(spec, params, pixels()), peers.nhwc(theirs)) < 1e-5
+    half = {name: a.astype(jnp.bfloat16) for name, a in params.items()}  # and pictures as they are
+    assert peers.relative(flaxdiff.apply(spec, half, pixels()).astype(jnp.float32), peers.nhwc(theirs)) < 0.1
 
 
 @pytest.mark.parametrize("kind", ["hinge", "vanilla"])

@@ -699,5 +699,10 @@ def test_what_a_run_refuses(tmp_path):
         train("ddpo_lora", objective=short, train_batch_size=4, max_train_steps=1, output=str(tmp_path))
     with pytest.raises(ValueError, match="without use_ema"):
         train("ddpo_lora", objective=short, train_batch_size=4, use_ema=True, output=str(tmp_path))
+    decoder, critic = Model(folder, trainable=r"vae\.decoder\..*"), Objective(disc_scale=1.0)
+    with pytest.raises(ValueError, match=r"leaves the critic .*; give 'vae.*\|discriminator"):
+        recipes.RECIPES["autoencoder"](Config("autoencoder", Data(), decoder, objective=critic))
+    with pytest.raises(ValueError, match="trains AutoencoderKL or VQModel; this pipeline has none"):
+        recipes.RECIPES["autoencoder"](config("autoencoder", peers.saved(peers.ddpm)))
     with pytest.raises(ValueError, match="reward='nothing:at_all'"):
         recipes.reward("nothing:at_all")

@@ -89,9 +89,9 @@ class Cells:
 
 
 def in_common(rgba: np.ndarray, ids: np.ndarray, table: jax.Array) -> jax.Array:
-    """Embeddings [V, D] of which those in ids [N, L] are the mean picture of their rows: D principal components of N.
+    """Embeddings [V, D] of which those in ids [N, L] point to the mean picture of their rows, D principal components.
 
-    A token that every row has is left as it was.
+    All get about the same length, so that no token outshouts the others; one that every row has is left as it was.
     """
     small = emoji.over(rgba, emoji.BACKGROUNDS["white"]).reshape(len(rgba), 16, 4, 16, 4, 3).mean((2, 4))
     u, s, _ = np.linalg.svd((small - small.mean(0)).reshape(len(rgba), -1), full_matrices=False)
@@ -126,10 +126,11 @@ def main() -> None:
 
     names, rgba = emoji.load()
     settings, reader = config["text_encoder"], READERS[config["reader"]]
-    folders = [out / "tokenizer", out / "checkpoints/words"]  # of which the second reads every name word by word
-    for folder, phrases in zip(folders, (names, ())):
-        reader.learn(emoji.corpus(names), phrases, settings, folder)
-    encode, spell = (Tokenizer(str(folder), reader.tokenizer) for folder in folders)
+    readings = [("tokenizer", names)] + [("checkpoints/words", ())] * (config["spelled"] > 0)
+    for folder, phrases in readings:
+        reader.learn(emoji.corpus(names), phrases, settings, out / folder)
+    encodes = [Tokenizer(str(out / folder), reader.tokenizer) for folder, _ in readings]  # the second word by word
+    encode, spell = encodes[0], encodes[-1]
     cells = Cells(rgba, config["grid"], config["components"])
     positions = config["grid"] ** 2
 
@@ -137,7 +138,7 @@ def main() -> None:
     key = jax.random.key(config["seed"])
     text = init(spec, key)
     if reader.table:
-        every = np.concatenate([encode(names), spell(names)])
+        every = np.concatenate([read(names) for read in encodes])
         text = {**text, reader.table: in_common(rgba, every, text[reader.table])}
     width = jax.eval_shape(functools.partial(reader.read, spec), text, encode([""])).shape[-1]
     params = {
@@ -164,8 +165,11 @@ def main() -> None:
     def data(n: int) -> dict[str, np.ndarray]:
         size, seed = config["batch_size"], config["seed"]
         chosen, background, captions = emoji.batch(names, size, seed, n, composed=0.6)
-        spelled = np.random.default_rng((seed, n, 1)).random((size, 1)) < config["spelled"]
-        return {"ids": np.where(spelled, spell(captions), encode(captions)), "target": cells.of(chosen, background)}
+        ids = encode(captions)
+        if config["spelled"]:
+            spelled = np.random.default_rng((seed, n, 1)).random((size, 1)) < config["spelled"]
+            ids = np.where(spelled, spell(captions), ids)
+        return {"ids": ids, "target": cells.of(chosen, background)}
 
     rate = optimizers.schedule("cosine", config["learning_rate"], config["steps"], warmup=100)
     tx = optimizers.optimizer(config["optimizer"], rate, b2=0.98, decay=0.01)
@@ -174,8 +178,8 @@ def main() -> None:
     final = loop.fit(step, start, data, key, config["steps"], directory=folder, save_every=500, log_every=50)
     save_model(out / "text_encoder", spec, state.averaged(final)["text_encoder"])
     drawn = jax.jit(lambda ids: predict(state.averaged(final), jnp.asarray(ids)))
-    for read in (encode, spell) if config["spelled"] else (encode,):
-        print(report(drawn, cells, names, read))
+    for (folder, _), read in zip(readings, encodes):
+        print(f"{folder}:", report(drawn, cells, names, read))
 
 
 if __name__ == "__main__":

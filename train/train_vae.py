@@ -59,6 +59,7 @@ def main() -> None:
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
     key = jax.random.key(config["seed"])
     start = state.create({"vae": init(spec, key)}, tx)
+    # for each number of a picture, of which there are six to one of its latent
     loss = adversarial.autoencoding(spec, adversarial.gaussian(6e-4), rec_loss="edges")
     step = state.jitted(loss, tx, config["decay"])
 

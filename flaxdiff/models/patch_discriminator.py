@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flaxdiff import weights
 from flaxdiff.core import Config, Model, param
 from flaxdiff.nn.layers import Conv, normal, value, zeros
 
@@ -29,7 +30,8 @@ class BatchNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         h = x.astype(jnp.float32)
         h = (h - h.mean((0, 1, 2))) * jax.lax.rsqrt(h.var((0, 1, 2)) + 1e-5)
-        return (h * value(self.weight) + value(self.bias)).astype(x.dtype)
+        weight, bias = (value(a).astype(jnp.float32) for a in (self.weight, self.bias))
+        return (h * weight + bias).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,7 @@ class NLayerDiscriminator(Model):
 
     def __call__(self, image: jax.Array) -> jax.Array:
         """[B, H, W, C] in [-1, 1] -> [B, h, w, 1]."""
+        image = image.astype(weights.dtype(value(self.main[0].weight)))
         for layer in self.main:
             image = jax.nn.leaky_relu(image, 0.2) if layer is None else layer(image)
         return image

@@ -2,7 +2,8 @@
 
 A critic is any function (params, x, batch) -> logits, one for a picture or one for each patch of it. Either side is a
 loss of its own in the sense of `state.Loss`, with the other side's parameters frozen: keep a `TrainState` for each, and
-let them take turns. Autoencoders weigh the critic against the reconstruction by their gradients at the last layer.
+let them take turns, or make one loss of both by `together`. Autoencoders weigh the critic against the reconstruction by
+their gradients at the last layer.
 """
 
 from collections.abc import Callable
@@ -168,18 +169,18 @@ def autoencoding(
     return loss
 
 
-def together(make: Loss, judge: Loss, maker: str, critic: str) -> Loss:
+def together(make: Loss, judge: Loss, maker: str, rival: str) -> Loss:
     """Both sides' losses as one: each moves its own component of the parameters, and sees the other's as it is.
 
     Args:
       make: what the maker minimises.
       judge: what the critic minimises, see `critic`.
-      maker, critic: the names of their components.
+      maker, rival: the names of their components.
     """
 
     def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         still = lambda name: {**params, name: jax.lax.stop_gradient(params[name])}
-        value, metrics = make(still(critic), batch, key)
+        value, metrics = make(still(rival), batch, key)
         cost, more = judge(still(maker), batch, key)
         return value + cost, {**metrics, **more, "critic": cost}
 

@@ -154,8 +154,8 @@ class Objective:
       beta_dpo: how closely to stay to the model as it began.
       clip_range: of DDPO, how far a step's probability may move in an update.
       sample_batch_size: pictures that are drawn and judged at a time.
-      rec_loss: of an autoencoder's pictures, "l1", "l2" or "edges", which is L1, L2 and L1 of the gradients together.
-      kl_scale: of the KL divergence of an autoencoder's latents.
+      rec_loss: of an autoencoder's pictures, "l1", "l2" or "edges", which is L1 + 2 L2 + ¼ L1 of their gradients.
+      kl_scale: of the KL divergence of an AutoencoderKL's latents, for each number of a picture.
       disc_scale: how hard a critic pulls at an autoencoder, beside the reconstruction; none by default.
       disc_loss: the critic's own, "hinge" or "vanilla".
     """

@@ -20,13 +20,21 @@ Schedule = Callable[[jax.Array], jax.Array]
 SMALL = 4096  # a weight of fewer numbers has its moments in float32
 
 
-TABLES = r"(shared|embed_tokens|\w+_embeddings?|relative_attention_bias)\.weight|_table\b"
+# regex of paths: embeddings by token or place, and shifts and scales by layer
+TABLES = (
+    r"\b(shared|wte|wpe|embed_(tokens|positions)|embeddings?|(?!patch_)\w+_embeddings?|relative_attention_bias|"
+    r"controlnet_mode_embedder)\.weight|\b(pos_embed|position(al)?_embeddings?|query_tokens|\w+_table)'\]"
+)
 
 
 def _matrices(params: Any) -> Any:
     """How Muon reads weights as matrices: outputs last, inputs before them, layers that are stacked apart.
 
-    Tables of embeddings are none: a batch has few of their rows. Adam updates them, as it does vectors.
+    Tables are none: a batch has few rows of an embedding, and each row is a vector. Adam updates them as it does those.
+
+    >>> params = {"shared.weight": jnp.ones((9, 4)), "x_embedder.weight": jnp.ones((9, 4)), "norm.weight": jnp.ones(4)}
+    >>> [path for path, how in _matrices(params).items() if how]
+    ['x_embedder.weight']
     """
 
     def axes(path: Any, a: jax.Array) -> contrib.MuonDimensionNumbers | None:

@@ -7,6 +7,7 @@ a way to write the result, in the format that PyTorch's diffusers reads. All are
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -505,16 +506,26 @@ def autoencoder_of(config: Config) -> Recipe:
 
     With `disc_scale` it has to deceive a critic, which begins from nothing and learns at every update too.
 
+    Raises:
+      ValueError: an autoencoder of another kind or none; a critic that `trainable` leaves as it begins.
+
     Reference: Esser et al., Taming Transformers for High-Resolution Image Synthesis, 2021.
     """
     pipe, params = load(config)
-    given, name, critic = config.objective, autoencoder(dict(pipe.specs)), "discriminator"
-    spec = dict(pipe.specs)[name]
+    given, specs = config.objective, dict(pipe.specs)
+    name, critic = autoencoder(specs), "discriminator"
+    spec = specs.get(name)
     kinds = {"AutoencoderKL": adversarial.gaussian(given.kl_scale), "VQModel": adversarial.codebook()}
-    if spec.module.__name__ not in kinds:
-        raise ValueError(f"recipe='autoencoder' trains {sorted(kinds)}; this pipeline has {spec.module.__name__}.")
-    bottleneck, judge = kinds[spec.module.__name__], None
+    kind = spec.module.__name__ if spec else "none"
+    if kind not in kinds:
+        raise ValueError(f"recipe='autoencoder' trains {' or '.join(kinds)}; this pipeline has {kind}: give another.")
+    bottleneck, judge = kinds[kind], None
     if given.disc_scale:
+        chosen = config.model.trainable
+        if chosen and not re.fullmatch(chosen, f"{critic}.main.0.weight"):
+            raise ValueError(
+                f"trainable={chosen!r} leaves the critic of disc_scale as it begins; give '{chosen}|{critic}\\..*'."
+            )
         net = NLayerDiscriminator.from_config({})
         params = {**params, critic: init(net, jax.random.fold_in(jax.random.key(config.run.seed), 1))}
         judge = lambda params, image, batch: apply(net, params[critic], image)

@@ -84,9 +84,9 @@ def train_words(
 
     >>> import tempfile, transformers
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     train_words(["red dog", "dog face"], ["dog face"], 6, 1, folder)
-    ...     transformers.PreTrainedTokenizerFast.from_pretrained(folder).tokenize("Red dog  face god")
-    ['▁red', '▁dog▁face', '▁', 'g', 'o', 'd']
+    ...     train_words(["red dog", "dog, face"], ["dog face"], 6, 1, folder)
+    ...     transformers.PreTrainedTokenizerFast.from_pretrained(folder).tokenize("Red  dog face , god")
+    ['▁red', '▁dog▁face', '▁,', '▁', 'g', 'o', 'd']
     """
     words = sorted({word for caption in captions for word in re.findall(r"\w+|[^\w\s]", caption.lower())})
     runs = {run.strip() for phrase in phrases for run in re.split(r"[^\w\s]", phrase.lower())}
@@ -96,7 +96,13 @@ def train_words(
     scores = {token: 0.0 for token in special} | {letter: -10.0 for letter in letters}
     learned = Tokenizer(models.Unigram([*scores.items(), *((piece, -1.0) for piece in pieces)], unk_id=2))
     learned.normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+        [
+            normalizers.NFKC(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"\s+(?=[^\w\s])"), ""),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+        ]
     )
     learned.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Punctuation(), pre_tokenizers.Metaspace(split=False)]
