@@ -69,7 +69,7 @@ DRAWN_FROM_LINES = {  # and without words, which tell all
 # recipe -> what else it needs of the emoji
 OWN: dict[str, dict[str, Any]] = {
     "lora": {"learning_rate": 2e-3},
-    "controlnet": {**DRAWN_FROM_LINES, "learning_rate": 2e-3, "max_train_steps": 300, "validation_steps": 300},
+    "controlnet": {**DRAWN_FROM_LINES, "learning_rate": 2e-3, "max_train_steps": 200, "validation_steps": 200},
     "t2i_adapter": {**DRAWN_FROM_LINES, "learning_rate": 1e-3},
     "instruct_pix2pix": {"conditioning_image_column": "image"},
     "textual_inversion": {"initializer_token": "picture", "learning_rate": 3e-2},
