@@ -28,12 +28,17 @@ DPM++ 3M SDE, DEIS, UniPC, DPM fast"""
 STEPS = (4, 8, 16, 32)
 
 
-def emoji() -> Image.Image:
+def emoji(model: str = "emoji") -> Image.Image:
     """The grid of the README: three rows of eight."""
-    pipe, params = flaxdiff.load()
+    pipe, params = flaxdiff.load(model)
     prompts = " ".join(PROMPTS.split()).split(", ")
     images = pipe(params, jax.random.key(1), prompt=prompts).images
     return flaxdiff.make_image_grid(images, 3, 8, resize=128)
+
+
+def emoji_flow() -> Image.Image:
+    """The same by the second model."""
+    return emoji("emoji-flow")
 
 
 def schedulers(prompt: str = "dog face on blue") -> Image.Image:
@@ -174,7 +179,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapters", type=Path, help="the folder with controlnet and lora")
     folder = parser.parse_args().adapters
-    for picture in (emoji, schedulers, seeds, image_to_image, inpainting, editing):
+    for picture in (emoji, emoji_flow, schedulers, seeds, image_to_image, inpainting, editing):
         picture().save(HERE / f"{picture.__name__}.png")
     for picture in (controlnet, style) if folder else ():
         picture(folder).save(HERE / f"{picture.__name__}.png")

@@ -96,14 +96,13 @@ def tensorboard(folder: str | Path) -> Writer:
         raise ImportError(
             'TensorBoard needs tensorboardX; install it with pip install ".[train]" in the checkout.'
         ) from error
-    events = SummaryWriter(str(folder))
+    events = SummaryWriter(str(folder), flush_secs=1)  # its thread writes; `flush` does not wait for that
 
     def write(moment: Moment) -> None:
         for name, value in moment.figures.items():
             events.add_scalar(name, value, moment.step)
         for name, picture in moment.pictures.items():
             events.add_image(name, np.asarray(picture), moment.step, dataformats="HWC")
-        events.flush()
 
     return write
 
