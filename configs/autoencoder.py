@@ -4,7 +4,7 @@
 
 Downloads model, autoencoder and pictures from the Hub.
 
-In miniature, by train/in_miniature.py on a CPU, 2026-11-30, 100 updates bring the validation loss from 0.0822 to 0.0555.
+In miniature, by train/in_miniature.py on a CPU, 2026-11-30, 100 updates bring the validation loss from 0.082 to 0.056.
 """
 
 from flaxdiff.training.config import based_on
