@@ -89,13 +89,15 @@ class Cells:
 
 
 def in_common(rgba: np.ndarray, ids: np.ndarray, table: jax.Array) -> jax.Array:
-    """Embeddings [V, D] of which those in ids [N, L] point to the mean picture of their rows, D principal components.
+    """Embeddings [V, D] of which those in the ids of N names point to the mean picture of their names.
 
-    All get about the same length, so that no token outshouts the others; one that every row has is left as it was.
+    Ids are [N, L], or several readings of the names one after the other. A picture is its D principal components. All
+    embeddings get about the same length, so that no token outshouts the others; one that every name has stays.
     """
     small = emoji.over(rgba, emoji.BACKGROUNDS["white"]).reshape(len(rgba), 16, 4, 16, 4, 3).mean((2, 4))
     u, s, _ = np.linalg.svd((small - small.mean(0)).reshape(len(rgba), -1), full_matrices=False)
-    codes, has = (u * s**0.5)[:, : table.shape[1]], np.zeros((len(rgba), table.shape[0]))
+    codes = (u * s**0.5)[:, : table.shape[1]]  # half way to equal deviations: details count, and less than the whole
+    has = np.zeros((len(rgba), table.shape[0]))
     has[np.arange(len(ids))[:, None] % len(rgba), ids] = 1
     mean = has.T @ codes / np.maximum(has.sum(0), 1)[:, None]
     told = (has.sum(0) > 0) & (has.sum(0) < len(rgba))
