@@ -146,6 +146,7 @@ def arguments(description: str, **defaults: Any) -> argparse.ArgumentParser:
 def compare(claim: str, parser: argparse.ArgumentParser, **sides: Callable[[argparse.Namespace], Figures]) -> None:
     """Run each side in a process of its own, and print one line with the figures of both."""
     args = parser.parse_args()
+    claim = claim.format_map(vars(args))
     if args.only:
         print(json.dumps(sides[args.only](args)))
         return
@@ -156,7 +157,7 @@ def compare(claim: str, parser: argparse.ArgumentParser, **sides: Callable[[argp
         if ran.returncode:
             sys.exit(f"{Path(sys.argv[0]).name}: {name} failed, see above.")
         figures[name] = json.loads(ran.stdout.splitlines()[-1])
-    line = record(claim.format_map(vars(args)), figures)
+    line = record(claim, figures)
     print(line)
     if args.keep:
         RESULTS.mkdir(exist_ok=True)

@@ -62,20 +62,24 @@ class Events:
 EVENTS = Events()
 
 
-def right(pipe, params, programs) -> bool:
-    """Whether the programs make the picture that `generate` makes."""
-    key, inputs = jax.random.key(3), pipe.prepare_inputs(prompt="red", num_inference_steps=3, **SIZE)
-    expected = np.asarray(jax.jit(pipe.generate)(params, key, inputs))
-    return np.abs(np.asarray(programs.generate(params, key, inputs)) - expected).max() < 1e-5
+@pytest.fixture(scope="module")
+def right(loaded):
+    """Whether programs, of a pipeline that does the same, make the picture that `generate` makes."""
+    pipe, params = loaded
+    run = lambda pipe, generate: np.asarray(
+        generate(params, jax.random.key(3), pipe.prepare_inputs(prompt="red", num_inference_steps=3, **SIZE))
+    )
+    expected = run(pipe, jax.jit(pipe.generate))
+    return lambda programs, pipe=pipe: np.abs(run(pipe, programs.generate) - expected).max() < 1e-5
 
 
-def test_programs_from_the_folder(loaded, kept):
+def test_programs_from_the_folder(loaded, kept, right):
     """Read, not compiled: each of the three is found in the cache of the folder."""
     EVENTS.seen.clear()
     with warnings.catch_warnings(action="error"):
         programs = compile_anew(*loaded, kept)
     assert EVENTS.count("cache_hits") == 3 and EVENTS.count("cache_misses") == 0
-    assert right(*loaded, programs)
+    assert right(programs)
 
 
 def test_calls_use_them(loaded, kept):
@@ -91,10 +95,10 @@ def test_calls_use_them(loaded, kept):
     assert EVENTS.count("trace") > 0  # without them, the call traces
 
 
-def test_shapes_will_do(loaded, kept):
+def test_shapes_will_do(loaded, kept, right):
     pipe, params = loaded
     programs = compile_anew(pipe, {name: flaxdiff.abstract(spec) for name, spec in pipe.specs}, kept)
-    assert right(pipe, params, programs)
+    assert right(programs)
 
 
 def test_other_arguments_are_refused(loaded, kept):
@@ -124,6 +128,26 @@ def test_on_several_devices(put, loaded, tmp_path):
         assert jnp.abs(images - expected).max() < 1e-5
 
 
+def described(folder: Path) -> tuple[Path, dict]:
+    """Where its only programs lie, and what for."""
+    (manifest,) = folder.glob("*/manifest.json")
+    return manifest.parent, json.loads(manifest.read_text())["conditions"]
+
+
+def damage(path: Path, harm: str) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    match harm:
+        case "cut":
+            path.write_bytes(raw[: len(raw) // 2])
+        case "bit":
+            path.write_bytes(raw)
+        case "gone":
+            path.unlink()
+        case "empty":
+            path.write_bytes(b"")
+
+
 @pytest.mark.parametrize(
     ("name", "harm"),
     [
@@ -137,23 +161,20 @@ def test_on_several_devices(put, loaded, tmp_path):
         ("manifest.json", "empty"),
     ],
 )
-def test_damage(name, harm, loaded, copy):
-    """Whatever is damaged is noticed before it is used, said, and written anew."""
-    path = next(copy.glob(f"*/{name}"))
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    match harm:
-        case "cut":
-            path.write_bytes(raw[: len(raw) // 2])
-        case "bit":
-            path.write_bytes(raw)
-        case "gone":
-            path.unlink()
-        case "empty":
-            path.write_bytes(b"")
+def test_damage(name, harm, copy):
+    """Whatever is damaged is noticed before it is used, said, and taken away."""
+    place, conditions = described(copy)
+    assert keeping._intact(place, conditions)
+    damage(next(place.glob(name)), harm)
     with pytest.warns(UserWarning, match="is damaged"):
-        programs = compile_anew(*loaded, copy)
-    assert right(*loaded, programs)
+        assert not keeping._intact(place, conditions)
+    assert not place.exists()
+
+
+def test_damaged_programs_are_written_anew(loaded, copy, right):
+    damage(next(copy.glob("*/*-cache")), "bit")
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert right(compile_anew(*loaded, copy))
     EVENTS.seen.clear()
     compile_anew(*loaded, copy)
     assert EVENTS.count("cache_hits") == 3
@@ -162,38 +183,38 @@ def test_damage(name, harm, loaded, copy):
 @pytest.mark.parametrize(
     "manifest", ["[]", "[" * 100_000, '{"conditions": 3}', '{"conditions": {"jax": [[]]}, "sha256": 1}']
 )
-def test_hostile_manifest(manifest, loaded, copy):
+def test_hostile_manifest(manifest, copy):
     """In the place of the programs, and beside it."""
-    path = next(copy.glob("*/manifest.json"))
+    place, conditions = described(copy)
     (copy / "other").mkdir()
-    for place in (path, copy / "other" / "manifest.json"):
-        place.write_text(manifest)
+    for folder in (place, copy / "other"):
+        (folder / "manifest.json").write_text(manifest)
     with pytest.warns(UserWarning, match="is damaged"):
-        assert right(*loaded, compile_anew(*loaded, copy))
-    shutil.rmtree(path.parent)
+        assert not keeping._intact(place, conditions)
     with warnings.catch_warnings(action="error"):
-        compile_anew(*loaded, copy)
+        assert not keeping._intact(place, conditions)
 
 
-def test_a_file_too_many(loaded, copy):
+def test_a_file_too_many(copy):
     """A compiled program that the manifest does not list is not run."""
-    (next(copy.glob("*/manifest.json")).parent / "jit_call-0-cache").write_bytes(b"machine code")
+    place, conditions = described(copy)
+    (place / "jit_call-0-cache").write_bytes(b"machine code")
     with pytest.warns(UserWarning, match="is damaged"):
-        compile_anew(*loaded, copy)
+        assert not keeping._intact(place, conditions)
 
 
 @pytest.mark.parametrize(
     ("change", "message"), [({"jax": "0.0.1"}, r"jax 0\.0\.1 \(here"), ({"platform": "tpu v0"}, "platform tpu v0")]
 )
-def test_other_conditions(change, message, loaded, copy):
+def test_other_conditions(change, message, copy):
     """Programs for another version or platform are left alone, and named."""
-    path = next(copy.glob("*/manifest.json"))
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps(manifest | {"conditions": manifest["conditions"] | change}))
-    path.parent.rename(copy / "0123456789abcdef")
+    place, conditions = described(copy)
+    manifest = json.loads((place / "manifest.json").read_text())
+    (place / "manifest.json").write_text(json.dumps(manifest | {"conditions": conditions | change}))
+    other = place.rename(copy / "0123456789abcdef")
     with pytest.warns(UserWarning, match=message):
-        assert right(*loaded, compile_anew(*loaded, copy))
-    assert len(list(copy.glob("*/manifest.json"))) == 2
+        assert not keeping._intact(place, conditions)
+    assert (other / "manifest.json").exists()
 
 
 def test_another_size_is_kept_beside(loaded, copy):
@@ -217,20 +238,20 @@ def test_every_family_can_be_named(name):
         functools.partial(guidance.standard),
     ],
 )
-def test_functions_of_ones_own_are_not_kept(rule, loaded, tmp_path):
+def test_functions_of_ones_own_are_not_kept(rule, loaded, right, tmp_path):
     """Their code may change under the same name."""
     pipe, params = loaded
     pipe = pipe.replace(guidance=rule)
     with pytest.warns(UserWarning, match="a function of your own"):
-        assert right(pipe, params, compile_anew(pipe, params, tmp_path))
+        assert right(compile_anew(pipe, params, tmp_path), pipe)
     assert not list(tmp_path.iterdir())
 
 
-def test_no_room(loaded, tmp_path):
+def test_no_room(loaded, right, tmp_path):
     """A folder that cannot be written costs the keeping, not the run."""
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="not kept in"):
-        assert right(*loaded, compile_anew(*loaded, tmp_path / "file"))
+        assert right(compile_anew(*loaded, tmp_path / "file"))
 
 
 def test_settings_are_put_back(loaded, tmp_path):

@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -20,29 +22,51 @@ def table():
     return module
 
 
-def run(script: str, *options: str) -> dict:
-    """The line that a script prints, at a size of no use."""
-    command = [sys.executable, str(FOLDER / script), "--tiny", "--repeat", "1", *options]
+TINY = ("--tiny", "--repeat", "1")
+
+
+@pytest.fixture
+def sides(monkeypatch, capsys):
+    """The figures of each side of a script, at a size of no use, as the script's own processes print them."""
+
+    def run(script: str, *options: str) -> dict[str, dict[str, float]]:
+        monkeypatch.syspath_prepend(FOLDER)
+        figures = {}
+        for side in ("ours", "peer"):
+            monkeypatch.setattr(sys, "argv", [script, *TINY, *options, "--only", side])
+            with jax.numpy_dtype_promotion("standard"):
+                runpy.run_path(str(FOLDER / script), run_name="__main__")
+            figures[side] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return figures
+
+    return run
+
+
+@pytest.mark.slow
+def test_one_line():
+    """Each side runs in a process of its own; the line says what was run, where and with what."""
+    command = [sys.executable, str(FOLDER / "unet.py"), *TINY, "--side", "32"]
     ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     assert ran.returncode == 0, ran.stderr
-    lines = ran.stdout.splitlines()
-    assert len(lines) == 1
-    return json.loads(lines[0])
+    (line,) = map(json.loads, ran.stdout.splitlines())
+    assert all(line[side]["time of a step, s"] > 0 for side in ("ours", "peer"))
+    assert line["claim"] == "SD 1.5 UNet, float32, batch 2, 32 x 32"
+    assert line["command"] == "python benchmarks/unet.py --tiny --repeat 1 --side 32"
+    assert line["versions"]["jax"] and line["date"] and line["machine"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [("deep_cache", "2"), ("token_merging", "0.5")])
-def test_speedups(options):
+def test_speedups(options, sides):
     """The difference is ours alone; there is one."""
-    line = run("speedups.py", "--name", options[0], "--strength", options[1])
-    assert set(line["peer"]) == {"time of a picture, s"} and 0 < line["ours"]["difference"] < 0.5
+    figures = sides("speedups.py", "--name", options[0], "--strength", options[1])
+    assert set(figures["peer"]) == {"time of a picture, s"} and 0 < figures["ours"]["difference"] < 0.5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "options", "figures"),
     [
-        ("unet.py", ["--side", "32"], {"time of a step, s", "peak memory, GB"}),
         ("training.py", ["--side", "32"], {"time of an update, s", "peak memory, GB"}),
         ("pipeline.py", ["--side", "16", "--steps", "2"], {"time of a picture, s", "peak memory, GB"}),
         ("gpu.py", ["--side", "16", "--steps", "2", "--batch", "2"], {"time of a picture, s", "peak memory, GB"}),
@@ -59,21 +83,18 @@ def test_speedups(options):
         ),
     ],
 )
-def test_scripts(script, options, figures):
-    line = run(script, *options)
-    assert set(line["ours"]) == set(line["peer"]) == figures
-    assert all(value > 0 for side in ("ours", "peer") for value in line[side].values())
-    assert line["command"] == f"python benchmarks/{script} --tiny --repeat 1 {' '.join(options)}".strip()
-    assert line["versions"]["jax"] and line["date"] and line["machine"]
-    assert "{" not in line["claim"]
+def test_scripts(script, options, figures, sides):
+    found = sides(script, *options)
+    assert set(found["ours"]) == set(found["peer"]) == figures
+    assert all(value > 0 for side in found.values() for value in side.values())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script, chip", [("tpu.py", "v5e"), ("flux.py", "v6e")])
-def test_tpu(script, chip):
+def test_tpu(script, chip, sides):
     pytest.importorskip("libtpu")
-    line = run(script, "--chip", chip)
-    assert line["ours"]["arithmetic, TFLOP"] > 0 and line["peer"] == {}
+    figures = sides(script, "--chip", chip)
+    assert figures["ours"]["arithmetic, TFLOP"] > 0 and figures["peer"] == {}
 
 
 def test_without_a_gpu():

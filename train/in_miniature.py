@@ -69,14 +69,20 @@ DRAWN_FROM_LINES = {  # and without words, which tell all
 # recipe -> what else it needs of the emoji
 OWN: dict[str, dict[str, Any]] = {
     "lora": {"learning_rate": 2e-3},
-    "controlnet": {**DRAWN_FROM_LINES, "learning_rate": 2e-3, "max_train_steps": 200, "validation_steps": 200},
+    "controlnet": {
+        **DRAWN_FROM_LINES,
+        "learning_rate": 5e-4,
+        "train_batch_size": 16,
+        "max_train_steps": 300,
+        "validation_steps": 300,
+    },
     "t2i_adapter": {**DRAWN_FROM_LINES, "learning_rate": 1e-3},
     "instruct_pix2pix": {"conditioning_image_column": "image"},
     "textual_inversion": {"initializer_token": "picture", "learning_rate": 3e-2},
     "custom_diffusion": {"initializer_token": "picture", "num_class_images": 8, "class_prompt": "owl"},
     "unconditional": {"image_column": "image", "pretrained_model_name_or_path": None, "learning_rate": 1e-3},
     "lcm": {"image_column": "image"},
-    "lcm_lora": {"image_column": "image", "learning_rate": 1e-3},
+    "lcm_lora": {"image_column": "image", "learning_rate": 1e-4},
     "ddpo_lora": {"num_inference_steps": 8, "sample_batch_size": 16, "train_batch_size": 16, "validation_batches": 0},
 }
 
