@@ -26,7 +26,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "flaxdiff-test-cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
-gc.set_threshold(200_000, 20, 100)  # traces make millions of small objects; looking through them was a tenth of the time
+# Traces make millions of small objects; looking for garbage among them took a tenth of the time.
+gc.set_threshold(200_000, 20, 100)
 
 collect_ignore = ["processes.py", "training_processes.py"]  # scripts that test_parallel.py runs
 
