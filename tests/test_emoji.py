@@ -1,7 +1,9 @@
 """The emoji: the same data everywhere and always, captions by the rules, figures that measure what they say."""
 
 import json
+import runpy
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,3 +81,22 @@ def test_figures_of_a_perfect_and_of_a_useless_painter():
     assert evaluate.on_held_out(perfect, pairs) == {"pairs": 40, "background": 1, "emoji": 1}
     assert evaluate.on_white(blank, range(50))["R@1"] <= 0.02
     assert evaluate.on_held_out(blank, pairs)["background"] == 0
+
+
+def test_embeddings_begin_as_what_the_pictures_of_a_token_have_in_common():
+    """Names that look alike get like embeddings; a token of two names lies between; others stay as they were."""
+    in_common = runpy.run_path(str(Path(__file__).parent.parent / "train/train_text_encoder.py"))["in_common"]
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 255, (4, 16, 16, 3)).repeat(4, 1).repeat(4, 2)[[0, 0, 1, 2, 3]]
+    rgba = np.concatenate([pictures, np.full((5, 64, 64, 1), 255)], -1).astype(np.uint8)
+    table = rng.standard_normal((10, 3)).astype(np.float32)
+    every, unused = 9, [0, 8]
+    ids = [[every, 1], [every, 2], [every, 3], [every, 4], [every, 5], [6, 6], [7, 7], [6, 6], [7, 7], [7, 7]]
+    made = np.asarray(in_common(rgba, np.array(ids), table))
+    np.testing.assert_array_equal(made[[every, *unused]], table[[every, *unused]])
+    unit = made / np.linalg.norm(made, axis=1, keepdims=True)
+    like = unit @ unit.T
+    assert like[1, 2] > 0.999 and max(like[1, 3], like[1, 4], like[3, 4]) < 0.5
+    between = np.linalg.lstsq(unit[[1, 3]].T, unit[6])  # 6 is in the names of two pictures
+    assert (between[0] > 0.1).all() and between[1] < 1e-9 and like[6, 4] < 0
+    np.testing.assert_allclose(np.linalg.norm(made[1:8], axis=1), 3**0.5, rtol=0.05)  # one loudness
