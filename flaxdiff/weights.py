@@ -282,8 +282,7 @@ def _doubled(x: jax.Array, weight: jax.Array) -> jax.Array:
     """A 3 x 3 convolution of x with each pixel repeated, without repeating any.
 
     An even row of the result sees the pixel above by the window's first row and its own by the sum of the other two; an
-    odd row its own by the first two and the one below by the last. Likewise columns: even and odd ones are outputs side
-    by side of one window of 2 x 3.
+    odd row its own by the first two and the one below by the last. Likewise columns.
     """
     b, h, w, _ = x.shape
 
@@ -292,9 +291,7 @@ def _doubled(x: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.concatenate([first, second + third], axis), jnp.concatenate([first + second, third], axis)
 
     rows = []
-    for i, row in enumerate(phases(weight.astype(jnp.float32), 0)):
-        columns = [jnp.pad(c, ((0, 0), (j, 1 - j), (0, 0), (0, 0))) for j, c in enumerate(phases(row, 1))]
-        window = jnp.concatenate(columns, -1).astype(x.dtype)
-        out = _convolve(x, window, (1, 1), ((1 - i, i), (1, 1)))
-        rows.append(out.reshape(b, h, 2 * w, -1))
+    for i, row in enumerate(phases(weight, 0)):
+        columns = [_convolve(x, window, (1, 1), ((1 - i, i), (1 - j, j))) for j, window in enumerate(phases(row, 1))]
+        rows.append(jnp.concatenate(columns, -1).reshape(b, h, 2 * w, -1))
     return jnp.stack(rows, 2).reshape(b, 2 * h, 2 * w, -1)

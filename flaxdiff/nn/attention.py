@@ -256,18 +256,21 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         h = x if self.group_norm is None else self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
         k, v, *more = self.keys_values(h) if context is None else context
-        heads = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
-        q = heads(self.to_q(h))
+        # Else a TPU's product writes heads in front of tokens itself, at half the speed, and copies its weights first.
+        heads = lambda a: jax.lax.optimization_barrier(a).reshape(*a.shape[:2], self.heads, -1)
+        q = self.to_q(h)
+        q = heads(q * jnp.asarray((q.shape[-1] // self.heads) ** -0.5, q.dtype))
         if "blur" in perturb:
             q = blurred(q, perturb["blur"], sides)
         seen, bias = (k, v), None
         if "reference" in perturb:
             *seen, bias = beside_first(k, v, perturb["reference"])
-        h = attention(q, *map(heads, seen), mask=mask, bias=bias, split=self.split)
+        attend = functools.partial(attention, q, scale=1.0, split=self.split)
+        h = attend(*map(heads, seen), mask=mask, bias=bias)
         if "identity" in perturb:
             h = jnp.where(rows(perturb["identity"], h) > 0, heads(v), h)
         for k, v, weight in more:
-            h += weight[..., None, None] * attention(q, heads(k), heads(v), split=self.split)
+            h += weight[..., None, None] * attend(heads(k), heads(v))
         h = self.to_out[0](h.reshape(*h.shape[:2], -1))
         return h if self.group_norm is None else x + h.reshape(x.shape)
 

@@ -152,10 +152,15 @@ class LayerNorm(nnx.Module):
         self.bias = param((channels,), "norm", zeros) if affine and bias else None
         self.eps = eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    @staticmethod
+    def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and variance of the last axis, in float32."""
         h = x.astype(jnp.float32)
-        mean, variance = _moments(h.mean(-1, keepdims=True), jnp.square(h).mean(-1, keepdims=True))
-        return _scaled(self, h, mean, variance, x)
+        return _moments(h.mean(-1, keepdims=True), jnp.square(h).mean(-1, keepdims=True))
+
+    def __call__(self, x: jax.Array, moments: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+        """`moments`, where they are known already."""
+        return _scaled(self, x.astype(jnp.float32), *(moments or self.moments(x)), x)
 
 
 class RMSNorm(nnx.Module):

@@ -47,8 +47,9 @@ class BasicTransformerBlock(nnx.Module):
         second = self.attn2.keys_values(context)
         return (self.attn1.keys_values(context), second) if self.only_cross else second
 
-    def __call__(self, x: jax.Array, context: Any, sides: tuple[int, int]) -> jax.Array:
-        """Tokens [B, H W, C] of so many rows and columns, and `keys_values`, perhaps `Perturbed`."""
+    def __call__(self, state: tuple[jax.Array, Any], context: Any, sides: tuple[int, int]) -> tuple[jax.Array, Any]:
+        """Tokens [B, H W, C] of so many rows and columns and their moments, and `keys_values`, perhaps `Perturbed`."""
+        x, moments = state
         context, perturb = context if isinstance(context, Perturbed) else (context, {})
         first, context = context if self.only_cross else (None, context)
         before = x
@@ -56,18 +57,19 @@ class BasicTransformerBlock(nnx.Module):
             if "blur" in perturb:
                 raise ValueError("Blurred queries need all tokens, and token_merging leaves some out; use one of them.")
             merge, spread = merging(x, sides, self.merge)
-            x = x + spread(self.attn1(merge(self.norm1(x)), first, perturb))
+            x = x + spread(self.attn1(merge(self.norm1(x, moments)), first, perturb))
             if (pairs := watched.get()) is not None:  # whoever watches sees all tokens
                 whole = lambda a: spread(a.reshape(*a.shape[:2], -1)).reshape(len(a), -1, *a.shape[2:])
                 pairs[-1] = tuple(map(whole, pairs[-1]))
         else:
-            x = x + self.attn1(self.norm1(x), first, perturb, sides)
+            x = x + self.attn1(self.norm1(x, moments), first, perturb, sides)
         x = self.fuser(x, *perturb["objects"]) if "objects" in perturb else x
         h = context.output if isinstance(context, Given) else self.attn2(self.norm2(x), context)
         note("cross", h)
         x = x + h
         x = x + self.ff(self.norm3(x))
-        return jnp.where(rows(perturb["skip"], x) > 0, before, x) if "skip" in perturb else x
+        x = jnp.where(rows(perturb["skip"], x) > 0, before, x) if "skip" in perturb else x
+        return x, LayerNorm.moments(x)
 
 
 class Transformer2DModel(nnx.Module):
@@ -97,5 +99,7 @@ class Transformer2DModel(nnx.Module):
         """[B, H, W, C] and `keys_values` -> [B, H, W, C]."""
         h = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
         h = constrain(h, "batch", "context")
-        h = run(self.transformer_blocks, h, jax.tree.map(lambda a: a.swapaxes(0, 1), context), x.shape[1:3])
+        # A TPU works out moments on the way out of a product, but not across the turns of a loop.
+        state = h, LayerNorm.moments(h)
+        h, _ = run(self.transformer_blocks, state, jax.tree.map(lambda a: a.swapaxes(0, 1), context), x.shape[1:3])
         return x + self.proj_out(h.reshape(x.shape))
