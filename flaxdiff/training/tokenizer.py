@@ -77,19 +77,19 @@ def train_words(
 
     Args:
       captions: the text whose words are known.
-      phrases: words that are read as one, up to a hyphen or the like.
+      phrases: words that are read as one, up to a comma or the like; hyphens are words.
       max_length: the length that texts are padded to.
       marks: how many marks come before the words.
       folder: where the files go; made if it does not exist.
 
     >>> import tempfile, transformers
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     train_words(["red dog", "dog, face"], ["dog face"], 6, 1, folder)
-    ...     transformers.PreTrainedTokenizerFast.from_pretrained(folder).tokenize("Red  dog face , god")
-    ['▁red', '▁dog▁face', '▁,', '▁', 'g', 'o', 'd']
+    ...     train_words(["red dog", "dog-face, yo-yo"], ["dog-face"], 6, 1, folder)
+    ...     transformers.PreTrainedTokenizerFast.from_pretrained(folder).tokenize("Red  dog-face , yo-god")
+    ['▁red', '▁dog▁-▁face', '▁,', '▁yo', '▁-', '▁', 'g', 'o', 'd']
     """
     words = sorted({word for caption in captions for word in re.findall(r"\w+|[^\w\s]", caption.lower())})
-    runs = {run.strip() for phrase in phrases for run in re.split(r"[^\w\s]", phrase.lower())}
+    runs = {run.strip() for phrase in phrases for run in re.split(r"[^\w\s-]", phrase.lower().replace("-", " - "))}
     pieces = ["▁" + run.replace(" ", "▁") for run in words + sorted(run for run in runs if " " in run)]
     letters = sorted(set("▁abcdefghijklmnopqrstuvwxyz0123456789").union(*words))
     special = ["<pad>", "</s>", "<unk>", *(f"<mark_{i}>" for i in range(marks))]
@@ -99,13 +99,14 @@ def train_words(
         [
             normalizers.NFKC(),
             normalizers.Lowercase(),
-            normalizers.Replace(Regex(r"\s+(?=[^\w\s])"), ""),
+            normalizers.Replace("-", " - "),
+            normalizers.Replace(Regex(r"\s+(?=[^\w\s-])"), ""),
             normalizers.Replace(Regex(r"\s+"), " "),
             normalizers.Strip(),
         ]
     )
     learned.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Punctuation(), pre_tokenizers.Metaspace(split=False)]
+        [pre_tokenizers.Split(Regex(r"[^\w\s-]"), "isolated"), pre_tokenizers.Metaspace(split=False)]
     )
     learned.add_special_tokens(special)
     learned.post_processor = processors.TemplateProcessing(
