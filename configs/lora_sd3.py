@@ -4,7 +4,7 @@
 
 Downloads a model that asks for consent (`hf auth login` first) and data from the Hub.
 
-In miniature, by train/in_miniature.py on a CPU, 2026-11-30, 100 updates bring the validation loss from 1.33 to 0.6.
+In miniature, by train/in_miniature.py on a CPU, 2026-11-30, 100 updates bring the validation loss from 1.29 to 0.532.
 """
 
 from flaxdiff.training.config import based_on

@@ -4,7 +4,7 @@
 
 Downloads a model that asks for consent (`hf auth login` first) and data from the Hub.
 
-In miniature, by train/in_miniature.py on a CPU, 2026-11-30, 100 updates bring the validation loss from 1.72 to 0.613.
+In miniature, by train/in_miniature.py on a CPU, 2026-11-30, 100 updates bring the validation loss from 2.14 to 0.553.
 """
 
 from flaxdiff.training.config import based_on
