@@ -206,10 +206,10 @@ def test_pictures_are_decoded_in_rows(platform, side, attends):
     assert memory[8] < memory[1] / 4, memory
     moved = costs[8].collectives
     # keys and values of the one attention, and no other whole activation
-    count, size = moved.pop("all-gather", [0, 0])
-    assert count == (2 if attends else 0) and size <= count * side**2 * 64 * 4
+    size = 2 if platform == "tpu" else 4  # bytes of a number that a product reads
+    assert moved.pop("all-gather", None) == ([2, 2 * side**2 * 64 * size] if attends else None)
     assert set(moved) == {"collective-permute", "all-reduce"}
-    assert moved["collective-permute"][1] < 0.3 * (2 * side) ** 2 * 64 * 4  # a few rows, as doubling for each phase
+    assert moved["collective-permute"][1] < 0.252 * (2 * side) ** 2 * 64 * 4  # a few rows, in doubling four times
     assert moved["all-reduce"][1] < 1e4  # moments of the normalisations
 
 
