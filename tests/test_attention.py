@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flaxdiff import weights
 from flaxdiff.core import attention_backend
 from flaxdiff.nn import attention as module
-from flaxdiff.nn import flash, rope
+from flaxdiff.nn import flash, kernels, rope
 from flaxdiff.nn.attention import attention
 from flaxdiff.nn.layers import RMSNorm
 from flaxdiff.parallel import make_mesh
@@ -133,7 +133,7 @@ def test_normalised_and_turned_in_one_pass(monkeypatch):
     layer.weight.set_value(weight)
     np.testing.assert_allclose(want, rope.rotate(layer(x), turn), atol=1e-5)
     for size, most in {"TOKENS": 16, "HEADS": 4}.items():
-        monkeypatch.setattr(rope, size, most)
+        monkeypatch.setattr(kernels, size, most)
     np.testing.assert_allclose(rope._by_kernel(1e-6, True, x, weight, *turn), want, atol=1e-5)
     mesh = make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])
     placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", None, "tensor")))
@@ -144,6 +144,26 @@ def test_normalised_and_turned_in_one_pass(monkeypatch):
     loss = lambda run: jax.grad(lambda x, w: (run(x, w) ** 3).sum(), (0, 1))(x, weight)
     for ours, theirs in zip(loss(run), loss(lambda x, w: plain(x, w, *turn))):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+    # without a turn heads of any size are, and stay, side by side in a token
+    np.testing.assert_allclose(rope._by_kernel(1e-6, True, x, weight), layer(x), atol=1e-5)
+    small, few = x[..., :24], weight[:24]
+    np.testing.assert_allclose(rope._by_kernel(1e-6, True, small, few), rope.rms(small, few), atol=1e-5)
+
+
+@pytest.mark.parametrize("heads, d", [(6, 128), (6, 64), (5, 24), (16, 72)])
+def test_heads_move_in_front_of_tokens_and_back(heads, d, monkeypatch):
+    """Tokens fill no block; there are more or fewer of them afterwards; and gradients go the other way."""
+    monkeypatch.setattr(kernels, "TOKENS", 128)
+    x = draw(2, 300, 300, heads, d)[0]
+    move = functools.partial(kernels.regrouped, interpret=True)
+    first = jax.jit(lambda x: move(x, True, 384))
+    want = jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, 84), (0, 0)))
+    np.testing.assert_array_equal(first(x), want)
+    np.testing.assert_array_equal(move(want, False, 300), x)
+    np.testing.assert_array_equal(jax.vmap(first)(x[None])[0], want)
+    weight = draw(2, 384, 384, heads, d)[0].swapaxes(1, 2)
+    grad = jax.jit(jax.grad(lambda x: (first(x) * weight).sum()))(x)
+    np.testing.assert_array_equal(grad, weight.swapaxes(1, 2)[:, :300])
 
 
 def test_the_kernel_refuses_what_it_cannot_do(by):

@@ -101,7 +101,9 @@ class FluxSingleTransformerBlock(nnx.Module):
     ) -> jax.Array:
         """[B, M + N, D], the text's M tokens first, and what this block is told -> [B, M + N, D]."""
         h, gate = self.norm(x, told[0])
-        h = jnp.concatenate([self.attn(h, turn=turn)[1], ACTIVATIONS["gelu_pytorch_tanh"](self.proj_mlp(h))], -1)
+        # first the feed-forward, with its activation: a TPU has h on the core for it and the attention
+        h, wide = jax.lax.optimization_barrier((h, ACTIVATIONS["gelu_pytorch_tanh"](self.proj_mlp(h))))
+        h = jnp.concatenate([self.attn(h, turn=turn)[1], wide], -1)
         x = constrain(x + gate * self.proj_out(h), "batch", "context")
         return x if more is None else x + more.behind(told[1], texts)
 

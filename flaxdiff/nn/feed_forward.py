@@ -21,7 +21,7 @@ class Expansion(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         act, x = ACTIVATIONS[self.activation], self.proj(x)
         if not self.gated:
-            return act(x)
+            return jax.lax.optimization_barrier(act(x))
         x, gate = jnp.split(x, 2, -1)
         return x * act(gate)
 

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from flaxdiff.nn.kernels import divisible
+from flaxdiff.nn.kernels import LANES, divisible, regrouped
 
-LANES = 128  # what the sizes of blocks are multiples of
-BLOCK = 1024  # queries, and keys, that a block holds at most
+BLOCK = 1024  # queries, and keys, that a block holds at most; sizes are multiples of LANES
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False) -> jax.Array:
@@ -39,8 +38,11 @@ def _kernel(causal: bool, interpret: bool, q: jax.Array, k: jax.Array, v: jax.Ar
     """The kernel on what one device holds, [B, N, H, D]."""
     n, m, heads = q.shape[1], k.shape[1], q.shape[2]
     rows, keys = _block(n), _block(m)
-    pad = lambda a, size: jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, -a.shape[1] % size), (0, 0)))
-    q, k, v = pad(q, rows), pad(k, keys), pad(v, keys)
+    moved = lambda a, size: regrouped(a, True, -(-a.shape[1] // size) * size, interpret)
+    # those of LANES channels were turned by a kernel that has put heads first already: see rope.py
+    turned = lambda a, size: jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, -a.shape[1] % size), (0, 0)))
+    first = turned if q.shape[-1] == LANES else moved
+    q, k, v = first(q, rows), first(k, keys), moved(v, keys)
     shape = q.shape[2], k.shape[2]
     mask = masks.CausalMask(shape) if causal else masks.FullMask(shape)
     sizes = splash.BlockSizes(
@@ -62,7 +64,7 @@ def _kernel(causal: bool, interpret: bool, q: jax.Array, k: jax.Array, v: jax.Ar
     if shape[1] != m:  # the keys that fill up the last block belong to nobody
         segments = splash.SegmentIds(jnp.zeros(shape[0], jnp.int32), (jnp.arange(shape[1]) >= m).astype(jnp.int32))
     out = jax.vmap(lambda q, k, v: run(q, k, v, segment_ids=segments))(q, k, v)
-    return out[:, :, :n].swapaxes(1, 2)
+    return regrouped(out, False, n, interpret)
 
 
 def _forward(causal: bool, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

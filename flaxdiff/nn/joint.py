@@ -92,17 +92,22 @@ class JointAttention(nnx.Module):
         self.norm_added_q, self.norm_added_k = norm(text), norm(text)
         self.to_out = nnx.List([Linear(inner, width)]) if out else None
         self.to_add_out = Linear(inner, width) if text and text_out else None
-        self.heads = heads
+        self.heads, self.scale = heads, head_dim**-0.5
 
-    def _heads(self, x: jax.Array, project: Linear, norm: RMSNorm | None = None, turn: Rope | None = None) -> jax.Array:
+    def _heads(
+        self, x: jax.Array, project: Linear, norm: RMSNorm | None = None, turn: Rope | None = None, scale: float = 1.0
+    ) -> jax.Array:
         h = project(x).reshape(*x.shape[:2], self.heads, -1)
-        if norm is not None and turn is not None:
-            return normalised(h, value(norm.weight), turn, norm.eps)
-        return rotate(h if norm is None else norm(h), turn)
+        if norm is None:
+            return rotate(h * jnp.asarray(scale, h.dtype), turn)
+        weight = scale * value(norm.weight).astype(jnp.float32)
+        return normalised(h, weight, turn, norm.eps)
 
     def _queries_keys_values(self, x: jax.Array, layers: tuple, turn: Rope | None) -> tuple[jax.Array, ...]:
+        """Queries are scaled already, by the weights of their normalisation if there is one."""
         to_q, to_k, to_v, norm_q, norm_k = layers
-        return self._heads(x, to_q, norm_q, turn), self._heads(x, to_k, norm_k, turn), self._heads(x, to_v)
+        q = self._heads(x, to_q, norm_q, turn, self.scale)
+        return q, self._heads(x, to_k, norm_k, turn), self._heads(x, to_v)
 
     def __call__(
         self,
@@ -134,8 +139,12 @@ class JointAttention(nnx.Module):
         if text is not None:
             added = self.add_q_proj, self.add_k_proj, self.add_v_proj, self.norm_added_q, self.norm_added_k
             more = self._queries_keys_values(text, added, of_text)
-            q, k, v = (jnp.concatenate(parts, 1) for parts in zip(more, (q, k, v)))
-        h = attention(q, k, v, mask=mask)
+            # heads stay side by side in a token, but where they were turned: see nn/flash.py
+            flat = lambda a: a.reshape(*a.shape[:2], -1)
+            heads = lambda *parts: jnp.concatenate(list(map(flat, parts)), 1).reshape(len(image), -1, *v.shape[2:])
+            join = lambda *parts: heads(*parts) if turn is None else jnp.concatenate(parts, 1)
+            q, k, v = join(more[0], q), join(more[1], k), heads(more[2], v)
+        h = attention(q, k, v, mask=mask, scale=1.0)
         h = h.reshape(*h.shape[:2], -1)
         found = [self._beside(image, one) for one in seen]
         text, image = (None, h) if text is None else jnp.split(h, [m], 1)

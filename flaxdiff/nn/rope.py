@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from flaxdiff.nn.kernels import divisible
+from flaxdiff.nn.kernels import LANES, by_heads, divisible
 
 Rope = tuple[jax.Array, jax.Array]  # cosines and sines [N, D], in float32
 
@@ -134,20 +134,18 @@ def rotate(x: jax.Array, turn: Rope | None, halves: bool = False) -> jax.Array:
 
 # --- in one pass on a TPU --------------------------------------------------------------------------------------------
 
-LANES = 128  # the size of a head that fills the vectors of a TPU
-TOKENS, HEADS = 512, 8  # of a block, at most
 
-
-def normalised(x: jax.Array, weight: jax.Array, turn: Rope, eps: float = 1e-6) -> jax.Array:
+def normalised(x: jax.Array, weight: jax.Array, turn: Rope | None = None, eps: float = 1e-6) -> jax.Array:
     """Queries or keys [B, N, H, D] normalised by their root mean square, scaled by a weight [D], and turned.
 
-    XLA moves them some seven times for that, in float32; heads of 128 channels are read and written once on a TPU.
+    XLA moves them some seven times for that, in float32; a kernel reads and writes them once on a TPU. What turns there
+    has heads of LANES channels, and they come to lie one behind the other, see nn/flash.py.
 
     >>> x = jnp.ones((1, 3, 2, 4))
     >>> normalised(x, jnp.full(4, 2.0), rope(jnp.zeros((3, 1)), (4,)))[0, 0, 0].round(3)
     Array([2., 2., 2., 2.], dtype=float32)
     """
-    return _normalised(eps, x, weight, *turn)
+    return _normalised(eps, x, weight, *(turn or ()))
 
 
 def rms(x: jax.Array, weight: jax.Array, eps: float = 1e-6) -> jax.Array:
@@ -156,57 +154,56 @@ def rms(x: jax.Array, weight: jax.Array, eps: float = 1e-6) -> jax.Array:
     return (h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps) * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def _plainly(eps: float, x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    return rotate(rms(x, weight, eps), (cos, sin))
+def _plainly(eps: float, x: jax.Array, weight: jax.Array, *turn: jax.Array) -> jax.Array:
+    return rotate(rms(x, weight, eps), turn or None)
 
 
-def _block(eps: float, x, weight, cos, sin, out) -> None:
-    """Some heads of some tokens, [1, tokens, heads · 128] -> [1, heads, tokens, 128]."""
-    even = jax.lax.broadcasted_iota(jnp.int32, cos.shape, 1) % 2 == 0
-    for i in range(out.shape[1]):
-        h = x[0, :, i * LANES : (i + 1) * LANES].astype(jnp.float32)
+def _block(eps: float, x, weight, *rest) -> None:
+    """Some heads of some tokens, [1, tokens, heads · D] -> the same; or, turned, [1, heads, tokens, D]."""
+    (*turn, out), d = rest, weight.shape[-1]
+    for i in range(x.shape[-1] // d):
+        here = 0, slice(None), slice(i * d, (i + 1) * d)
+        h = x[here].astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps) * weight[...]
-        across = jnp.where(even, -pltpu.roll(h, LANES - 1, 1), pltpu.roll(h, 1, 1))
-        out[0, i] = (h * cos[...] + across * sin[...]).astype(out.dtype)
+        if turn:
+            cos, sin = turn
+            even = jax.lax.broadcasted_iota(jnp.int32, cos.shape, 1) % 2 == 0
+            h = h * cos[...] + jnp.where(even, -pltpu.roll(h, d - 1, 1), pltpu.roll(h, 1, 1)) * sin[...]
+        out[(0, i) if turn else here] = h.astype(out.dtype)
 
 
-def _by_kernel(
-    eps: float, interpret: bool, x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array
-) -> jax.Array:
+def _by_kernel(eps: float, interpret: bool, x: jax.Array, weight: jax.Array, *turn: jax.Array) -> jax.Array:
     b, n, heads, d = x.shape
-    tokens, some = min(TOKENS, n), max(k for k in range(1, HEADS + 1) if heads % k == 0)
-    of_places = pl.BlockSpec((tokens, d), lambda b, i, h: (i, 0))
+    grid, of_tokens, of_heads = by_heads(b, n, heads, d)
+    of_places = pl.BlockSpec((of_tokens.block_shape[1], d), lambda b, i, h: (i, 0))
     made = pl.pallas_call(
         functools.partial(_block, eps),
-        jax.ShapeDtypeStruct((b, heads, n, d), x.dtype),
-        grid=(b, pl.cdiv(n, tokens), heads // some),
-        in_specs=[
-            pl.BlockSpec((1, tokens, some * d), lambda b, i, h: (b, i, h)),
-            pl.BlockSpec((1, d), lambda b, i, h: (0, 0)),
-            of_places,
-            of_places,
-        ],
-        out_specs=pl.BlockSpec((1, some, tokens, d), lambda b, i, h: (b, h, i, 0)),
+        jax.ShapeDtypeStruct((b, heads, n, d) if turn else (b, n, heads * d), x.dtype),
+        grid=grid,
+        in_specs=[of_tokens, pl.BlockSpec((1, d), lambda b, i, h: (0, 0)), *[of_places] * len(turn)],
+        out_specs=of_heads if turn else of_tokens,
         cost_estimate=pl.CostEstimate(flops=8 * x.size, bytes_accessed=2 * x.nbytes, transcendentals=b * n * heads),
         interpret=interpret,
-    )(x.reshape(b, n, heads * d), weight.astype(jnp.float32)[None], cos, sin)
-    return made.swapaxes(1, 2)
+    )(x.reshape(b, n, heads * d), weight.astype(jnp.float32)[None], *turn)
+    return made.swapaxes(1, 2) if turn else made.reshape(x.shape)
 
 
-def _where_best(eps: float, x: jax.Array, *how: jax.Array) -> jax.Array:
+def _where_best(eps: float, x: jax.Array, weight: jax.Array, *turn: jax.Array) -> jax.Array:
     plainly = functools.partial(_plainly, eps)
-    if x.shape[-1] != LANES or x.shape[1] % 8:
-        return plainly(x, *how)
-    return jax.lax.platform_dependent(x, *how, tpu=functools.partial(_by_kernel, eps, False), default=plainly)
+    if turn and (x.shape[-1] != LANES or x.shape[1] % 8):
+        return plainly(x, weight, *turn)
+    kernel = functools.partial(_by_kernel, eps, False)
+    return jax.lax.platform_dependent(x, weight, *turn, tpu=kernel, default=plainly)
 
 
-def _anywhere(eps: float, x: jax.Array, *how: jax.Array) -> jax.Array:
-    return divisible(functools.partial(_where_best, eps), ["b t h d", "d", "t d", "t d"], "b t h d")(x, *how)
+def _anywhere(eps: float, *arrays: jax.Array) -> jax.Array:
+    takes = ["b t h d", "d", "t d", "t d"][: len(arrays)]
+    return divisible(functools.partial(_where_best, eps), takes, "b t h d")(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normalised(eps, x, weight, cos, sin):
-    return _anywhere(eps, x, weight, cos, sin)
+def _normalised(eps, x, weight, *turn):
+    return _anywhere(eps, x, weight, *turn)
 
 
 _normalised.defvjp(
