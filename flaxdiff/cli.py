@@ -12,6 +12,8 @@ import os
 import sys
 from pathlib import Path
 
+from flaxdiff.published import MODELS
+
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
     """What the command takes; the flags of `train`, a hundred, where that is the command."""
@@ -31,8 +33,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="memory, time and transfers of a run on TPUs that need not exist")
     add = plan.add_argument
-    known = "emoji, emoji-flow, sd15, sd21, sdxl, sdxl-refiner, flux-dev, flux-schnell"
-    add("--model", default="emoji", help=f"{known}, or a folder with configurations")
+    add("--model", default="emoji", help=f"emoji, emoji-flow, {', '.join(MODELS)}, or a folder with configurations")
     add("--topology", required=True, help="kind of chip and shape of the slice, e.g. v5e:2x4")
     add("--preset", default="fsdp", help="dp, fsdp, tp, cp, or a product such as dp+fsdp or fsdp+tp=4 (default: fsdp)")
     add("--batch", type=int, help="pictures in all; one for each part that a batch is split into if left out")

@@ -330,4 +330,12 @@ MODELS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         },
         {},
     ),
+    **{
+        f"dit-{side}": (
+            "DiTPipeline",
+            {"vae": "SD VAE", "transformer": f"facebook/DiT-XL-2-{side} transformer"},
+            {},
+        )
+        for side in (256, 512)
+    },
 }

@@ -388,13 +388,14 @@ def test_what_follows_from_a_single_file(tmp_path):
     assert known == {k: leaf.shape for k, leaf in flaxdiff.layout(spec).items()}
 
 
-@pytest.mark.parametrize("name", ["sd3-medium", "sd35-medium", "sd35-large", "pixart-sigma"])
+@pytest.mark.parametrize("name", ["sd3-medium", "sd35-medium", "sd35-large", "pixart-sigma", "dit-512"])
 def test_published_pipelines(name):
     """At full size, by shapes alone, what the planner compiles."""
     pipe = plan.pipeline(name)
     shapes = {component: flaxdiff.abstract(spec, jax.numpy.bfloat16) for component, spec in pipe.specs}
     images = jax.eval_shape(pipe.generate, shapes, KEY, blank_inputs(pipe, batch=2))
-    assert images.shape == (2, 1024, 1024, 3)
+    side = 512 if name == "dit-512" else 1024
+    assert images.shape == (2, side, side, 3)
 
 
 def test_blank_inputs_of_painting_by_controlnets():

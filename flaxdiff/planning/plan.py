@@ -53,7 +53,7 @@ def plan(
     """Compile a run ahead of time for TPUs that need not exist, and say whether it fits and what bounds its speed.
 
     Args:
-      model: "emoji", "emoji-flow", "sd15", "sd21", "sdxl", "sdxl-refiner", "flux-dev", "flux-schnell", a folder in
+      model: a shipped one ("emoji", "emoji-flow"), one of `published.MODELS` ("sdxl", "flux-dev", …), a folder in
         diffusers' layout, of which only configurations are read, or a pipeline.
       topology: the slice, e.g. "v5e:2x4".
       preset: how weights and batch are split, see `parallel.preset`.
