@@ -177,6 +177,31 @@ def test_kernels():
     assert silent.kernel_flops == 0 and silent.unknown_kernels == 1
 
 
+@pytest.mark.parametrize("layer", ["Attention", "JointAttention", "JointAttention, turned"])
+def test_heads_move_by_kernels_alone(layer):
+    """XLA copies nothing as large as the tokens between the products and attention; it would take twice the time."""
+    from flax import nnx
+
+    from flaxdiff.nn.attention import Attention
+    from flaxdiff.nn.joint import JointAttention
+
+    one = chips.describe("v5e:1x1").devices[0]
+    place = jax.sharding.SingleDeviceSharding(one)
+    on = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    x, text, table = on(2, 2048, 256), on(2, 80, 256), on(2128, 128, dtype=jnp.float32)
+    made, inputs = {
+        "Attention": (lambda: Attention(256, 4, 64), [x]),
+        "JointAttention": (lambda: JointAttention(256, 4, 64), [x, text]),
+        "JointAttention, turned": (lambda: JointAttention(256, 2, 128), [x, text, (table, table)]),
+    }[layer]
+    graph, state = nnx.split(nnx.eval_shape(made))
+    state = jax.tree.map(lambda a: on(*a.shape), state)
+    with unkept():
+        compiled = jax.jit(lambda state, *args: nnx.merge(graph, state)(*args)).lower(state, *inputs).compile()
+    moves = [i for rows in hlo.Program(compiled.as_text()).computations.values() for i in rows if i.op == "copy"]
+    assert not [i.name for i in moves if i.arrays[0].bytes >= 2 * 2048 * 256 * 2]
+
+
 @pytest.mark.parametrize("preset", ["fsdp+tp=2", "cp"])
 def test_kernels_on_several_chips(preset):
     """The compiler refuses kernels that it would have to split: each chip runs them on its own pictures and heads."""
