@@ -43,6 +43,10 @@ RUNS = (  # (what is measured, the command)
     ("SDXL UNet step, bfloat16, batch 2, 1024 x 1024, compiled for one v5e", "tpu.py --chip v5e"),
     ("SDXL UNet step, bfloat16, batch 2, 1024 x 1024, compiled for one v6e", "tpu.py --chip v6e"),
     ("FLUX.1 dev, a block of each kind and the ends, bfloat16, 1024 x 1024, compiled for one v6e", "flux.py"),
+    (
+        "FLUX.1 dev, the whole transformer, bfloat16, 1024 x 1024, compiled for one v6e",
+        "flux.py --double 19 --single 38",
+    ),
     *(
         (f"{model} on a GPU, bfloat16, 30 steps, batch {batch}, {side} x {side}", f"gpu.py {options}")
         for model, side in (("sdxl", 1024), ("sd15", 512))

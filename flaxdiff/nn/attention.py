@@ -25,7 +25,9 @@ from flaxdiff.nn.reusing import reused
 
 ROWS, KEYS = 256, 4096  # of a block of scores: on a CPU few and wide ones are fastest
 LARGE = 2**22  # scores (batch x heads x queries x keys) beyond which "auto" does not materialise them
-FEW = 256  # keys up to which a row of scores is short: attention to a text is best done plainly on a TPU
+# Keys up to which a row of scores is short, so that attention to a text is best done plainly on a TPU: without a bias,
+# and with one, which the kernel there does not know.
+FEW = 256, 512
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # a score that no other comes near, and no infinity to subtract
 KeysValues = tuple[jax.Array, jax.Array]
 BACKENDS = ("auto", "plain", "sliced", "flash", "cudnn")
@@ -129,7 +131,7 @@ def _alone(
         return sliced(q, k, v, bias)
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and d <= 128 and d % 8 == 0:
         return jax.nn.dot_product_attention(q, k, v, bias, is_causal=causal, scale=1.0, implementation="cudnn")
-    on_tpu = plain if m <= FEW else sliced if bias is not None else lambda q, k, v, _: kernel(q, k, v)
+    on_tpu = plain if m <= FEW[bias is not None] else sliced if bias is not None else lambda q, k, v, _: kernel(q, k, v)
     return jax.lax.platform_dependent(q, k, v, bias, tpu=on_tpu, default=sliced)
 
 
