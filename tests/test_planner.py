@@ -164,6 +164,8 @@ def test_kernels():
     product = 2 * 2 * 3 * 256 * 384 * 64
     forward = run(flash.attention, *heads)
     assert forward.flops == forward.kernel_flops == 2 * product and forward.unknown_kernels == 0
+    # heads move to the front and back, each number read once and written once
+    assert forward.kernel_bytes == 2 * 2 * 2 * 3 * 64 * (256 + 384 + 384 + 256)
     loss = lambda *qkv: flash.attention(*qkv).astype(jnp.float32).sum()
     assert run(jax.grad(loss, (0, 1, 2)), *heads).kernel_flops == (2 + 3 + 4) * product
 
@@ -172,7 +174,8 @@ def test_kernels():
         return pl.pallas_call(write, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), cost_estimate=told)(x)
 
     told = pl.CostEstimate(flops=123, bytes_accessed=4, transcendentals=5)
-    assert run(lambda x: double(x, told), (256, 256)).kernel_flops == 123
+    spoken = run(lambda x: double(x, told), (256, 256))
+    assert (spoken.kernel_flops, spoken.kernel_bytes) == (123, 4)
     silent = run(lambda x: double(x, None), (256, 256))
     assert silent.kernel_flops == 0 and silent.unknown_kernels == 1
 

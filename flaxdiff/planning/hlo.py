@@ -61,6 +61,7 @@ class Cost:
       flops: of matrix products, convolutions and Pallas kernels that say what they do, as compiled: with what the
         compiler computes twice to cut a picture into tiles, without products with padding.
       kernel_flops: the part of them in Pallas kernels, for which the compiler estimates no cycles.
+      kernel_bytes: what Pallas kernels say that they move.
       bytes: read from and written to HBM.
       cycles: the compiler's estimate.
       layers: layer -> cycles.
@@ -71,6 +72,7 @@ class Cost:
 
     flops: float = 0.0
     kernel_flops: float = 0.0
+    kernel_bytes: float = 0.0
     bytes: float = 0.0
     cycles: float = 0.0
     layers: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -175,11 +177,12 @@ class Program:
             count = convolution if i.op == "convolution" else dot
             total.flops += times * count(i.line, left, right, i.arrays[0].dims)
         elif 'custom_call_target="tpu_custom_call"' in i.line:
-            told = re.search(r'"cost_estimate":\{"flops":"?(\d+)', i.line)
+            told = re.search(r'"cost_estimate":\{"flops":"?(\d+).*?"bytes_accessed":"?(\d+)', i.line)
             attention = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", i.line + i.name)
             count = 0.0
             if told:
                 count = float(told[1])
+                total.kernel_bytes += times * float(told[2])
             elif attention:  # queries and keys are the first arrays [..., positions, D] of floats
                 shapes = [known[name].arrays[0] for name in i.operands]
                 q, k = [a.dims for a in shapes if len(a.dims) > 2 and a.bytes > math.prod(a.dims)][:2]

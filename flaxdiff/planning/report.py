@@ -88,7 +88,7 @@ def bound(cost: Cost, chip: Chip) -> Bound:
     """
     share = 1 / chip.devices
     moved = sum((2 if kind == "all-reduce" else 1) * size for kind, (_, size) in cost.collectives.items())
-    kernels = cost.kernel_flops / (KERNELS * chip.flops * share)
+    kernels = cost.kernel_flops / (KERNELS * chip.flops * share) + cost.kernel_bytes / (chip.bandwidth * share)
     return Bound(
         cost.flops / (chip.flops * share),
         cost.bytes / (chip.bandwidth * share),
