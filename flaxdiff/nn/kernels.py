@@ -1,8 +1,8 @@
 """What Pallas kernels need: to live on many devices, and heads of tokens where they want them.
 
-XLA cannot split a kernel: each device runs its own on its part. And a layer gives tokens, in each of
-which lie all heads, side by side, where attention wants heads, in each of which lie all tokens. XLA goes from one to
-the other in two passes over memory, or in a product at half its speed; a kernel only says what it reads and writes.
+XLA cannot split a kernel: each device runs its own on its part. And a layer gives tokens, in each of which lie all
+heads, side by side, where attention wants heads, in each of which lie all tokens. XLA goes from one to the other in
+two passes over memory, or in a product at half its speed; a kernel only says which blocks it reads and writes.
 """
 
 import functools
