@@ -100,6 +100,14 @@ def test_long_sequences_never_materialise_their_scores(by, monkeypatch):
         assert compiled.memory_analysis().temp_size_in_bytes < 2 * 512 * 512 * 4
 
 
+@pytest.mark.parametrize("keys, loops", [(300, False), (600, True)])
+def test_under_a_mask_to_few_keys_a_tpu_has_no_blocks(by, keys, loops):
+    q, k, v = draw(1, 2048, keys, 8, 16)
+    run = jax.jit(by("auto", mask=jnp.arange(keys) < 200))
+    text = run.trace(q, k, v).lower(lowering_platforms=("tpu",)).as_text()
+    assert ("stablehlo.while" in text) == loops
+
+
 def test_the_kernel_on_many_devices(by):
     arrays = draw(4, 150, 150, 2, 40)
     want, run = by("plain")(*arrays), jax.jit(by("flash"))

@@ -20,7 +20,7 @@ class Expansion(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         act, x = ACTIVATIONS[self.activation], self.proj(x)
-        if not self.gated:
+        if not self.gated:  # worked out on the way out of this product on a TPU, rather than into the next
             return jax.lax.optimization_barrier(act(x))
         x, gate = jnp.split(x, 2, -1)
         return x * act(gate)

@@ -6,6 +6,7 @@ two passes over memory, or in a product at half its speed; a kernel only says wh
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from jax.sharding import PartitionSpec
 from flaxdiff.parallel import free_axes, splits
 
 WISHES = {"b": "batch", "t": "context", "h": "tensor"}  # letter -> over which axes of the mesh, see `parallel.splits`
+LANES = 128  # numbers in a row of a TPU's vectors
+TOKENS, HEADS = 512, 8  # of a block, as a rule
 
 
 def divisible(function: Callable, takes: Sequence[str], gives: Sequence[str] | str) -> Callable:
@@ -42,10 +45,6 @@ def divisible(function: Callable, takes: Sequence[str], gives: Sequence[str] | s
         return jax.shard_map(function, in_specs=tuple(map(place, takes)), out_specs=out, check_vma=False)(*arrays)
 
     return apply
-
-
-LANES = 128  # numbers in a row of a TPU's vectors
-TOKENS, HEADS = 512, 8  # of a block, as a rule
 
 
 def by_heads(b: int, n: int, heads: int, d: int) -> tuple[tuple[int, ...], pl.BlockSpec, pl.BlockSpec]:
@@ -84,7 +83,9 @@ def _regrouped(first: bool, n: int, length: int, interpret: bool, x: jax.Array) 
 
     reads, writes = blocks if first else blocks[::-1]
     made = jax.ShapeDtypeStruct((b, heads, length, d) if first else (b, length, heads * d), x.dtype)
-    cost = pl.CostEstimate(flops=0, bytes_accessed=2 * x.nbytes, transcendentals=0)
+    cost = pl.CostEstimate(
+        flops=0, bytes_accessed=x.nbytes + math.prod(made.shape) * x.dtype.itemsize, transcendentals=0
+    )
     run = pl.pallas_call(
         move, made, grid=grid, in_specs=[reads], out_specs=writes, cost_estimate=cost, interpret=interpret
     )

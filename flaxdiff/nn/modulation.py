@@ -20,7 +20,7 @@ WAVES = 256  # sinusoids of a time
 
 def vary(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """x of which the scale is a change: x (1 + scale) + shift."""
-    # Else every product that reads it works it out again on a TPU, and is half as fast for it.
+    # Else every product that reads it works it out again on a TPU, which is slower than once and longer to compile.
     return jax.lax.optimization_barrier(x * (1 + scale) + shift)
 
 
