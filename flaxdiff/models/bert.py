@@ -14,7 +14,7 @@ from flax import nnx
 
 from flaxdiff.core import Config, Model
 from flaxdiff.nn.activations import ACTIVATIONS
-from flaxdiff.nn.attention import attention
+from flaxdiff.nn.attention import attention, split_heads
 from flaxdiff.nn.layers import Embedding, LayerNorm, Linear
 from flaxdiff.nn.stack import stack, states
 
@@ -53,7 +53,7 @@ class BertSelfAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None, context: jax.Array | None = None) -> jax.Array:
         """[B, N, D], to the positions in a mask [B, M]."""
-        split = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
+        split = lambda a: split_heads(a, self.heads)
         seen = x if context is None else context
         mask = None if mask is None else mask[:, None, None]
         return attention(*map(split, (self.query(x), self.key(seen), self.value(seen))), mask=mask).reshape(x.shape)

@@ -20,7 +20,7 @@ from flaxdiff.models.bert import BertAttention, BertConfig, BertEmbeddings, Bert
 from flaxdiff.models.clip import CLIPEncoder, CLIPEncoderLayer
 from flaxdiff.models.clip_vision import patches
 from flaxdiff.nn.activations import ACTIVATIONS
-from flaxdiff.nn.attention import attention
+from flaxdiff.nn.attention import attention, split_heads
 from flaxdiff.nn.layers import Conv, LayerNorm, Linear, normal, value
 from flaxdiff.nn.stack import states
 
@@ -95,7 +95,7 @@ class Blip2Attention(nnx.Module):
         self.projection, self.heads = Linear(c.hidden_size, c.hidden_size), c.num_attention_heads
 
     def __call__(self, x: jax.Array, mask: None = None) -> jax.Array:
-        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in jnp.split(self.qkv(x), 3, -1))
+        q, k, v = (split_heads(a, self.heads) for a in jnp.split(self.qkv(x), 3, -1))
         return self.projection(attention(q, k, v).reshape(x.shape))
 
 

@@ -16,7 +16,7 @@ from flax import nnx
 
 from flaxdiff.core import Config, Model
 from flaxdiff.nn.activations import ACTIVATIONS
-from flaxdiff.nn.attention import attention
+from flaxdiff.nn.attention import attention, split_heads
 from flaxdiff.nn.layers import Embedding, LayerNorm, Linear
 from flaxdiff.nn.stack import stack, states
 
@@ -58,7 +58,7 @@ class CLIPAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """[B, N, D], of which the positions in a mask [B, N] may be seen."""
-        split = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
+        split = lambda a: split_heads(a, self.heads)
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
         h = attention(q, k, v, mask=None if mask is None else mask[:, None, None], causal=self.causal)
         return self.out_proj(h.reshape(*x.shape[:2], -1))

@@ -16,7 +16,7 @@ from flax import nnx
 
 from flaxdiff.core import Config, Model, only, param
 from flaxdiff.nn.activations import ACTIVATIONS
-from flaxdiff.nn.attention import attention
+from flaxdiff.nn.attention import attention, split_heads
 from flaxdiff.nn.layers import Conv, Enlarge, GroupNorm, LayerNorm, Linear, normal, value
 from flaxdiff.nn.stack import stack, states
 
@@ -180,7 +180,7 @@ class DPTAttention(nnx.Module):
         self.output, self.heads = nnx.Dict({"dense": Linear(width, width)}), c.num_attention_heads
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        split = lambda name: self.attention[name](x).reshape(*x.shape[:2], self.heads, -1)
+        split = lambda name: split_heads(self.attention[name](x), self.heads)
         return self.output["dense"](attention(split("query"), split("key"), split("value")).reshape(x.shape))
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 from flaxdiff import weights
 from flaxdiff.core import Config, Model, only, param
 from flaxdiff.nn.activations import ACTIVATIONS
-from flaxdiff.nn.attention import KeysValues, attention
+from flaxdiff.nn.attention import KeysValues, attention, split_heads
 from flaxdiff.nn.embeddings import TimestepEmbedding, sinusoids
 from flaxdiff.nn.joint import Seen
 from flaxdiff.nn.layers import LayerNorm, Linear, RMSNorm, normal, value
@@ -57,7 +57,7 @@ class PerceiverAttention(nnx.Module):
         """[B, N, C] and [B, T, C], shifted and scaled by what they are `told` -> [B, T, C]."""
         latents = vary(self.norm2(latents), *told) if told else self.norm2(latents)
         k, v = jnp.split(self.to_kv(jnp.concatenate([self.norm1(x), latents], 1)), 2, -1)
-        split = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
+        split = lambda a: split_heads(a, self.heads)
         h = attention(split(self.to_q(latents)), split(k), split(v))
         return self.to_out(h.reshape(*h.shape[:2], -1))
 

@@ -20,7 +20,7 @@ from flaxdiff.core import Config, param, part
 from flaxdiff.models.decoder import GatedMLP
 from flaxdiff.models.language_model import ForConditionalGeneration, LlamaModel, Qwen2Config
 from flaxdiff.nn.activations import ACTIVATIONS
-from flaxdiff.nn.attention import attention
+from flaxdiff.nn.attention import attention, split_heads
 from flaxdiff.nn.layers import Linear, RMSNorm, uniform, value
 from flaxdiff.nn.rope import Rope, frequencies, rotate, turns
 from flaxdiff.nn.stack import run, stack
@@ -123,7 +123,7 @@ class VisionAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, full: jax.Array, turn: Rope, there: np.ndarray) -> jax.Array:
         """[B, N, D], of which those that are `there` [N] may be seen."""
-        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in jnp.split(self.qkv(x), 3, -1))
+        q, k, v = (split_heads(a, self.heads) for a in jnp.split(self.qkv(x), 3, -1))
         q, k = rotate(q, turn, halves=True), rotate(k, turn, halves=True)
 
         def near(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from flax import nnx
 from flaxdiff.core import Config, Model, param
 from flaxdiff.models.clip import CLIPMLP, CLIPEncoder
 from flaxdiff.models.clip_vision import patches
-from flaxdiff.nn.attention import attention
+from flaxdiff.nn.attention import attention, split_heads
 from flaxdiff.nn.layers import Conv, Embedding, LayerNorm, Linear, normal, uniform, value, zeros
 from flaxdiff.nn.stack import states
 from flaxdiff.weights import dot
@@ -69,7 +69,7 @@ class MultiheadAttention(nnx.Module):
         """[B, N, D] to a context [B, M, D]."""
         weight, bias = value(self.in_proj_weight), jnp.split(value(self.in_proj_bias), 3)
         parts = (jnp.split(dot(a, weight), 3, -1)[i] + bias[i] for i, a in enumerate((x, context, context)))
-        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in parts)
+        q, k, v = (split_heads(a, self.heads) for a in parts)
         return self.out_proj(attention(q, k, v).reshape(x.shape))
 
 

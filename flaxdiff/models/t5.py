@@ -17,7 +17,7 @@ from flax import nnx
 
 from flaxdiff.core import Config, Model, param
 from flaxdiff.nn.activations import ACTIVATIONS
-from flaxdiff.nn.attention import attention
+from flaxdiff.nn.attention import attention, split_heads
 from flaxdiff.nn.layers import Embedding, Linear, RMSNorm, normal, value
 from flaxdiff.nn.stack import run, stack
 
@@ -90,7 +90,7 @@ class T5Attention(nnx.Module):
     def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array | None) -> jax.Array:
         """[B, N, D]; the bias [N, N, H], or with a table of its own which rows of that, [N, N]; a mask [B, N]."""
         bias = bias if self.relative_attention_bias is None else self.relative_attention_bias(bias)
-        split = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
+        split = lambda a: split_heads(a, self.heads)
         q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
         mask = None if mask is None else mask[:, None, None]
         h = attention(q, k, v, mask=mask, bias=jnp.moveaxis(bias, -1, 0), scale=1.0)

@@ -16,7 +16,7 @@ from flax import nnx
 from flaxdiff import weights
 from flaxdiff.core import Config, Model, only, param
 from flaxdiff.nn.activations import ACTIVATIONS
-from flaxdiff.nn.attention import attention
+from flaxdiff.nn.attention import attention, split_heads
 from flaxdiff.nn.layers import Embedding, LayerNorm, Linear, normal, value, zeros
 from flaxdiff.nn.stack import run, stack
 
@@ -65,7 +65,7 @@ class GPT2Attention(nnx.Module):
         self.c_attn, self.c_proj, self.heads = Conv1D(width, 3 * width), Conv1D(width, width), heads
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in jnp.split(self.c_attn(x), 3, -1))
+        q, k, v = (split_heads(a, self.heads) for a in jnp.split(self.c_attn(x), 3, -1))
         return self.c_proj(attention(q, k, v, causal=True).reshape(x.shape))
 
 

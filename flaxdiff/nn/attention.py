@@ -196,6 +196,16 @@ def _sliced(
     return out.reshape(b, h, -1, d)[:, :, :n].swapaxes(1, 2)
 
 
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """Queries, keys or values as a product gives them, [B, N, H · D] -> [B, N, H, D].
+
+    >>> split_heads(jnp.ones((1, 5, 8)), 2).shape
+    (1, 5, 2, 4)
+    """
+    # Else a TPU's product writes heads in front of tokens itself, at half the speed, and copies its weights first.
+    return jax.lax.optimization_barrier(x).reshape(*x.shape[:2], heads, -1)
+
+
 class Attention(nnx.Module):
     """Multi-head attention of tokens to themselves or to a context, with diffusers' names.
 
@@ -258,8 +268,7 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         h = x if self.group_norm is None else self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
         k, v, *more = self.keys_values(h) if context is None else context
-        # Else a TPU's product writes heads in front of tokens itself, at half the speed, and copies its weights first.
-        heads = lambda a: jax.lax.optimization_barrier(a).reshape(*a.shape[:2], self.heads, -1)
+        heads = lambda a: split_heads(a, self.heads)
         q = self.to_q(h)
         q = heads(q * jnp.asarray((q.shape[-1] // self.heads) ** -0.5, q.dtype))
         if "blur" in perturb:
@@ -305,6 +314,6 @@ class AddedAttention(Attention):
         if own:
             k, v = jnp.concatenate([k, self.to_k(h)], 1), jnp.concatenate([v, self.to_v(h)], 1)
         mask = jnp.pad(masks[0], ((0, 0), (0, own)), constant_values=True)[:, None, None] if masks else None
-        heads = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
+        heads = lambda a: split_heads(a, self.heads)
         h = attention(heads(self.to_q(h)), heads(k), heads(v), mask=mask, split=self.split)
         return x + self.to_out[0](h.reshape(*h.shape[:2], -1)).reshape(x.shape)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flaxdiff.nn.attention import attention
+from flaxdiff.nn.attention import attention, split_heads
 from flaxdiff.nn.feed_forward import FeedForward
 from flaxdiff.nn.layers import LayerNorm, Linear, RMSNorm, value
 from flaxdiff.nn.modulation import AdaLayerNorm, vary
@@ -97,11 +97,10 @@ class JointAttention(nnx.Module):
     def _heads(
         self, x: jax.Array, project: Linear, norm: RMSNorm | None = None, turn: Rope | None = None, scale: float = 1.0
     ) -> jax.Array:
-        h = project(x).reshape(*x.shape[:2], self.heads, -1)
+        h = project(x)
         if norm is None:
-            return rotate(h * jnp.asarray(scale, h.dtype), turn)
-        weight = scale * value(norm.weight).astype(jnp.float32)
-        return normalised(h, weight, turn, norm.eps)
+            return rotate(split_heads(h * jnp.asarray(scale, h.dtype), self.heads), turn)
+        return normalised(split_heads(h, self.heads), scale * value(norm.weight).astype(jnp.float32), turn, norm.eps)
 
     def _queries_keys_values(self, x: jax.Array, layers: tuple, turn: Rope | None) -> tuple[jax.Array, ...]:
         """Queries are scaled already, by the weights of their normalisation if there is one."""
@@ -161,8 +160,8 @@ class JointAttention(nnx.Module):
 
     def look(self, image: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """What the picture's tokens [B, N, C] find, wherever they are, among keys and values [B, T, C] of others."""
-        heads = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
-        return attention(self._heads(image, self.to_q, self.norm_q), heads(k), heads(v)).reshape(image.shape)
+        k, v = (split_heads(a, self.heads) for a in (k, v))
+        return attention(self._heads(image, self.to_q, self.norm_q), k, v).reshape(image.shape)
 
 
 class JointTransformerBlock(nnx.Module):
