@@ -20,7 +20,7 @@ from flax import nnx
 from flaxdiff import weights
 from flaxdiff.core import Config, only
 from flaxdiff.nn.activations import ACTIVATIONS
-from flaxdiff.nn.attention import attention
+from flaxdiff.nn.attention import attention, split_heads
 from flaxdiff.nn.layers import Embedding, Linear, RMSNorm, value
 from flaxdiff.nn.rope import Rope, frequencies, rotate, turns
 from flaxdiff.nn.stack import stack, states
@@ -141,7 +141,7 @@ class DecoderAttention(nnx.Module):
     def __call__(self, x: jax.Array, turn: Rope, mask: jax.Array | None) -> jax.Array:
         """[B, N, D], of which each may see what a mask [B, 1, 1 or N, N] says; without one, what comes before."""
         c = self.config
-        split = lambda a: a.reshape(*a.shape[:2], -1, c.width)
+        split = lambda a: split_heads(a, a.shape[-1] // c.width)
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
