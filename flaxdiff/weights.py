@@ -8,7 +8,7 @@ Records are pytrees, so `jit`, `grad` and `scan` over stacked layers see through
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxdiff import parallel
+from flaxdiff.nn import kernels, strips
 
 HOST = jax.memory.Space.Host
 
@@ -239,6 +240,13 @@ def _scaled(low: jax.Array, scale: jax.Array) -> jax.Array:
 ON_CHIP = 2**26  # bytes of float32 that a TPU keeps beside its matrix unit
 
 
+def _by_strips(x: jax.Array, weight: jax.Array, windows: Callable, plain: Callable) -> jax.Array:
+    """What a plain function gives of both, on a TPU by these windows of the weight, a few rows at a time."""
+    kernel = kernels.as_plain(lambda x, weight: strips.convolved(x, windows(weight)), plain)
+    best = lambda x, weight: jax.lax.platform_dependent(x, weight, tpu=kernel, default=plain)
+    return kernels.divisible(best, ["b y x i", "k l i o"], "b y x o")(x, weight)
+
+
 def _convolve(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding: Sequence) -> jax.Array:
     """XLA's convolution, or matrix products where a platform is slow at it.
 
@@ -254,6 +262,9 @@ def _convolve(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding
     products = lambda gather: lambda x, weight: _products(x, weight, strides, padding, gather)
     kh, kw, channels, features = weight.shape
     pixels, better = math.prod(x.shape[:3]) // math.prod(strides), {}
+    around = weight.shape[:2] == (3, 3) and strides == (1, 1) and np.all(np.array(padding) == 1)
+    if around and pixels * max(features, kernels.LANES) * 4 > ON_CHIP and strips.fit(x, features):
+        return _by_strips(x, weight, lambda weight: [[weight]], plain)
     if strides == (1, 1) and x.shape[0] < 8 and min(channels, features) >= 128 and pixels * features * 4 <= ON_CHIP:
         better["tpu"] = products(0)
     if kh * kw * features >= 8 * pixels:
@@ -290,8 +301,16 @@ def _doubled(x: jax.Array, weight: jax.Array) -> jax.Array:
         first, second, third = jnp.split(window, 3, axis)
         return jnp.concatenate([first, second + third], axis), jnp.concatenate([first + second, third], axis)
 
-    rows = []
-    for i, row in enumerate(phases(weight, 0)):
-        columns = [_convolve(x, window, (1, 1), ((1 - i, i), (1 - j, j))) for j, window in enumerate(phases(row, 1))]
-        rows.append(jnp.concatenate(columns, -1).reshape(b, h, 2 * w, -1))
-    return jnp.stack(rows, 2).reshape(b, 2 * h, 2 * w, -1)
+    windows = lambda weight: [phases(row, 1) for row in phases(weight, 0)]
+
+    def apart(x: jax.Array, weight: jax.Array) -> jax.Array:
+        rows = []
+        for i, row in enumerate(windows(weight)):
+            columns = [_convolve(x, window, (1, 1), ((1 - i, i), (1 - j, j))) for j, window in enumerate(row)]
+            rows.append(jnp.concatenate(columns, -1).reshape(len(x), h, 2 * w, -1))
+        return jnp.stack(rows, 2).reshape(len(x), 2 * h, 2 * w, -1)
+
+    features = weight.shape[-1]
+    if b * h * w * features * 4 > ON_CHIP and strips.fit(x, features, 2):
+        return _by_strips(x, weight, windows, apart)
+    return apart(x, weight)

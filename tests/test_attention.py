@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flaxdiff import weights
 from flaxdiff.core import attention_backend
 from flaxdiff.nn import attention as module
-from flaxdiff.nn import flash, kernels, rope
+from flaxdiff.nn import flash, kernels, rope, strips
 from flaxdiff.nn.attention import attention
 from flaxdiff.nn.layers import RMSNorm
 from flaxdiff.parallel import make_mesh
@@ -208,6 +208,26 @@ def test_convolutions_as_pytorch():
     few, down = x[:, :8, :7], functools.partial(same, strides=(2, 2))
     assert "convolution" not in jax.jit(down).lower(few, w).as_text()
     close(down(few, w), torch_conv(few, w)[:, ::2, ::2])
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+@pytest.mark.parametrize("features", [3, 384])
+def test_convolutions_in_strips_as_pytorch(doubled, features, monkeypatch):
+    """By the kernel of TPUs, in several blocks of rows and of features; gradients are those of XLA's convolution."""
+    monkeypatch.setattr(weights, "ON_CHIP", 0)
+    monkeypatch.setattr(strips, "fit", lambda *_: True)
+    monkeypatch.setattr(strips, "_rows", lambda *_: 4)
+    monkeypatch.setattr(strips, "convolved", functools.partial(strips.convolved, interpret=True))
+    rng = np.random.default_rng(2)
+    x, w = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 16, 32, 128), (3, 3, 128, features)))
+    ours = functools.partial(weights.conv, padding=((1, 1), (1, 1)), doubled=doubled)
+    plainly = jax.vjp(ours, x, w)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, default, tpu: tpu(*arrays))
+    by_kernel = jax.vjp(ours, x, w)
+    close = functools.partial(np.testing.assert_allclose, atol=2e-3, rtol=1e-4)
+    close(by_kernel[0], torch_conv(x.repeat(2, 1).repeat(2, 2) if doubled else x, w))
+    g = jnp.asarray(rng.standard_normal(by_kernel[0].shape), jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, by_kernel[1](g), plainly[1](g))
 
 
 def test_doubled_convolutions_by_every_kind_of_weight():

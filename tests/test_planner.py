@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import flaxdiff
-from flaxdiff import cli, parallel
+from flaxdiff import cli, parallel, weights
 from flaxdiff.planning import chips, hlo
 from flaxdiff.planning.plan import Program, advised, compiled, pipeline, unkept, weight
 from flaxdiff.planning.report import Part, Report
@@ -225,6 +225,17 @@ def test_kernels_on_several_chips(preset):
     with jax.set_mesh(mesh), unkept():
         made = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).compile()
     assert made.as_text().count("tpu_custom_call") >= 3
+
+
+@pytest.mark.parametrize("preset, kernels", [("dp", True), ("cp", False), ("tp", False)])
+def test_large_pictures_on_several_chips(preset, kernels):
+    """Each chip convolves its own pictures by a kernel; where rows or channels are split, XLA does."""
+    mesh = parallel.make_mesh(preset, chips.describe("v5e:2x2").devices)
+    loss = lambda x, w: weights.conv(x, w, padding=((1, 1), (1, 1))).astype(jnp.float32).sum()
+    on = lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
+    with jax.set_mesh(mesh), unkept():
+        made = jax.jit(jax.value_and_grad(loss)).lower(on((4, 512, 512, 128)), on((3, 3, 128, 128))).compile()
+    assert ("tpu_custom_call" in made.as_text()) == kernels
 
 
 def test_collectives():

@@ -47,6 +47,13 @@ def divisible(function: Callable, takes: Sequence[str], gives: Sequence[str] | s
     return apply
 
 
+def as_plain(kernel: Callable, plain: Callable) -> Callable:
+    """A kernel whose gradients are worked out as those of a plain function that gives the same."""
+    run = jax.custom_vjp(kernel)
+    run.defvjp(lambda *arrays: (kernel(*arrays), arrays), lambda arrays, g: jax.vjp(plain, *arrays)[1](g))
+    return run
+
+
 def by_heads(b: int, n: int, heads: int, d: int) -> tuple[tuple[int, ...], pl.BlockSpec, pl.BlockSpec]:
     """The grid (B, blocks of tokens, of heads), and the same blocks of [B, N, H · D] and of [B, H, N, D].
 
