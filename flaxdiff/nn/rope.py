@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from flaxdiff.nn.kernels import LANES, by_heads, divisible
+from flaxdiff.nn.kernels import LANES, as_plain, by_heads, divisible
 
 Rope = tuple[jax.Array, jax.Array]  # cosines and sines [N, D], in float32
 
@@ -145,7 +145,8 @@ def normalised(x: jax.Array, weight: jax.Array, turn: Rope | None = None, eps: f
     >>> normalised(x, jnp.full(4, 2.0), rope(jnp.zeros((3, 1)), (4,)))[0, 0, 0].round(3)
     Array([2., 2., 2., 2.], dtype=float32)
     """
-    return _normalised(eps, x, weight, *(turn or ()))
+    either = as_plain(functools.partial(_anywhere, eps), functools.partial(_plainly, eps))
+    return either(x, weight, *(turn or ()))
 
 
 def rms(x: jax.Array, weight: jax.Array, eps: float = 1e-6) -> jax.Array:
@@ -199,14 +200,3 @@ def _where_best(eps: float, x: jax.Array, weight: jax.Array, *turn: jax.Array) -
 def _anywhere(eps: float, *arrays: jax.Array) -> jax.Array:
     takes = ["b t h d", "d", "t d", "t d"][: len(arrays)]
     return divisible(functools.partial(_where_best, eps), takes, "b t h d")(*arrays)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normalised(eps, x, weight, *turn):
-    return _anywhere(eps, x, weight, *turn)
-
-
-_normalised.defvjp(
-    lambda eps, *arrays: (_normalised(eps, *arrays), arrays),
-    lambda eps, saved, g: jax.vjp(functools.partial(_plainly, eps), *saved)[1](g),
-)

@@ -7,11 +7,11 @@ picture.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -27,7 +27,7 @@ def fit(x: jax.Array, features: int, phases: int = 1) -> bool:
     """Whether `convolved` can be used: on what one device holds of x, whose rows and channels are nowhere split."""
     b, h, w, c = x.shape
     over, rows = splits(x.shape, ("batch", "rest"))[:2]
-    pictures = b // int(np.prod([free_axes()[axis] for axis in over]))
+    pictures = b // math.prod(free_axes()[axis] for axis in over)
     whole = not rows and "tensor" not in free_axes() and pictures < SEVERAL
     sizes = c % LANES == w % 16 == 0
     return whole and sizes and x.dtype == jnp.bfloat16 and _rows(h, w, c, _some(features), phases) > 0
