@@ -238,6 +238,7 @@ def _scaled(low: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 ON_CHIP = 2**26  # bytes of float32 that a TPU keeps beside its matrix unit
+LARGE = 2**25  # and of results of one channel or more from which a picture is large there
 
 
 def _by_strips(x: jax.Array, weight: jax.Array, windows: Callable, plain: Callable) -> jax.Array:
@@ -263,7 +264,7 @@ def _convolve(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding
     kh, kw, channels, features = weight.shape
     pixels, better = math.prod(x.shape[:3]) // math.prod(strides), {}
     around = weight.shape[:2] == (3, 3) and strides == (1, 1) and np.all(np.array(padding) == 1)
-    if around and pixels * max(features, kernels.LANES) * 4 > ON_CHIP and strips.fit(x, features):
+    if around and pixels * max(features, kernels.LANES) * 4 >= LARGE and strips.fit(x, features):
         return _by_strips(x, weight, lambda weight: [[weight]], plain)
     if strides == (1, 1) and x.shape[0] < 8 and min(channels, features) >= 128 and pixels * features * 4 <= ON_CHIP:
         better["tpu"] = products(0)
@@ -311,6 +312,6 @@ def _doubled(x: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.stack(rows, 2).reshape(len(x), 2 * h, 2 * w, -1)
 
     features = weight.shape[-1]
-    if b * h * w * features * 4 > ON_CHIP and strips.fit(x, features, 2):
+    if b * h * w * features * 4 >= LARGE and strips.fit(x, features, 2):
         return _by_strips(x, weight, windows, apart)
     return apart(x, weight)
