@@ -238,7 +238,6 @@ def _scaled(low: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 ON_CHIP = 2**26  # bytes of float32 that a TPU keeps beside its matrix unit
-LARGE = 2**25  # and of results of one channel or more from which a picture is large there
 
 
 def _by_strips(x: jax.Array, weight: jax.Array, windows: Callable, plain: Callable) -> jax.Array:
@@ -264,7 +263,7 @@ def _convolve(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding
     kh, kw, channels, features = weight.shape
     pixels, better = math.prod(x.shape[:3]) // math.prod(strides), {}
     around = weight.shape[:2] == (3, 3) and strides == (1, 1) and np.all(np.array(padding) == 1)
-    if around and pixels * max(features, kernels.LANES) * 4 >= LARGE and strips.fit(x, features):
+    if around and strips.fit(x, features):
         return _by_strips(x, weight, lambda weight: [[weight]], plain)
     if strides == (1, 1) and x.shape[0] < 8 and min(channels, features) >= 128 and pixels * features * 4 <= ON_CHIP:
         better["tpu"] = products(0)
@@ -296,7 +295,7 @@ def _doubled(x: jax.Array, weight: jax.Array) -> jax.Array:
     An even row of the result sees the pixel above by the window's first row and its own by the sum of the other two; an
     odd row its own by the first two and the one below by the last. Likewise columns.
     """
-    b, h, w, _ = x.shape
+    h, w = x.shape[1:3]
 
     def phases(window: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
         first, second, third = jnp.split(window, 3, axis)
@@ -311,7 +310,4 @@ def _doubled(x: jax.Array, weight: jax.Array) -> jax.Array:
             rows.append(jnp.concatenate(columns, -1).reshape(len(x), h, 2 * w, -1))
         return jnp.stack(rows, 2).reshape(len(x), 2 * h, 2 * w, -1)
 
-    features = weight.shape[-1]
-    if b * h * w * features * 4 >= LARGE and strips.fit(x, features, 2):
-        return _by_strips(x, weight, windows, apart)
-    return apart(x, weight)
+    return _by_strips(x, weight, windows, apart) if strips.fit(x, weight.shape[-1], 2) else apart(x, weight)

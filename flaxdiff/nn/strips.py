@@ -20,17 +20,19 @@ from flaxdiff.parallel import free_axes, splits
 
 ROOM = 14 * 2**20  # bytes of a TPU's fast memory that the kernel may take
 SEVERAL = 8  # pictures that XLA's own convolution is good at
+LARGE = 2**25  # bytes of results in float32, from which products with shifted pictures, see weights.py, want more room
 Windows = Sequence[Sequence[jax.Array]]  # [k, k, in, out] for each phase of the rows, of the columns
 
 
 def fit(x: jax.Array, features: int, phases: int = 1) -> bool:
-    """Whether `convolved` can be used: on what one device holds of x, whose rows and channels are nowhere split."""
+    """Whether `convolved` is best: for few and large pictures, of which rows and channels are nowhere split."""
     b, h, w, c = x.shape
     over, rows = splits(x.shape, ("batch", "rest"))[:2]
-    pictures = b // math.prod(free_axes()[axis] for axis in over)
-    whole = not rows and "tensor" not in free_axes() and pictures < SEVERAL
-    sizes = c % LANES == w % 16 == 0
-    return whole and sizes and x.dtype == jnp.bfloat16 and _rows(h, w, c, _some(features), phases) > 0
+    pictures = b // math.prod(free_axes()[axis] for axis in over)  # on a device
+    whole = not rows and "tensor" not in free_axes()
+    large = pictures < SEVERAL and pictures * h * w * max(features, LANES) * 4 >= LARGE
+    sizes = c % LANES == w % 16 == 0 and _rows(h, w, c, _some(features), phases) > 0
+    return whole and large and sizes and x.dtype == jnp.bfloat16
 
 
 def convolved(x: jax.Array, windows: Windows, interpret: bool = False) -> jax.Array:
