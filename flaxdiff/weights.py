@@ -265,7 +265,8 @@ def _convolve(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding
     around = weight.shape[:2] == (3, 3) and strides == (1, 1) and np.all(np.array(padding) == 1)
     if around and strips.fit(x, features):
         return _by_strips(x, weight, lambda weight: [[weight]], plain)
-    if strides == (1, 1) and x.shape[0] < 8 and min(channels, features) >= 128 and pixels * features * 4 <= ON_CHIP:
+    few, wide = x.shape[0] < strips.SEVERAL, min(channels, features) >= kernels.LANES
+    if strides == (1, 1) and few and wide and pixels * features * 4 <= ON_CHIP:
         better["tpu"] = products(0)
     if kh * kw * features >= 8 * pixels:
         better["cpu"] = products(2)

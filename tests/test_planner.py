@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import flaxdiff
 from flaxdiff import cli, parallel, weights
+from flaxdiff.core import abstract, apply
 from flaxdiff.planning import chips, hlo
 from flaxdiff.planning.plan import Program, advised, compiled, pipeline, unkept, weight
 from flaxdiff.planning.report import Part, Report
@@ -225,6 +226,19 @@ def test_kernels_on_several_chips(preset):
     with jax.set_mesh(mesh), unkept():
         made = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).compile()
     assert made.as_text().count("tpu_custom_call") >= 3
+
+
+def test_no_weights_are_copied_for_heads():
+    """A product that puts heads in front of tokens would first copy its weights, those of several layers."""
+    config = dict(d_model=4096, num_heads=64, d_ff=512, num_layers=4, feed_forward_proj="gated-gelu")
+    spec = flaxdiff.T5EncoderModel.from_config(config)
+    place = jax.sharding.SingleDeviceSharding(chips.describe("v6e:1x1").devices[0])
+    on = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    params = {name: on(a.shape, jnp.bfloat16) for name, a in abstract(spec).items()}
+    text = on((1, 300), jnp.int32), on((1, 300), jnp.bool_)
+    with unkept():
+        made = jax.jit(lambda *args: apply(spec, *args)).lower(params, *text).compile()
+    assert made.memory_analysis().temp_size_in_bytes < 4096**2 * 2  # one of them
 
 
 @pytest.mark.parametrize("preset, kernels", [("dp", True), ("cp", False), ("tp", False)])
