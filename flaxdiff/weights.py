@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxdiff import parallel
-from flaxdiff.nn import kernels, strips
+from flaxdiff.nn import kernels, strips, winograd
 
 HOST = jax.memory.Space.Host
 
@@ -250,7 +250,8 @@ def _by_strips(x: jax.Array, weight: jax.Array, windows: Callable, plain: Callab
 def _convolve(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding: Sequence) -> jax.Array:
     """XLA's convolution, or matrix products where a platform is slow at it.
 
-    A TPU first cuts so small a batch into pieces; a CPU reads the whole window again for every few pixels.
+    A TPU first cuts so small a batch into pieces; a CPU reads the whole window again for every few pixels, and takes the
+    gradient of a window for a convolution with one as large as the picture.
     """
     dims = ("NHWC", "HWIO", "NHWC")
     groups = x.shape[-1] // weight.shape[2]
@@ -270,6 +271,10 @@ def _convolve(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding
         better["tpu"] = products(0)
     if kh * kw * features >= 8 * pixels:
         better["cpu"] = products(2)
+    elif around and winograd.fit(x, features):
+        better["cpu"] = winograd.convolved
+    elif min(channels, features) >= winograd.WIDE:
+        better["cpu"] = kernels.as_plain(plain, products(0 if strides == (1, 1) else 2))
     return jax.lax.platform_dependent(x, weight, **better, default=plain) if better else plain(x, weight)
 
 

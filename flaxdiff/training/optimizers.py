@@ -4,6 +4,7 @@ Everything is a number, a name or a list of (regex, factor) of a recipe's config
 and a state is rebuilt from them.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -137,12 +138,22 @@ def optimizer(
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer={name!r} is not known; use one of {sorted(OPTIMIZERS)}.")
-    clip = () if max_grad_norm is None else (optax.clip_by_global_norm(max_grad_norm),)
+    clip = () if max_grad_norm is None else (optax.stateless(functools.partial(_clipped, max_grad_norm)),)
     rules = (*factors, ("", 1.0))
     weigh = lambda updates, params: {path: u * first_match(rules, path) for path, u in updates.items()}
     return optax.chain(
         *clip, OPTIMIZERS[name](rate, b1, b2, eps, decay), *([optax.stateless(weigh)] if factors else [])
     )
+
+
+def _clipped(most: float, grads: Any, _: Any = None) -> Any:
+    """Gradients of at most such a norm, by one factor: what follows multiplies by it in passing.
+
+    Optax divides each by the norm, and keeps what that gives beside the gradient until it has chosen between them.
+    """
+    norm = optax.global_norm(grads)
+    factor = most / jnp.maximum(norm, most)
+    return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
 
 
 def adam(
