@@ -250,8 +250,8 @@ def _by_strips(x: jax.Array, weight: jax.Array, windows: Callable, plain: Callab
 def _convolve(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding: Sequence) -> jax.Array:
     """XLA's convolution, or matrix products where a platform is slow at it.
 
-    A TPU first cuts so small a batch into pieces; a CPU reads the whole window again for every few pixels, and takes the
-    gradient of a window for a convolution with one as large as the picture.
+    A TPU first cuts so small a batch into pieces; a CPU reads the whole window again for every few pixels, and takes a
+    window's gradient for a convolution with one as large as the picture.
     """
     dims = ("NHWC", "HWIO", "NHWC")
     groups = x.shape[-1] // weight.shape[2]

@@ -210,6 +210,33 @@ def test_convolutions_as_pytorch():
     close(down(few, w), torch_conv(few, w)[:, ::2, ::2])
 
 
+@pytest.mark.parametrize(
+    "height, options, convolutions",
+    [
+        (32, {}, 6),  # by fours of rows, with half the products
+        (31, {}, 1),
+        (32, {"strides": (2, 2)}, 1),
+        (16, {"doubled": True}, 4),
+    ],
+)
+def test_convolutions_on_a_cpu_and_their_gradients_as_pytorch(height, options, convolutions):
+    rng = np.random.default_rng(3)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    x, w = draw(2, height, 34, 65), draw(3, 3, 65, 72) / 8
+    ours = functools.partial(weights.conv, padding=((1, 1), (1, 1)), **options)
+    assert jax.jit(ours).lower(x, w).as_text().count("stablehlo.convolution") == convolutions
+
+    asked = [torch.tensor(a).permute(*order).requires_grad_() for a, order in ((x, (0, 3, 1, 2)), (w, (3, 2, 0, 1)))]
+    seen = torch.nn.functional.interpolate(asked[0], scale_factor=2) if "doubled" in options else asked[0]
+    theirs = torch.nn.functional.conv2d(seen, asked[1], padding=1, stride=options.get("strides", 1))
+    g = draw(*theirs.shape)
+    (gx, gw), channels_last = torch.autograd.grad(theirs, asked, torch.tensor(g)), (0, 2, 3, 1)
+    want = theirs.permute(*channels_last), gx.permute(*channels_last), gw.permute(2, 3, 1, 0)
+    y, back = jax.vjp(ours, jnp.asarray(x), jnp.asarray(w))
+    for a, b in zip((y, *back(jnp.asarray(g.transpose(channels_last)))), want):
+        np.testing.assert_allclose(a, b.detach(), atol=5e-5 * float(b.std()))
+
+
 @pytest.mark.parametrize("doubled", [False, True])
 @pytest.mark.parametrize("features", [3, 384])
 def test_convolutions_in_strips_as_pytorch(doubled, features, monkeypatch):
@@ -222,7 +249,9 @@ def test_convolutions_in_strips_as_pytorch(doubled, features, monkeypatch):
     x, w = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 16, 32, 128), (3, 3, 128, features)))
     ours = functools.partial(weights.conv, padding=((1, 1), (1, 1)), doubled=doubled)
     plainly = jax.vjp(ours, x, w)
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, default, tpu: tpu(*arrays))
+    choose = jax.lax.platform_dependent
+    as_on_tpu = lambda *arrays, tpu=None, **ways: tpu(*arrays) if tpu else choose(*arrays, **ways)
+    monkeypatch.setattr(jax.lax, "platform_dependent", as_on_tpu)
     by_kernel = jax.vjp(ours, x, w)
     close = functools.partial(np.testing.assert_allclose, atol=2e-3, rtol=1e-4)
     close(by_kernel[0], torch_conv(x.repeat(2, 1).repeat(2, 2) if doubled else x, w))

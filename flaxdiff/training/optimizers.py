@@ -150,6 +150,10 @@ def _clipped(most: float, grads: Any, _: Any = None) -> Any:
     """Gradients of at most such a norm, by one factor: what follows multiplies by it in passing.
 
     Optax divides each by the norm, and keeps what that gives beside the gradient until it has chosen between them.
+
+    >>> grads = {"w": jnp.full(4, 2.0)}
+    >>> [_clipped(most, grads)["w"].tolist() for most in (1.0, 5.0)]
+    [[0.5, 0.5, 0.5, 0.5], [2.0, 2.0, 2.0, 2.0]]
     """
     norm = optax.global_norm(grads)
     factor = most / jnp.maximum(norm, most)
