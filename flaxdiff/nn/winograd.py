@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROWS, AROUND = 4, ((1, 1), (1, 1))
+ROWS = 4
 WIDE = 64  # channels from which products take so long that sums of rows beside them do not matter
 MANY = 2**11  # pixels from which they are more than the sums of the window
 # results = BACK · (WINDOW · window) (PIXELS · pixels), at the points in this order
