@@ -6,6 +6,7 @@ is put on by `params | {name: LoRA(...)}` and taken off again by dropping it: no
 Records are pytrees, so `jit`, `grad` and `scan` over stacked layers see through them.
 """
 
+import functools
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -292,7 +293,9 @@ def _products(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding
     kh, kw = ((kh, kw), (kh, 1), (1, 1))[gather]
     weight = weight.reshape(kh, kw, -1, features)
     tap = lambda i, j: jnp.matmul(x[:, i : i + h, j : j + w], weight[i, j], preferred_element_type=jnp.float32)
-    return sum(tap(i, j) for i in range(kh) for j in range(kw)).astype(x.dtype)
+    # one after the other: a TPU's compiler would keep all products of large pictures to add them up at the end
+    add = lambda sums, product: jax.lax.optimization_barrier(sums) + product
+    return functools.reduce(add, (tap(i, j) for i in range(kh) for j in range(kw))).astype(x.dtype)
 
 
 def _doubled(x: jax.Array, weight: jax.Array) -> jax.Array:

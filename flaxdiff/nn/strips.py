@@ -18,9 +18,10 @@ from jax.experimental.pallas import tpu as pltpu
 from flaxdiff.nn.kernels import LANES
 from flaxdiff.parallel import free_axes, splits
 
-ROOM = 14 * 2**20  # bytes of a TPU's fast memory that the kernel may take
+LIMIT = 2**24  # bytes of a TPU's fast memory that a kernel gets, whatever the compiler's flags give to others
+ROOM = LIMIT - 2**21  # what is counted on
 SEVERAL = 8  # pictures that XLA's own convolution is good at
-LARGE = 2**25  # bytes of results in float32, from which products with shifted pictures, see weights.py, want more room
+LARGE = 2**26  # bytes of results in float32, from which products with shifted pictures, see weights.py, want more room
 Windows = Sequence[Sequence[jax.Array]]  # [k, k, in, out] for each phase of the rows, of the columns
 
 
@@ -78,6 +79,7 @@ def convolved(x: jax.Array, windows: Windows, interpret: bool = False) -> jax.Ar
             pltpu.VMEM((rows + 2, w, c), x.dtype),
             *[pltpu.VMEM((2 * w, LANES), jnp.float32)] * (some // LANES if phases > 1 else 0),
         ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=LIMIT),
         cost_estimate=cost,
         interpret=interpret,
     )
