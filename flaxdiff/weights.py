@@ -6,8 +6,8 @@ is put on by `params | {name: LoRA(...)}` and taken off again by dropping it: no
 Records are pytrees, so `jit`, `grad` and `scan` over stacked layers see through them.
 """
 
-import functools
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
