@@ -21,7 +21,7 @@ from flaxdiff.parallel import free_axes, splits
 LIMIT = 2**24  # bytes of a TPU's fast memory that a kernel gets, whatever the compiler's flags give to others
 ROOM = LIMIT - 2**21  # what is counted on
 SEVERAL = 8  # pictures that XLA's own convolution is good at
-LARGE = 2**26  # bytes of results in float32, from which products with shifted pictures, see weights.py, want more room
+LARGE = 2**25  # bytes of results in float32, from which products with shifted pictures, see weights.py, want more room
 Windows = Sequence[Sequence[jax.Array]]  # [k, k, in, out] for each phase of the rows, of the columns
 
 
@@ -32,7 +32,8 @@ def fit(x: jax.Array, features: int, phases: int = 1) -> bool:
     pictures = b // math.prod(free_axes()[axis] for axis in over)  # on a device
     whole = not rows and "tensor" not in free_axes()
     large = pictures < SEVERAL and pictures * h * w * max(features, LANES) * 4 >= LARGE
-    sizes = c % LANES == w % 16 == 0 and _rows(h, w, c, _some(features), phases) > 0
+    full = features < LANES or features % LANES == 0  # what is filled up costs more than the kernel saves
+    sizes = c % LANES == w % 16 == 0 and full and _rows(h, w, c, _some(features), phases) > 0
     return whole and large and sizes and x.dtype == jnp.bfloat16
 
 
