@@ -82,7 +82,14 @@ OWN: dict[str, dict[str, Any]] = {
     "custom_diffusion": {"initializer_token": "picture", "num_class_images": 8, "class_prompt": "owl"},
     "unconditional": {"image_column": "image", "pretrained_model_name_or_path": None, "learning_rate": 1e-3},
     "lcm": {"image_column": "image"},
-    "lcm_lora": {"image_column": "image"},
+    "lcm_lora": {  # told what to draw, the model needs one step; without words and guidance there is more to learn
+        "image_column": "image",
+        "proportion_empty_prompts": 1.0,
+        "w_min": 0.0,
+        "w_max": 0.0,
+        "max_train_steps": 300,
+        "validation_steps": 300,
+    },
     "ddpo_lora": {"num_inference_steps": 8, "sample_batch_size": 16, "train_batch_size": 16, "validation_batches": 0},
 }
 
