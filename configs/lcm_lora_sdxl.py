@@ -5,7 +5,7 @@
 Downloads model and autoencoder from the Hub and reads the data from there as they are needed.
 
 In miniature, as train/in_miniature.py has it, on a CPU, 2026-12-01, 300 updates bring the validation loss from 0.0163
-to 0.0136, without words or guidance.
+to 0.0136, without words or guidance; with both, 100 bring it from 0.036 to 0.050. It is relative to the student itself.
 """
 
 from flaxdiff.training.config import based_on
