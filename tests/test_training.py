@@ -558,12 +558,13 @@ def test_an_output_that_is_no_folder(output, tmp_path, monkeypatch):
 
 def test_flops_are_those_of_the_compiled_program():
     """A network that is scanned, against XLA's count of one that is not."""
-    args = jnp.zeros((2, 4, 4, 4)), 5.0, jnp.zeros((2, 3, 8))
+    args = jnp.zeros((2, 16, 16, 4)), 5.0, jnp.zeros((2, 3, 8))
     call = lambda spec, params: apply(spec, params, *args)
     params = init(UNET, jax.random.key(0))
     ours = report.flops(functools.partial(call, UNET), params)
     theirs = jax.jit(functools.partial(call, UNET)).lower(params).compile().cost_analysis()["flops"]
-    assert 0.6 * theirs < ours <= theirs  # which also counts what is done to each number
+    # XLA also counts what is done to each number, and leaves out a window's products with the zeros around a picture
+    assert 0.8 * theirs < ours <= theirs
 
 
 def test_prodigy_warms_up():
