@@ -4,8 +4,9 @@
 
 Downloads model and autoencoder from the Hub and reads the data from there as they are needed.
 
-In miniature, as train/in_miniature.py has it, on a CPU, 2026-12-01, 300 updates bring the validation loss from 0.0163
-to 0.0136, without words or guidance; with both, 100 bring it from 0.036 to 0.050. It is relative to the student itself.
+In miniature, by train/in_miniature.py on a CPU, 2026-12-01, 300 updates bring the validation loss, how far its single
+step is from where the fifty of its teacher lead, from 0.67 to 0.346. There are no words there and no guidance: told
+what to draw, the small model needs no more than one step to begin with.
 """
 
 from flaxdiff.training.config import based_on

@@ -2,7 +2,7 @@
 
     flaxdiff train configs/lcm_sd15.py
 
-In miniature, by train/in_miniature.py on a CPU, 2026-11-30, 100 updates bring the validation loss from 0.0428 to 0.032.
+In miniature, by train/in_miniature.py on a CPU, 2026-12-01, 100 updates bring the validation loss from 0.725 to 0.411.
 """
 
 from flaxdiff.training.config import based_on

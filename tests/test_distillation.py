@@ -325,7 +325,8 @@ def test_student_and_critic_in_turns():
     assert abs(np.mean(means[-50:]) - 1) < 0.2, means[::30]
 
 
-def test_distilled_student_needs_one_step():
+@pytest.mark.parametrize("whole", [False, True])
+def test_distilled_student_needs_one_step(whole):
     """A student that is its teacher's ODE solved exactly has no loss: the consistency function of Gaussian data."""
     deviation = 0.5
     path = PATH._replace(prediction_type="sample")
@@ -338,8 +339,8 @@ def test_distilled_student_needs_one_step():
 
     best = gaussian(lambda params: 0.0, PATH, deviation)
     ask = lambda params, x, t, batch: PATH.predicted(t, x, best(params, x, t, batch))[0]
-    loss = distillation.latent_consistency(solved, ask, path, {}, num_ddim_timesteps=500)
-    wrong = distillation.latent_consistency(ask, ask, path, {}, num_ddim_timesteps=500)
+    options = {"num_ddim_timesteps": 500, "w_min": 0.0, "w_max": 0.0, "whole": whole}
     batch = {"latents": deviation * rng.normal(size=(64, 4, 4, 3)).astype(np.float32)}
-    right, other = (float(f({}, batch, KEY)[0]) for f in (loss, wrong))
+    losses = [distillation.latent_consistency(student, ask, path, {}, **options) for student in (solved, ask)]
+    right, other = (float(jax.jit(loss)({}, batch, KEY)[0]) for loss in losses)
     assert right < 1e-4 and right < 0.05 * other, (right, other)

@@ -66,6 +66,13 @@ DRAWN_FROM_LINES = {  # and without words, which tell all
     "conditioning_image_column": "conditioning_image",
     "proportion_empty_prompts": 1.0,
 }
+FEW_STEPS = {  # told what to draw the model needs no more than one; and validation asks the teacher for all its steps
+    "image_column": "image",
+    "proportion_empty_prompts": 1.0,
+    "w_min": 0.0,
+    "w_max": 0.0,
+    "validation_batches": 4,
+}
 # recipe -> what else it needs of the emoji
 OWN: dict[str, dict[str, Any]] = {
     "lora": {"learning_rate": 2e-3},
@@ -81,15 +88,8 @@ OWN: dict[str, dict[str, Any]] = {
     "textual_inversion": {"initializer_token": "picture", "learning_rate": 3e-2},
     "custom_diffusion": {"initializer_token": "picture", "num_class_images": 8, "class_prompt": "owl"},
     "unconditional": {"image_column": "image", "pretrained_model_name_or_path": None, "learning_rate": 1e-3},
-    "lcm": {"image_column": "image"},
-    "lcm_lora": {  # told what to draw, the model needs one step; without words and guidance there is more to learn
-        "image_column": "image",
-        "proportion_empty_prompts": 1.0,
-        "w_min": 0.0,
-        "w_max": 0.0,
-        "max_train_steps": 300,
-        "validation_steps": 300,
-    },
+    "lcm": FEW_STEPS,
+    "lcm_lora": {**FEW_STEPS, "max_train_steps": 300, "validation_steps": 300},
     "ddpo_lora": {"num_inference_steps": 8, "sample_batch_size": 16, "train_batch_size": 16, "validation_batches": 0},
 }
 

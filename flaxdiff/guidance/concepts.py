@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from flaxdiff.guidance.attentive import at_a_quarter, enlarged, grid, smoothed
 from flaxdiff.guidance.rules import At, Guidance, Predictions, chain, per_image, per_prompt
+from flaxdiff.schedulers.tables import quantile
 
 
 def safe(
@@ -75,8 +76,8 @@ def sega(
         gammas = jnp.stack([predictions[name] - predictions["negative"] for name in names])
         gammas *= signed.reshape(-1, *(1,) * guess.ndim)
 
-        def salient(gamma, quantile):
-            least = jnp.quantile(jnp.abs(gamma), quantile, axis=tuple(range(1, gamma.ndim - 1)), keepdims=True)
+        def salient(gamma, share):
+            least = quantile(jnp.abs(gamma), share, range(1, gamma.ndim - 1))
             return jnp.where(jnp.abs(gamma) >= least, gamma, 0)
 
         gammas = jax.vmap(salient)(gammas, c["edit_threshold"])

@@ -9,7 +9,8 @@ as those for tokens, start and advance a `Run`; `init` and `step` ask the plan.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -249,6 +250,30 @@ def init(plan: Any, latents: jax.Array, key: jax.Array) -> Any:
     return jax.tree.map(jnp.asarray, plan).start(latents, image_keys(key, len(latents)))
 
 
+def quantile(x: jax.Array, q: jax.Array | float, axes: Sequence[int]) -> jax.Array:
+    """`jnp.quantile` of float32 numbers that are not negative, over axes that are kept: found bit by bit, by counting.
+
+    A sort takes more passes over the numbers, and a TPU's compiler seconds.
+
+    >>> float(quantile(jnp.array([3.0, 1.0, 2.0, 0.0]), 0.5, [0])[0])
+    1.5
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)  # in the order of the numbers
+    last = math.prod(x.shape[axis] for axis in axes) - 1
+    k = jnp.floor(q * last).astype(jnp.int32)  # the quantile lies between the k-th number from below and the next
+    count = lambda those: those.sum(axes, keepdims=True)
+    least = lambda those: jnp.where(those, x, jnp.inf).min(axes, keepdims=True)
+
+    def add(n: int, found: jax.Array) -> jax.Array:
+        more = found | (1 << (30 - n))
+        return jnp.where(count(bits < more) <= k, more, found)
+
+    found = jax.lax.fori_loop(0, 31, add, jnp.zeros_like(count(bits > 0)))
+    here = least(bits >= found)
+    after = jnp.where(count(bits <= found) > jnp.minimum(k + 1, last), here, least(bits > found))
+    return here + (q * last - k) * (after - here)
+
+
 def _predictions(state: SchedulerState, model_output: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | float]:
     """x_0, the output without its variance channels, and the factor by which a learned variance stretches the noise."""
     plan, i, x = state.plan, state.index, state.slots[0]
@@ -264,14 +289,14 @@ def _predictions(state: SchedulerState, model_output: jax.Array) -> tuple[jax.Ar
             "output have twice the channels (last axis) when it predicts a variance."
         )
     x0 = plan.x0_sample[i] * x + plan.x0_output[i] * out
-    quantile, largest = plan.threshold[i]
+    share, largest = plan.threshold[i]
 
     def dynamic(x0):  # Imagen (2205.11487): a quantile of |x_0| over each image becomes 1
         axes = tuple(range(1, x0.ndim))
-        bound = jnp.minimum(jnp.maximum(jnp.quantile(jnp.abs(x0), quantile, axes, keepdims=True), 1), largest)
+        bound = jnp.minimum(jnp.maximum(quantile(jnp.abs(x0), share, axes), 1), largest)
         return jnp.clip(x0, -bound, bound) / bound
 
-    x0 = jax.lax.cond(quantile > 0, dynamic, lambda x0: jnp.clip(x0, -plan.clip[i], plan.clip[i]), x0)
+    x0 = jax.lax.cond(share > 0, dynamic, lambda x0: jnp.clip(x0, -plan.clip[i], plan.clip[i]), x0)
     return x0, out, spread
 
 

@@ -90,6 +90,7 @@ def latent_consistency(
     huber_c: float = 0.001,
     timestep_scaling_factor: float = 10.0,
     time_cond_proj_dim: int | None = None,
+    whole: bool = False,
     timesteps: times.Timesteps | None = None,
     noise: Noise = jax.random.normal,
 ) -> Loss:
@@ -108,6 +109,8 @@ def latent_consistency(
       loss_type: "l2", or "huber" with `huber_c`.
       timestep_scaling_factor: τ / t.
       time_cond_proj_dim: the width at which the student is told w, as `batch["timestep_cond"]`; by default it is not.
+      whole: from the noisiest level, with x̂_0 of all the teacher's steps: what the student is to come to, of which the
+        loss says little, since it is relative to what the student says itself. For validation.
       timesteps, noise: as of `denoising`; rows are of the `num_ddim_timesteps`.
 
     The batch's "latents" are x_0.
@@ -134,23 +137,25 @@ def latent_consistency(
     def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         k_time, k_noise, k_w = jax.random.split(key, 3)
         x0 = batch["latents"].astype(jnp.float32)
-        i = (timesteps or times.sampler())(k_time, len(x0), n)
-        s, t = rows[i], ends[i]
-        x_s, _ = path.noised(s, x0, noise(k_noise, x0.shape))
+        i = jnp.full(len(x0), n - 1) if whole else (timesteps or times.sampler())(k_time, len(x0), n)
+        x_s, _ = path.noised(rows[i], x0, noise(k_noise, x0.shape))
         w = jax.random.uniform(k_w, x0.shape[:1], minval=w_min, maxval=w_max)
         told = dict(batch)
         if time_cond_proj_dim is not None:
             told["timestep_cond"] = sinusoids(1000 * w, time_cond_proj_dim, flip_sin_to_cos=False, freq_shift=1)
 
-        # one step of the guided teacher, from s down to t
-        asked = lambda batch: path.predicted(s, x_s, teacher(params, x_s, time[s], batch).astype(jnp.float32))
-        w = w.reshape(-1, *[1] * (x0.ndim - 1))
-        pred_x0, pred_eps = (c + w * (c - u) for c, u in zip(asked(batch), asked(emptied(batch, empty))))
-        alpha, sigma = at(t, x0, path.alpha, path.sigma)
-        x_t = jax.lax.stop_gradient(alpha * pred_x0 + sigma * pred_eps)
+        def below(i: jax.Array, x_s: jax.Array) -> jax.Array:
+            """One step of the guided teacher, from s down to t."""
+            s, strength = rows[i], w.reshape(-1, *[1] * (x0.ndim - 1))
+            asked = lambda batch: path.predicted(s, x_s, teacher(params, x_s, time[s], batch).astype(jnp.float32))
+            pred_x0, pred_eps = (c + strength * (c - u) for c, u in zip(asked(batch), asked(emptied(batch, empty))))
+            alpha, sigma = at(ends[i], x0, path.alpha, path.sigma)
+            return jax.lax.stop_gradient(alpha * pred_x0 + sigma * pred_eps)
 
-        goal = jax.lax.stop_gradient(consistent(target or predict, params, x_t, t, told))
-        return distances[loss_type](consistent(predict, params, x_s, s, told) - goal).mean(), {}
+        x_t = jax.lax.fori_loop(0, n, lambda j, x: below(i - j, x), x_s) if whole else below(i, x_s)
+        end = jnp.zeros_like(i) if whole else ends[i]
+        goal = jax.lax.stop_gradient(consistent(target or predict, params, x_t, end, told))
+        return distances[loss_type](consistent(predict, params, x_s, rows[i], told) - goal).mean(), {}
 
     return loss
 

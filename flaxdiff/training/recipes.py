@@ -52,6 +52,7 @@ class Recipe(NamedTuple):
       target: whether the loss asks the moving average as well, see `train_step`, which is then kept.
       shows: the option of the pipeline's call that is a picture to follow or to change.
       draws: parameters -> those that the pipeline draws with; by default the same.
+      validates: what is told of validation batches, by default the loss.
     """
 
     pipe: DiffusionPipeline
@@ -67,6 +68,7 @@ class Recipe(NamedTuple):
     target: bool = False
     shows: str = "image"
     draws: Callable[[Components], Components] = lambda params: params
+    validates: Loss | None = None
 
 
 # --- what recipes share ----------------------------------------------------------------------------------------------
@@ -395,7 +397,7 @@ def latent_consistency(config: Config) -> Recipe:
     )  # the loss says what strength of guidance is told
     ask = predict(pipe)
     options = {"target": distillation.average(ask), "time_cond_proj_dim": width}
-    return made._replace(loss=_consistent(base, ask, teacher, config, **options), target=True)
+    return made._replace(**_consistent(base, ask, teacher, config, **options), target=True)
 
 
 # the same for a student of few steps: convolutions and feed-forwards as well
@@ -414,8 +416,8 @@ def latent_consistency_lora(config: Config) -> Recipe:
         raise ValueError(f"{config.recipe} leaves text encoders as they are; leave out train_text_encoder.")
     made = with_lora(config, STUDENT)
     student = predict(made.pipe)
-    loss = _consistent(made.pipe, student, distillation.adapterless(student), config)
-    return made._replace(pipe=made.pipe.replace(scheduler=_lcm(made.pipe)), loss=loss)
+    both = _consistent(made.pipe, student, distillation.adapterless(student), config)
+    return made._replace(pipe=made.pipe.replace(scheduler=_lcm(made.pipe)), **both)
 
 
 def _lcm(pipe: DiffusionPipeline) -> Any:
@@ -425,13 +427,14 @@ def _lcm(pipe: DiffusionPipeline) -> Any:
 
 def _consistent(
     base: DiffusionPipeline, student: losses.Predict, teacher: losses.Predict, config: Config, **options: Any
-) -> Loss:
-    """The loss of a student and its teacher, which guides by the empty text."""
+) -> dict[str, Loss]:
+    """The loss of a student and its teacher, which guides by the empty text, and how far it is from the teacher's end."""
     given = config.objective
     path = noising.path_of(base.scheduler)
     if path.prediction_type == "flow_prediction":
         raise ValueError(f"{type(base).__name__} is a flow; {config.recipe} is for diffusion.")
-    loss = distillation.latent_consistency(
+    loss = functools.partial(
+        distillation.latent_consistency,
         student,
         teacher,
         path,
@@ -443,7 +446,7 @@ def _consistent(
         huber_c=given.huber_c,
         **options,
     )
-    return encoded(base, loss)
+    return {"loss": encoded(base, loss()), "validates": encoded(base, loss(whole=True))}
 
 
 # --- rewards and preferences -----------------------------------------------------------------------------------------

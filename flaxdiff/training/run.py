@@ -237,7 +237,8 @@ def writers(config: Config) -> list[report.Writer]:
 def validation(config: Config, recipe: Recipe, data: DataLoader, place: Callable, dtype: Any) -> Any:
     """What is looked at now and then, with the moving average where there is one: a loss, pictures, or nothing.
 
-    The loss is that of a few batches far ahead in the data, with the same noise each time.
+    The loss is that of a few batches far ahead in the data, with the same noise each time; of a student of few steps,
+    how far its single step is from where the teacher's many lead.
     """
     given, key = config.run, jax.random.key(config.run.seed)
     prompts = given.validation_prompt.split("|") if given.validation_prompt else []
@@ -245,7 +246,8 @@ def validation(config: Config, recipe: Recipe, data: DataLoader, place: Callable
         return None
     images = [Image.open(path).convert("RGB") for path in (given.validation_image or "").split("|") if path]
     pipe = recipe.pipe.replace(progress=False)
-    loss = jax.jit(lambda params, *given: recipe.loss(state.computed(params, dtype), *given)[0])
+    judge = recipe.validates or recipe.loss
+    loss = jax.jit(lambda params, *given: judge(state.computed(params, dtype), *given)[0])
     side = {"height": config.data.resolution, "width": config.data.resolution} if recipe.captioned else {}
 
     def look(now: state.TrainState) -> dict[str, Any]:
