@@ -128,7 +128,9 @@ def test_the_kernel_under_vmap(by):
 
 
 def test_blocks_waste_little():
-    assert [flash._block(n) for n in (77, 128, 1000, 1024, 1100, 4096, 4608)] == [128, 128, 1024, 1024, 384, 1024, 768]
+    lengths = 77, 128, 1000, 1024, 1100, 4096, 4608
+    assert [flash._block(n, 128) for n in lengths] == [128, 128, 1024, 1024, 384, 1024, 768]
+    assert [flash._block(n, 160) for n in lengths] == [128, 128, 512, 512, 384, 512, 512]
 
 
 def test_normalised_and_turned_in_one_pass(monkeypatch):

@@ -206,6 +206,18 @@ def test_heads_move_by_kernels_alone(layer):
     assert not [i.name for i in moves if i.arrays[0].bytes >= 2 * 2048 * 256 * 2]
 
 
+@pytest.mark.parametrize("tokens,heads,channels", [(1024, 20, 64), (4096, 10, 64), (4096, 2, 128), (16384, 1, 512)])
+def test_attention_takes_little_fast_memory(tokens, heads, channels):
+    """The kernel fits where fused operations are told to do with 6 MB, see docs/cold_start.md."""
+    from flaxdiff.nn import flash
+
+    place = jax.sharding.SingleDeviceSharding(chips.describe("v5e:1x1").devices[0])
+    x = jax.ShapeDtypeStruct((2, tokens, heads, channels), jnp.bfloat16, sharding=place)
+    with unkept():
+        made = jax.jit(flash.attention).lower(x, x, x)
+        assert "tpu_custom_call" in made.compile({"xla_tpu_scoped_vmem_limit_kib": "6144"}).as_text()
+
+
 @pytest.mark.parametrize("preset", ["fsdp+tp=2", "cp"])
 def test_kernels_on_several_chips(preset):
     """The compiler refuses kernels that it would have to split: each chip runs them on its own pictures and heads."""

@@ -634,6 +634,21 @@ def test_learned_variance_is_the_network_s():
     np.testing.assert_allclose(with_noise - without, 0.5 * NOISE[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("q", [0.0, 0.33, 0.995, 1.0])
+def test_quantile_as_torch(q):
+    """Found by counting; its gradient as well."""
+    x = np.abs(np.random.default_rng(0).normal(size=(3, 8, 9, 4))).astype(np.float32)
+    x[0, 0, 0], x[1] = 0, 7  # equal ones
+    theirs = torch.from_numpy(x).flatten(1)
+    np.testing.assert_allclose(
+        tables.quantile(x, q, (1, 2, 3)).ravel(), torch.quantile(theirs, q, dim=1).numpy(), rtol=1e-6
+    )
+    last = theirs[2].requires_grad_()
+    torch.quantile(last, q).backward()
+    ours = jax.grad(lambda x: tables.quantile(x, q, (0, 1, 2)).sum())(x[2])
+    np.testing.assert_allclose(ours.ravel(), last.grad.numpy(), atol=1e-4)
+
+
 def test_ancestral_steps_from_great_sigma_are_finite():
     # from sigma = 20,291 float32 leaves diffusers a negative variance, and NaN at four steps
     config = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}

@@ -187,7 +187,7 @@ def _sliced(
                 return (higher, total * fade + weight.sum(-1), mean * fade[:, None] + more), None
 
             nothing = jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((rows, d))
-            (_, total, mean), _ = jax.lax.scan(add, nothing, jnp.arange(len(k)))
+            (_, total, mean), _ = add(nothing, 0) if len(k) == 1 else jax.lax.scan(add, nothing, jnp.arange(len(k)))
             return (mean / total[:, None]).astype(v.dtype)
 
         return jax.lax.map(block, jnp.arange(len(q)))

@@ -15,8 +15,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from flaxdiff.nn.kernels import LANES, divisible, regrouped
 
-BLOCK = 1024  # queries, and keys, that a block holds at most; sizes are multiples of LANES
-AT_ONCE = 256  # of a block's keys that meet its queries at once: no slower, and half of the fast memory
+# Queries, and keys, that a block holds at most, in heads of up to LANES channels and in wider ones; sizes are multiples
+# of LANES. Of a block's keys so many meet its queries at once. All fits into 6 MB of fast memory.
+BLOCK = 1024, 512
+AT_ONCE = 256
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False) -> jax.Array:
@@ -29,16 +31,16 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False)
     return _attend(causal, q, k, v)
 
 
-def _block(length: int) -> int:
+def _block(length: int, channels: int) -> int:
     """The size of a block: a multiple of 128 that wastes little of the last one."""
-    whole = -(-length // LANES)
-    return min(range(1, BLOCK // LANES + 1), key=lambda size: (-(-whole // size) * size, -size)) * LANES
+    whole, most = -(-length // LANES), BLOCK[channels > LANES]
+    return min(range(1, most // LANES + 1), key=lambda size: (-(-whole // size) * size, -size)) * LANES
 
 
 def _kernel(causal: bool, interpret: bool, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """The kernel on what one device holds, [B, N, H, D]."""
     n, m, heads = q.shape[1], k.shape[1], q.shape[2]
-    rows, keys = _block(n), _block(m)
+    rows, keys = _block(n, q.shape[3]), _block(m, q.shape[3])
     moved = lambda a, size: regrouped(a, True, -(-a.shape[1] // size) * size, interpret)
     # those of LANES channels were turned by a kernel that has put heads first already: see rope.py
     turned = lambda a, size: jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, -a.shape[1] % size), (0, 0)))

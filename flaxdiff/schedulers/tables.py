@@ -260,7 +260,8 @@ def quantile(x: jax.Array, q: jax.Array | float, axes: Sequence[int]) -> jax.Arr
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)  # in the order of the numbers
     last = math.prod(x.shape[axis] for axis in axes) - 1
-    k = jnp.floor(q * last).astype(jnp.int32)  # the quantile lies between the k-th number from below and the next
+    place = jnp.float32(q * last)  # of the quantile among the numbers from below, between the k-th and the next
+    k = place.astype(jnp.int32)
     count = lambda those: those.sum(axes, keepdims=True)
     least = lambda those: jnp.where(those, x, jnp.inf).min(axes, keepdims=True)
 
@@ -271,7 +272,7 @@ def quantile(x: jax.Array, q: jax.Array | float, axes: Sequence[int]) -> jax.Arr
     found = jax.lax.fori_loop(0, 31, add, jnp.zeros_like(count(bits > 0)))
     here = least(bits >= found)
     after = jnp.where(count(bits <= found) > jnp.minimum(k + 1, last), here, least(bits > found))
-    return here + (q * last - k) * (after - here)
+    return here + (place % 1) * (after - here)
 
 
 def _predictions(state: SchedulerState, model_output: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | float]:
