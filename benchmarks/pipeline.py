@@ -7,11 +7,13 @@ folder.
 """
 
 import argparse
+import os
 
 import common
 
 
 def ours(args: argparse.Namespace) -> common.Figures:
+    os.environ |= common.CPU
     import jax
 
     import flaxdiff

@@ -6,11 +6,13 @@ Random weights, float32, the same cores; both sides load the same folder.
 """
 
 import argparse
+import os
 
 import common
 
 
 def ours(args: argparse.Namespace) -> common.Figures:
+    os.environ |= common.CPU
     import jax
     import jax.numpy as jnp
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flaxdiff import weights
 from flaxdiff.core import attention_backend
 from flaxdiff.nn import attention as module
-from flaxdiff.nn import flash, kernels, rope, strips
+from flaxdiff.nn import flash, kernels, rope, strips, winograd
 from flaxdiff.nn.attention import attention
 from flaxdiff.nn.layers import RMSNorm
 from flaxdiff.parallel import make_mesh
@@ -213,15 +213,17 @@ def test_convolutions_as_pytorch():
 
 
 @pytest.mark.parametrize(
-    "height, options, convolutions",
+    "height, options, convolutions, near",
     [
-        (32, {}, 6),  # by fours of rows, with half the products
-        (31, {}, 1),
-        (32, {"strides": (2, 2)}, 1),
-        (16, {"doubled": True}, 4),
+        (32, {}, 6, winograd.NEAR),  # by fours of rows, with half the products
+        (32, {}, 6, 2**18),  # the same in pieces of four rows
+        (31, {}, 1, winograd.NEAR),
+        (32, {"strides": (2, 2)}, 1, winograd.NEAR),
+        (16, {"doubled": True}, 4, winograd.NEAR),
     ],
 )
-def test_convolutions_on_a_cpu_and_their_gradients_as_pytorch(height, options, convolutions):
+def test_convolutions_on_a_cpu_and_their_gradients_as_pytorch(height, options, convolutions, near, monkeypatch):
+    monkeypatch.setattr(winograd, "NEAR", near)
     rng = np.random.default_rng(3)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     x, w = draw(2, height, 34, 65), draw(3, 3, 65, 72) / 8

@@ -18,6 +18,7 @@ import numpy as np
 ROWS = 4
 WIDE = 64  # channels from which products take so long that sums of rows beside them do not matter
 MANY = 2**11  # pixels from which they are more than the sums of the window
+NEAR = 2**25  # bytes of a picture and its result that are worked on at once
 # results = BACK · (WINDOW · window) (PIXELS · pixels), at the points in this order
 PIXELS = np.array(
     [
@@ -47,13 +48,23 @@ def convolved(x: jax.Array, weight: jax.Array) -> jax.Array:
     Array([[4., 6., 6.],
            [6., 9., 9.]], dtype=float32)
     """
-    products = [
-        jax.lax.conv_general_dilated(
-            pixels, row[None], (1, 1), ((0, 0), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        for pixels, row in zip(_pixels(x), _mixed(WINDOW, weight))
-    ]
-    return jnp.stack(_mixed(BACK, products), 2).reshape(*x.shape[:3], -1)
+    b, h, w, channels = x.shape
+    window, x, rows = _mixed(WINDOW, weight), _padded(x), h
+    while rows % (2 * ROWS) == 0 and b * rows * w * (channels + weight.shape[3]) * 4 > NEAR:
+        rows //= 2
+
+    def some(first: jax.Array | int) -> jax.Array:
+        """So many rows of the result."""
+        products = [
+            jax.lax.conv_general_dilated(
+                pixels, row[None], (1, 1), ((0, 0), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            for pixels, row in zip(_pixels(jax.lax.dynamic_slice_in_dim(x, first, rows + 2, 1)), window)
+        ]
+        return jnp.stack(_mixed(BACK, products), 2).reshape(b, rows, w, -1)
+
+    y = some(0)[None] if rows == h else jax.lax.map(some, jnp.arange(0, h, rows))
+    return y.swapaxes(0, 1).reshape(b, h, w, -1)
 
 
 def _backward(given: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -64,7 +75,7 @@ def _backward(given: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Arr
     over = lambda pixels, result: pixels.reshape(-1, x.shape[-1]).T @ result.reshape(-1, g.shape[-1])
     rows = [
         jnp.stack([over(pixels[:, :, j : j + w], result) for j in range(3)])
-        for pixels, result in zip(_pixels(x, columns=1), results)
+        for pixels, result in zip(_pixels(_padded(x, columns=1)), results)
     ]
     return convolved(g, weight[::-1, ::-1].swapaxes(2, 3)), jnp.stack(_mixed(WINDOW.T, rows))
 
@@ -72,12 +83,15 @@ def _backward(given: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Arr
 convolved.defvjp(lambda x, weight: (convolved(x, weight), (x, weight)), _backward)
 
 
-def _pixels(x: jax.Array, columns: int = 0) -> list[jax.Array]:
-    """The pixels' values at each point, [B, H / 4, W, in], with so many columns of zeros on both sides."""
-    h = x.shape[1]
-    # zeros around are written once, and not asked for by every sum
-    x = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (1, 1), (columns, columns), (0, 0))))
-    return _mixed(PIXELS, [x[:, i : i + h - ROWS + 1 : ROWS] for i in range(len(PIXELS))])
+def _padded(x: jax.Array, columns: int = 0) -> jax.Array:
+    """With a row of zeros above and below, and so many columns on both sides; written once, not asked for by sums."""
+    return jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (1, 1), (columns, columns), (0, 0))))
+
+
+def _pixels(x: jax.Array) -> list[jax.Array]:
+    """The values at each point of padded rows, [B, rows / 4, W, in]."""
+    last = x.shape[1] - len(PIXELS) + 1
+    return _mixed(PIXELS, [x[:, i : i + last : ROWS] for i in range(len(PIXELS))])
 
 
 def _mixed(matrix: np.ndarray, parts: Sequence[jax.Array]) -> list[jax.Array]:
