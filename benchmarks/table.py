@@ -40,7 +40,7 @@ RUNS = (  # (what is measured, the command)
         for model, saving in SPEEDUPS.items()
         for name, strength in saving.items()
     ),
-    ("SDXL UNet step, bfloat16, batch 2, 1024 x 1024, compiled for one v5e", "tpu.py --chip v5e"),
+    ("SDXL UNet step, bfloat16, batch 2, 1024 x 1024, compiled for one v5e", "tpu.py"),
     ("SDXL UNet step, bfloat16, batch 2, 1024 x 1024, compiled for one v6e", "tpu.py --chip v6e"),
     ("FLUX.1 dev, a block of each kind and the ends, bfloat16, 1024 x 1024, compiled for one v6e", "flux.py"),
     (

@@ -428,7 +428,7 @@ def _lcm(pipe: DiffusionPipeline) -> Any:
 def _consistent(
     base: DiffusionPipeline, student: losses.Predict, teacher: losses.Predict, config: Config, **options: Any
 ) -> dict[str, Loss]:
-    """The loss of a student and its teacher, which guides by the empty text, and how far it is from where that leads."""
+    """The loss of a student whose teacher guides by the empty text, and how far it is from where the teacher leads."""
     given = config.objective
     path = noising.path_of(base.scheduler)
     if path.prediction_type == "flow_prediction":
