@@ -651,7 +651,9 @@ def test_latent_consistency_of_a_lora(tmp_path):
 
     student = lambda x, t, w: asked(x, t, words, pooled)
     loss = consistency_loss(pipe.scheduler, student, teacher, student, data["latents"], drawn(0, 3))
-    assert ours == pytest.approx(step(learned, loss), rel=1e-5)
+    # what is compared is a small difference of large numbers: x_0 by ε at much noise, guided by up to 15; processors
+    # with other vectors round it to 1.2e-5 elsewhere
+    assert ours == pytest.approx(step(learned, loss), rel=3e-5)
     read = wearing(build, tmp_path / "after")[0].unet
     same(read, pipe.unet), moved(wearing(build, tmp_path / "before")[0].unet, read)
 
