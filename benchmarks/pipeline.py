@@ -18,9 +18,10 @@ def ours(args: argparse.Namespace) -> common.Figures:
 
     import flaxdiff
 
-    pipe, params = flaxdiff.load(common.checkpoint("sd15", args.tiny))
+    folder, size = common.checkpoint("sd15", args.tiny), dict(height=args.side, width=args.side)
+    pipe, params = flaxdiff.load(folder, compile=size)
     pipe, key = pipe.replace(progress=False), jax.random.key(0)
-    options = dict(height=args.side, width=args.side, num_inference_steps=args.steps, output_type="np")
+    options = size | dict(num_inference_steps=args.steps, output_type="np")
     seconds = common.median(lambda: pipe(params, key, prompt=common.PROMPT, **options), args.repeat)
     return {"time of a picture, s": seconds, "peak memory, GB": common.peak_memory()}
 

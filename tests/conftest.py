@@ -1,6 +1,5 @@
 """What every test runs under: eight fake devices, strict dtype promotion, a kept compilation cache."""
 
-import ctypes
 import gc
 import importlib.metadata
 import os
@@ -21,6 +20,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+from flaxdiff import memory  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "flaxdiff-test-cache"))
@@ -50,4 +51,4 @@ def forget():
     """
     yield
     jax.clear_caches()
-    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+    memory.returned()

@@ -147,7 +147,9 @@ def _built(program: Program, arguments: Any, folder: Path | None = None) -> dict
         decoding = arguments[0], latents, for_decoder(arguments[2])
         jobs["decode"] = start("decode", program.decode, *decoding)
         results = {"begin": begun, "step": state, "decode": jax.eval_shape(program.decode, *decoding)}
-        return {name: Part(job.result(), jax.tree.structure(results[name])) for name, job in jobs.items()}
+        parts = {name: Part(job.result(), jax.tree.structure(results[name])) for name, job in jobs.items()}
+    memory.returned()
+    return parts
 
 
 def _laid(shapes: Any, places: list[Sharding]) -> Any:
