@@ -2,7 +2,8 @@
 
 Each function takes parameters, of one model or by component, and rules: pairs (regex, choice) of which the first that
 is found in a parameter's path ("unet.conv_in.weight") wins, or one choice for all. `None` leaves a parameter as it is.
-What a *program* takes is a matter of its spec: `remat`, `forward_chunking`, `slicing`, `tiling`.
+What a *program* takes is a matter of its spec: `remat`, `forward_chunking`, `slicing`, `tiling`; what compiling it took
+is given back by `returned`.
 """
 
 import ctypes

@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from flaxdiff.nn.kernels import LANES, divisible, regrouped
 
 # Queries, and keys, that a block holds at most, in heads of up to LANES channels and in wider ones; sizes are multiples
-# of LANES. Of a block's keys so many meet its queries at once. All fits into 6 MB of fast memory.
+# of LANES. Of a block's keys so many meet its queries at once. That fits into 6 MB of fast memory; gradients want more.
 BLOCK = 1024, 512
 AT_ONCE = 256
 
