@@ -24,6 +24,8 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 PROMPT = "portrait photo of an old warrior chief"
 PACKAGES = ("jax", "libtpu", "flaxdiff-jax", "torch", "diffusers", "transformers")
+TURNS = "FLAXDIFF_BENCHMARK_TURNS"  # set for a side that waits to be told before what it times
+TURN = "your turn\n"
 Figures = dict[str, float]
 # What ours runs under where a CPU is meant: nothing is loaded for a TPU, and work in an order that keeps little, see
 # docs/memory.md.
@@ -57,10 +59,19 @@ def median(run: Callable[[], Any], repeat: int, warm_up: int = 1) -> float:
         run()
     times = []
     for _ in range(repeat):
+        turn()
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def turn(first: bool = False) -> None:
+    """Let the other side go on, and wait to be told to; a side that runs by itself does not wait."""
+    if TURNS in os.environ:
+        print(end="" if first else TURN, flush=True)
+        if not sys.stdin.readline():
+            sys.exit("benchmarks: who gives the turns has gone.")
 
 
 def peak_memory() -> float:
@@ -146,26 +157,53 @@ def arguments(description: str, **defaults: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def compare(claim: str, parser: argparse.ArgumentParser, **sides: Callable[[argparse.Namespace], Figures]) -> None:
-    """Run each side in a process of its own, and print one line with the figures of both."""
+def compare(
+    claim: str,
+    parser: argparse.ArgumentParser,
+    in_turn: bool = False,
+    **sides: Callable[[argparse.Namespace], Figures],
+) -> None:
+    """Run each side in a process of its own, and print one line with the figures of both.
+
+    `in_turn`: both at once, but never two working: one goes on to its next timed run, then the other. So what else a
+    machine does from minute to minute slows both. It needs room for both.
+    """
     args = parser.parse_args()
     claim = claim.format_map(vars(args))
     if args.only:
+        turn(first=True)
         print(json.dumps(sides[args.only](args)))
         return
-    here = [sys.executable, *sys.argv]
     figures = {}
-    for name in sides:
-        ran = subprocess.run([*here, "--only", name], stdout=subprocess.PIPE, text=True)
-        if ran.returncode:
-            sys.exit(f"{Path(sys.argv[0]).name}: {name} failed, see above.")
-        figures[name] = json.loads(ran.stdout.splitlines()[-1])
+    for together in [list(sides)] if in_turn else [[name] for name in sides]:
+        processes = {name: started(name) for name in together}
+        while left := [name for name in together if name not in figures]:
+            for name in left:
+                line = gone_on(processes[name])
+                if not line:
+                    sys.exit(f"{Path(sys.argv[0]).name}: {name} failed, see above.")
+                if line != TURN:
+                    figures[name] = json.loads(line)
     line = record(claim, figures)
     print(line)
     if args.keep:
         RESULTS.mkdir(exist_ok=True)
         with open(RESULTS / f"{Path(sys.argv[0]).stem}.jsonl", "a", encoding="utf-8") as f:
             f.write(line + "\n")
+
+
+def started(side: str) -> subprocess.Popen:
+    """One side of this script, waiting for its first turn."""
+    command, environment = [sys.executable, *sys.argv, "--only", side], os.environ | {TURNS: "1"}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def gone_on(process: subprocess.Popen) -> str:
+    """What a side says when it has had its turn: that it waits for the next, or its figures; nothing if it failed."""
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return next((line for line in process.stdout if line == TURN or line.startswith("{")), "")
 
 
 def record(claim: str, figures: Mapping[str, Figures]) -> str:

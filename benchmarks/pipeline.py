@@ -40,4 +40,4 @@ def peer(args: argparse.Namespace) -> common.Figures:
 if __name__ == "__main__":
     parser = common.arguments(__doc__, side=512, steps=4)
     claim = "SD 1.5, whole pipeline, float32, {steps} steps, {side} x {side}"
-    common.compare(claim, parser, ours=ours, peer=peer)
+    common.compare(claim, parser, in_turn=True, ours=ours, peer=peer)

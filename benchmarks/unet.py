@@ -43,4 +43,4 @@ def peer(args: argparse.Namespace) -> common.Figures:
 
 if __name__ == "__main__":
     parser = common.arguments(__doc__, side=512)
-    common.compare("SD 1.5 UNet, float32, batch 2, {side} x {side}", parser, ours=ours, peer=peer)
+    common.compare("SD 1.5 UNet, float32, batch 2, {side} x {side}", parser, in_turn=True, ours=ours, peer=peer)

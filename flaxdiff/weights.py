@@ -264,16 +264,16 @@ def _convolve(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding
     products = lambda gather: lambda x, weight: _products(x, weight, strides, padding, gather)
     kh, kw, channels, features = weight.shape
     pixels, better = math.prod(x.shape[:3]) // math.prod(strides), {}
-    around = weight.shape[:2] == (3, 3) and strides == (1, 1) and np.all(np.array(padding) == 1)
-    if around and strips.fit(x, features):
+    same = strides == (1, 1) and all(sum(zeros) == size - 1 for zeros, size in zip(padding, (kh, kw)))
+    if weight.shape[:2] == (3, 3) and same and np.all(np.array(padding) == 1) and strips.fit(x, features):
         return _by_strips(x, weight, lambda weight: [[weight]], plain)
     few, wide = x.shape[0] < strips.SEVERAL, min(channels, features) >= kernels.LANES
     if strides == (1, 1) and few and wide and pixels * features * 4 <= ON_CHIP:
         better["tpu"] = products(0)
     if kh * kw * features >= 8 * pixels:
         better["cpu"] = products(2)
-    elif around and winograd.fit(x, features):
-        better["cpu"] = winograd.convolved
+    elif same and winograd.fit(x, weight):
+        better["cpu"] = lambda x, weight: winograd.convolved(x, weight, tuple(padding))
     elif min(channels, features) >= winograd.WIDE:
         better["cpu"] = kernels.as_plain(plain, products(0 if strides == (1, 1) else 2))
     return jax.lax.platform_dependent(x, weight, **better, default=plain) if better else plain(x, weight)

@@ -220,6 +220,7 @@ def test_convolutions_as_pytorch():
         (31, {}, 1, winograd.NEAR),
         (32, {"strides": (2, 2)}, 1, winograd.NEAR),
         (16, {"doubled": True}, 4, winograd.NEAR),
+        (32, {"doubled": True}, 20, winograd.NEAR),  # a window of two rows for each of four parts, of the points five
     ],
 )
 def test_convolutions_on_a_cpu_and_their_gradients_as_pytorch(height, options, convolutions, near, monkeypatch):
