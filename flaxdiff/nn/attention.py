@@ -23,7 +23,7 @@ from flaxdiff.nn.layers import GroupNorm, Linear
 from flaxdiff.nn.perturb import beside_first, blurred, rows
 from flaxdiff.nn.reusing import reused
 
-ROWS, KEYS = 256, 4096  # of a block of scores: on a CPU few and wide ones are fastest
+ROWS, KEYS = 2048, 512  # of a block of scores at most: a CPU lays out keys for each block of rows anew
 LARGE = 2**22  # scores (batch x heads x queries x keys) beyond which "auto" does not materialise them
 # Keys up to which a row of scores is short, so that attention to a text is best done plainly on a TPU: without a bias,
 # and with one, which the kernel there does not know.
@@ -153,7 +153,7 @@ def _sliced(
     q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, causal: bool, cap: float | None
 ) -> jax.Array:
     (b, n, h, d), m = q.shape, k.shape[1]
-    rows, keys = min(ROWS, n), min(KEYS, m)
+    rows, keys = _block(n, ROWS), _block(m, KEYS)
     over_n, over_m = -n % rows, -m % keys
 
     # one head of one picture at a time, in whole blocks; what fills up the last block of keys is masked
@@ -194,6 +194,12 @@ def _sliced(
 
     out = jax.lax.map(head, (blocks(q, rows), blocks(k, keys), blocks(v, keys), bias))
     return out.reshape(b, h, -1, d)[:, :, :n].swapaxes(1, 2)
+
+
+def _block(length: int, most: int) -> int:
+    """How long a block is at most so long, when as few as possible leave little over."""
+    blocks = -(-length // most)
+    return length if blocks == 1 else 16 * -(-length // (16 * blocks))
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
