@@ -180,7 +180,7 @@ def compare(
         while left := [name for name in together if name not in figures]:
             for name in left:
                 line = gone_on(processes[name])
-                if not line:
+                if not line or line != TURN and processes[name].wait():
                     sys.exit(f"{Path(sys.argv[0]).name}: {name} failed, see above.")
                 if line != TURN:
                     figures[name] = json.loads(line)

@@ -197,7 +197,11 @@ def _sliced(
 
 
 def _block(length: int, most: int) -> int:
-    """How long a block is at most so long, when as few as possible leave little over."""
+    """How long a block is, at most so long, when as few as possible leave little over.
+
+    >>> _block(77, 512), _block(513, 512), _block(2304, 2048)
+    (77, 272, 1152)
+    """
     blocks = -(-length // most)
     return length if blocks == 1 else 16 * -(-length // (16 * blocks))
 

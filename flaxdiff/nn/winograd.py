@@ -102,9 +102,8 @@ convolved.defvjp(lambda x, weight, padding: (convolved(x, weight, padding), (x, 
 
 
 def _padded(x: jax.Array, padding: Sequence[tuple[int, int]]) -> jax.Array:
-    """With zeros around, written once, not asked for by sums."""
-    zeros = ((0, 0), *padding, (0, 0), (0, 0))[:4]
-    return jax.lax.optimization_barrier(jnp.pad(x, zeros))
+    """With zeros around its rows, and its columns where they are said too; written once, not asked for by sums."""
+    return jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), *padding, *[(0, 0)] * (3 - len(padding)))))
 
 
 def _pixels(x: jax.Array, rows: int) -> list[jax.Array]:
