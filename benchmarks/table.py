@@ -29,7 +29,10 @@ RUNS = (  # (what is measured, the command)
     ("SD 1.5 UNet, an update, float32, batch 2, 256 x 256", "training.py"),
     ("SD 1.5, whole pipeline, float32, 4 steps, 256 x 256", "pipeline.py --side 256 --steps 4"),
     ("SD 1.5, whole pipeline, float32, 4 steps, 512 x 512", "pipeline.py --side 512 --steps 4 --repeat 1"),
-    ("The tutorial's ladder, SD 1.5, 256 x 256", "ladder.py --side 256 --steps 10 --fewer 4 --batch 8"),
+    (
+        "The tutorial's ladder without half precision, SD 1.5, 256 x 256",
+        "ladder.py --side 256 --steps 10 --fewer 4 --batch 8 --float32 --repeat 1",
+    ),
     ("The tutorial's ladder, SD 1.5, 512 x 512", "ladder.py --side 512 --steps 50 --fewer 20 --batch 8"),
     ("Importing, and the first use of StableDiffusionPipeline", "imports.py"),
     *(

@@ -270,10 +270,10 @@ def _convolve(x: jax.Array, weight: jax.Array, strides: tuple[int, int], padding
     few, wide = x.shape[0] < strips.SEVERAL, min(channels, features) >= kernels.LANES
     if strides == (1, 1) and few and wide and pixels * features * 4 <= ON_CHIP:
         better["tpu"] = products(0)
-    if kh * kw * features >= 8 * pixels:
-        better["cpu"] = products(2)
-    elif same and winograd.fit(x, weight):
+    if same and winograd.fit(x, weight):
         better["cpu"] = lambda x, weight: winograd.convolved(x, weight, tuple(padding))
+    elif kh * kw * features >= 8 * pixels:
+        better["cpu"] = products(2)
     elif min(channels, features) >= winograd.WIDE:
         better["cpu"] = kernels.as_plain(plain, products(0 if strides == (1, 1) else 2))
     return jax.lax.platform_dependent(x, weight, **better, default=plain) if better else plain(x, weight)

@@ -3,7 +3,8 @@
 Along the rows a convolution multiplies polynomials, and those are known by their values at some points. So each six
 rows of pixels and a window's three are taken to their values at 0, 1, -1, 2, -2 and ∞, multiplied there, and the
 products taken back to four rows of results: six products where four rows take twelve. A window of two rows does with
-five points, in place of eight products. Across the columns what is multiplied is a convolution as before.
+five points, in place of eight products. Across the columns what is multiplied is a convolution as before; of a small
+picture a product of matrices, with the pixels that a window sees copied side by side.
 
 Reference: Winograd, Arithmetic Complexity of Computations, 1980; Lavin and Gray, Fast Algorithms for Convolutional
 Neural Networks, 2016.
@@ -19,7 +20,8 @@ import numpy as np
 ROWS = 4
 POINTS = 0, 1, -1, 2, -2  # and ∞
 WIDE = 64  # channels from which products take so long that sums of rows beside them do not matter
-MANY = 2**11  # pixels from which they are more than the sums of the window
+MANY = 2**9  # pixels from which they are more than the sums of the window
+FEW = 2**11  # pixels up to which copying them takes less than XLA's convolution takes more than a product
 NEAR = 2**25  # bytes of a picture and its result that are worked on at once
 Padding = tuple[tuple[int, int], tuple[int, int]]  # zeros above and below, left and right
 
@@ -65,18 +67,14 @@ def convolved(x: jax.Array, weight: jax.Array, padding: Padding = ((1, 1), (1, 1
     b, h, w, channels = x.shape
     _, g, a = matrices(len(weight))
     window, x, rows = _mixed(g, weight), _padded(x, padding[:1]), h
+    across = _side_by_side if b * h * w <= FEW else _along
     while rows % (2 * ROWS) == 0 and b * rows * w * (channels + weight.shape[3]) * 4 > NEAR:
         rows //= 2
 
     def some(first: jax.Array | int) -> jax.Array:
         """So many rows of the result."""
         part = jax.lax.dynamic_slice_in_dim(x, first, rows + len(weight) - 1, 1)
-        products = [
-            jax.lax.conv_general_dilated(
-                pixels, row[None], (1, 1), ((0, 0), padding[1]), dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-            for pixels, row in zip(_pixels(part, len(weight)), window)
-        ]
+        products = [across(p, row, padding[1]) for p, row in zip(_pixels(part, len(weight)), window)]
         return jnp.stack(_mixed(a, products), 2).reshape(b, rows, w, -1)
 
     y = some(0)[None] if rows == h else jax.lax.map(some, jnp.arange(0, h, rows))
@@ -99,6 +97,19 @@ def _backward(padding: Padding, given: tuple[jax.Array, jax.Array], y: jax.Array
 
 
 convolved.defvjp(lambda x, weight, padding: (convolved(x, weight, padding), (x, weight)), _backward)
+
+
+def _along(pixels: jax.Array, row: jax.Array, padding: tuple[int, int]) -> jax.Array:
+    """Convolve the columns with [columns, in, out]."""
+    dims = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(pixels, row[None], (1, 1), ((0, 0), padding), dimension_numbers=dims)
+
+
+def _side_by_side(pixels: jax.Array, row: jax.Array, padding: tuple[int, int]) -> jax.Array:
+    """The same as one product."""
+    w, pixels = pixels.shape[2], _padded(pixels, ((0, 0), padding))
+    seen = jnp.concatenate([pixels[:, :, j : j + w] for j in range(len(row))], -1)
+    return seen @ row.reshape(-1, row.shape[-1])
 
 
 def _padded(x: jax.Array, padding: Sequence[tuple[int, int]]) -> jax.Array:
