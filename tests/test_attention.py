@@ -213,24 +213,26 @@ def test_convolutions_as_pytorch():
 
 
 @pytest.mark.parametrize(
-    "height, options, products, near",
+    "height, options, operations, near",
     [
-        (32, {}, 6, winograd.NEAR),  # by fours of rows, with half the products
-        (32, {}, 6, 2**18),  # the same in pieces of four rows
-        (31, {}, 1, winograd.NEAR),
-        (32, {"strides": (2, 2)}, 1, winograd.NEAR),
-        (7, {"doubled": True}, 4, winograd.NEAR),
-        (32, {"doubled": True}, 20, winograd.NEAR),  # a window of two rows for each of four parts, of the points five
+        (32, {}, (1, 1, 0), winograd.NEAR),  # by fours of rows, with half the products, one point after another
+        (32, {}, (2, 1, 0), 2**18),  # the same in pieces of four rows
+        (16, {}, (1, 0, 1), winograd.NEAR),  # so few pixels that products take copies of them
+        (31, {}, (0, 1, 0), winograd.NEAR),
+        (32, {"strides": (2, 2)}, (0, 1, 0), winograd.NEAR),
+        (7, {"doubled": True}, (0, 4, 0), winograd.NEAR),
+        (16, {"doubled": True}, (4, 0, 4), winograd.NEAR),
+        (32, {"doubled": True}, (4, 4, 0), winograd.NEAR),  # a window of two rows for each of four parts
     ],
 )
-def test_convolutions_on_a_cpu_and_their_gradients_as_pytorch(height, options, products, near, monkeypatch):
+def test_convolutions_on_a_cpu_and_their_gradients_as_pytorch(height, options, operations, near, monkeypatch):
     monkeypatch.setattr(winograd, "NEAR", near)
     rng = np.random.default_rng(3)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     x, w = draw(2, height, 34, 65), draw(3, 3, 65, 72) / 8
     ours = functools.partial(weights.conv, padding=((1, 1), (1, 1)), **options)
     lowered = jax.jit(ours).lower(x, w).as_text()
-    assert lowered.count("stablehlo.convolution") + lowered.count("stablehlo.dot_general") == products
+    assert tuple(lowered.count(f"stablehlo.{name}") for name in ("while", "convolution", "dot_general")) == operations
 
     asked = [torch.tensor(a).permute(*order).requires_grad_() for a, order in ((x, (0, 3, 1, 2)), (w, (3, 2, 0, 1)))]
     seen = torch.nn.functional.interpolate(asked[0], scale_factor=2) if "doubled" in options else asked[0]

@@ -65,8 +65,8 @@ def convolved(x: jax.Array, weight: jax.Array, padding: Padding = ((1, 1), (1, 1
            [6., 9., 9.]], dtype=float32)
     """
     b, h, w, channels = x.shape
-    _, g, a = matrices(len(weight))
-    window, x, rows = _mixed(g, weight), _padded(x, padding[:1]), h
+    pixels, window, back = (jnp.asarray(matrix, jnp.float32) for matrix in matrices(len(weight)))
+    x, rows = _padded(x, padding[:1]), h
     across = _side_by_side if b * h * w <= FEW else _along
     while rows % (2 * ROWS) == 0 and b * rows * w * (channels + weight.shape[3]) * 4 > NEAR:
         rows //= 2
@@ -74,8 +74,16 @@ def convolved(x: jax.Array, weight: jax.Array, padding: Padding = ((1, 1), (1, 1
     def some(first: jax.Array | int) -> jax.Array:
         """So many rows of the result."""
         part = jax.lax.dynamic_slice_in_dim(x, first, rows + len(weight) - 1, 1)
-        products = [across(p, row, padding[1]) for p, row in zip(_pixels(part, len(weight)), window)]
-        return jnp.stack(_mixed(a, products), 2).reshape(b, rows, w, -1)
+
+        def add(y: jax.Array, point: Sequence[jax.Array]) -> tuple[jax.Array, None]:
+            """The share of one point in the result; in a loop, since a program of so many products takes memory."""
+            of_pixels, of_window, of_rows = point
+            pixels = sum(c * part[:, i : i + rows : ROWS] for i, c in enumerate(of_pixels))
+            product = across(pixels, sum(c * row for c, row in zip(of_window, weight)), padding[1])
+            return y + of_rows[:, None, None] * product[:, :, None], None
+
+        y = jnp.zeros((b, rows // ROWS, ROWS, w, weight.shape[3]))
+        return jax.lax.scan(add, y, (pixels, window, back.T))[0].reshape(b, rows, w, -1)
 
     y = some(0)[None] if rows == h else jax.lax.map(some, jnp.arange(0, h, rows))
     return y.swapaxes(0, 1).reshape(b, h, w, -1)
