@@ -29,7 +29,8 @@ Padding = tuple[tuple[int, int], tuple[int, int]]  # zeros above and below, left
 def fit(x: jax.Array, weight: jax.Array) -> bool:
     """Whether `convolved` is best on a CPU: in float32, for many pixels and channels, in rows by fours."""
     (b, h, w, _), (rows, _, *channels) = x.shape, weight.shape
-    many = b * h * w >= MANY and min(channels) >= WIDE
+    # rows of small pictures that several devices share would go to and fro between them
+    many = b * h * w >= (MANY if jax.sharding.get_abstract_mesh().empty else FEW) and min(channels) >= WIDE
     return x.dtype == jnp.float32 and rows in (2, 3) and h % ROWS == 0 and many
 
 
