@@ -66,7 +66,7 @@ def convolved(x: jax.Array, weight: jax.Array, padding: Padding = ((1, 1), (1, 1
            [6., 9., 9.]], dtype=float32)
     """
     b, h, w, channels = x.shape
-    pixels, window, back = (jnp.asarray(matrix, jnp.float32) for matrix in matrices(len(weight)))
+    to_pixels, to_window, to_rows = (jnp.asarray(matrix, jnp.float32) for matrix in matrices(len(weight)))
     x, rows = _padded(x, padding[:1]), h
     across = _side_by_side if b * h * w <= FEW else _along
     while rows % (2 * ROWS) == 0 and b * rows * w * (channels + weight.shape[3]) * 4 > NEAR:
@@ -84,7 +84,7 @@ def convolved(x: jax.Array, weight: jax.Array, padding: Padding = ((1, 1), (1, 1
             return y + of_rows[:, None, None] * product[:, :, None], None
 
         y = jnp.zeros((b, rows // ROWS, ROWS, w, weight.shape[3]))
-        return jax.lax.scan(add, y, (pixels, window, back.T))[0].reshape(b, rows, w, -1)
+        return jax.lax.scan(add, y, (to_pixels, to_window, to_rows.T))[0].reshape(b, rows, w, -1)
 
     y = some(0)[None] if rows == h else jax.lax.map(some, jnp.arange(0, h, rows))
     return y.swapaxes(0, 1).reshape(b, h, w, -1)
